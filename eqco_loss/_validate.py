@@ -1,0 +1,211 @@
+"""Every check and every message: the argument, what was expected, what came, and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch")
+REDUCTIONS = ("none", "mean", "sum")
+SAMPLINGS = ("rolled", "random")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def settings(chosen: Any) -> None:
+    """What a loss was constructed with; ``chosen`` has the fields of ``functional.Settings``."""
+    temperature(chosen.temperature)
+    if chosen.alpha is not None:
+        positive_number("alpha", chosen.alpha, "Give the number of negatives to mimic (65536 for MoCo's queue), or None for as many as there are.")
+    k = chosen.num_negatives
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+        raise ValueError(
+            f"num_negatives: expected an integer >= 1 or None, got {k!r}. None takes every other key of the batch; 16 is the SiMo paper's choice."
+        )
+    one_of("sampling", chosen.sampling, SAMPLINGS)
+    if not isinstance(chosen.normalize, bool):
+        raise TypeError(f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes embeddings as they are.")
+    one_of("reduction", chosen.reduction, REDUCTIONS)
+    one_of("backend", chosen.backend, BACKENDS)
+
+
+def inter_temperature(value: Any) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            "inter_temperature: expected a number > 0, got a tensor. The dual-temperature weight is detached, so no gradient reaches it: "
+            "pass float(inter_temperature)."
+        )
+    positive_number("inter_temperature", value, "The paper uses 1.0.")
+
+
+def positive_number(name: str, value: Any, advice: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a positive number, got {type(value).__name__} {value!r}. {advice}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}. {advice}")
+
+
+def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}. Pick one of these.")
+
+
+def temperature(value: Any) -> None:
+    advice = "Papers use 0.05 to 0.5 (SiMo and MoCo v2: 0.2)."
+    if not isinstance(value, Tensor):
+        positive_number("temperature", value, advice + " A learned one is a 0-dim tensor that requires a gradient.")
+        return
+    if value.dim() != 0 or not value.is_floating_point():
+        raise ValueError(
+            f"temperature: expected a number or a 0-dim floating-point tensor, got shape {tuple(value.shape)}, {value.dtype}. "
+            "Use temperature.squeeze(), or one loss per temperature."
+        )
+    # A device's value would have to be waited for, and a traced one does not exist yet.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not float(value) > 0:
+        raise ValueError(
+            f"temperature: expected a value > 0, got a tensor of {float(value)!r}. {advice} A learned temperature stays positive as log_scale.exp()."
+        )
+
+
+def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
+    """Shapes, dtypes and devices of one call; ``negative_keys`` is a tensor or None here."""
+    for name, x in (("query", query), ("positive_key", positive_key)):
+        _tensor(name, x)
+        if x.dim() != 2:
+            raise ValueError(
+                f"{name}: expected shape (N, D), one embedding a row, got {tuple(x.shape)}. "
+                "Flatten feature maps with x.flatten(1); put views side by side with torch.cat."
+            )
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one feature (D >= 1), got {tuple(x.shape)}. Check the projection head's output.")
+        if x.shape[0] == 0:
+            raise ValueError(f"{name}: expected at least one row (N >= 1), got {tuple(x.shape)}. Skip empty batches (drop_last=True in the loader).")
+    if positive_key.shape != query.shape:
+        raise ValueError(
+            f"positive_key: expected the shape of query, {tuple(query.shape)}, since row i is query i's positive, got {tuple(positive_key.shape)}. "
+            "Encode both views of the same images with heads of the same width."
+        )
+    _alike("positive_key", positive_key, query)
+    if negative_keys is not None:
+        n, d = query.shape
+        _tensor("negative_keys", negative_keys)
+        if negative_keys.dim() not in (2, 3) or negative_keys.shape[-1] != d or (negative_keys.dim() == 3 and len(negative_keys) != n):
+            hint = "MoCo keeps its queue as (D, K): pass queue.T." if negative_keys.dim() == 2 and len(negative_keys) == d else "Check the last dimension."
+            raise ValueError(
+                f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = {n}, "
+                f"got {tuple(negative_keys.shape)}. {hint}"
+            )
+        if negative_keys.shape[-2] == 0:
+            raise ValueError(
+                f"negative_keys: expected at least one key (K >= 1), got {tuple(negative_keys.shape)}. Leave it out to use the batch's other keys."
+            )
+        _alike("negative_keys", negative_keys, query, dtype=False)
+
+
+def in_batch(query: Tensor) -> None:
+    if len(query) == 1:
+        raise ValueError(
+            f"query: expected at least 2 rows when the negatives are the batch's other keys, got {tuple(query.shape)}, which leaves none. "
+            "Use a larger batch (drop_last=True in the loader), or pass negative_keys."
+        )
+
+
+def num_negatives_with_keys(num_negatives: int | None) -> None:
+    if num_negatives is not None:
+        raise ValueError(
+            f"num_negatives: expected None when negative_keys is given, got {num_negatives}. It chooses among the batch's own keys: "
+            "leave negative_keys out, or pass only the keys you want (negative_keys[:K])."
+        )
+
+
+def queue(stored: Any, query: Tensor) -> None:
+    if not stored.primed:
+        raise ValueError(
+            "negative_keys: expected a MomentumQueue that holds keys, got an empty one. Prime it with a first batch's keys before the loop: "
+            "queue.enqueue(key_encoder(images))."
+        )
+    contents = stored.contents
+    if contents.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"negative_keys: expected a MomentumQueue of dim {query.shape[1]}, the width of query {tuple(query.shape)}, got dim {contents.shape[1]}. "
+            f"Construct it as MomentumQueue({contents.shape[0]}, {query.shape[1]})."
+        )
+    _alike("negative_keys", contents, query, dtype=False, advice="Move the queue with queue.to(device).")
+
+
+def ids(query: Tensor, query_ids: Any, negative_ids: Any, *, source: str, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
+    """``source`` is where the negatives come from: "batch", "tensor", "queue" or "queue without ids"."""
+    n = len(query)
+    if negative_ids is not None and source != "tensor":
+        way = "In a batch query_ids serve both sides" if source == "batch" else "A queue uses the ids it stored (store_ids=True)"
+        raise ValueError(f"negative_ids: expected None unless negative_keys is a tensor, got one. {way}: leave negative_ids out.")
+    if query_ids is None:
+        if negative_ids is not None:
+            raise ValueError("query_ids: expected integers of shape (N,) beside negative_ids, got None. Pass both, or neither.")
+        return
+    _ids("query_ids", query_ids, ((n,),), query)
+    if source == "queue without ids":
+        raise ValueError(
+            "query_ids: expected None with a MomentumQueue that stores no ids, got ids. "
+            "Construct it with store_ids=True and pass ids to enqueue, or leave query_ids out."
+        )
+    if source == "tensor":
+        if negative_ids is None:
+            raise ValueError("negative_ids: expected integers of shape (K,) or (N, K) beside query_ids, got None. Pass both, or neither.")
+        _ids("negative_ids", negative_ids, shapes, query)
+
+
+def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> None:
+    """What ``functional.negatives_logsumexp`` is called with."""
+    for name, x in (("query", query), ("keys", keys)):
+        _tensor(name, x)
+    if query.dim() != 2 or 0 in query.shape:
+        raise ValueError(f"query: expected shape (N, D) with N, D >= 1, got {tuple(query.shape)}. Flatten feature maps with query.flatten(1).")
+    n, d = query.shape
+    if keys.dim() not in (2, 3) or keys.shape[-1] != d or keys.shape[-2] == 0 or (keys.dim() == 3 and len(keys) != n):
+        raise ValueError(
+            f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. MoCo keeps its queue as (D, K): pass queue.T."
+        )
+    _alike("keys", keys, query, dtype=False)
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("query_ids, key_ids: expected both or neither, got one. Pass both, or neither.")
+    if query_ids is not None:
+        k = keys.shape[-2]
+        _ids("query_ids", query_ids, ((n,),), query)
+        _ids("key_ids", key_ids, ((k,), (n, k)), query)
+
+
+def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
+    if step < 0 or total_steps < 1:
+        raise ValueError(f"step, total_steps: expected step >= 0 and total_steps >= 1, got {step!r} and {total_steps!r}. Count optimiser steps from 0.")
+    for name, value in (("base", base), ("final", final)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a momentum between 0 and 1, got {value!r}. BYOL rises from 0.996 to 1.")
+
+
+def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tensor) -> None:
+    expected = " or ".join(map(str, shapes))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor of shape {expected}, got {type(value).__name__}. Wrap it: torch.tensor({name}).")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {value.dtype}. Use ids.long().")
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}. One id for each embedding.")
+    _alike(name, value, query, dtype=False)
+
+
+def _tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}. Use {name}.float().")
+
+
+def _alike(name: str, x: Tensor, query: Tensor, *, dtype: bool = True, advice: str = "") -> None:
+    if x.device != query.device:
+        raise ValueError(
+            f"{name}: expected the device of query, {query.device}, got {x.device}. {advice or f'Move it with {name}.to(query.device).'}"
+        )
+    if dtype and x.dtype != query.dtype:
+        raise ValueError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}. Use {name}.to(query.dtype).")

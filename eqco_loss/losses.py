@@ -1,0 +1,175 @@
+"""The two criteria, as modules."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import _validate as check
+from . import functional
+from .functional import LossMetrics, Negatives, Settings
+
+
+class _Criterion(nn.Module):
+    """What both losses share: the settings, and three ways to call them."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        check.settings(settings)
+        self.temperature = settings.temperature  # an nn.Parameter registers itself
+        self._settings = settings._replace(temperature=1.0)
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings._replace(temperature=self.temperature)
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Negatives = None,
+        *,
+        query_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The loss: a 0-dim tensor, or (N,) with ``reduction="none"``. Arguments and shapes: see the class."""
+        return functional.compute_loss(self.settings, query, positive_key, negative_keys, query_ids, negative_ids)
+
+    def with_metrics(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Negatives = None,
+        *,
+        query_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> LossMetrics:
+        """The loss and what to log beside it, as a NamedTuple. Arguments and shapes: see the class."""
+        return functional.compute_metrics(self.settings, query, positive_key, negative_keys, query_ids, negative_ids)
+
+    def backend(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Negatives = None,
+        *,
+        query_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> tuple[str, str]:
+        """The backend that would serve this call, and why."""
+        return functional.chosen_backend(self.settings, query, negative_keys)
+
+    def extra_repr(self) -> str:
+        shown = self.settings._asdict()
+        if isinstance(self.temperature, Tensor):
+            shown["temperature"] = "learned"
+        if self._settings.inter_temperature is None:
+            del shown["inter_temperature"]
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class EqCoLoss(_Criterion):
+    r"""InfoNCE whose value and gradient do not depend on how many negatives it is given.
+
+    .. math::
+        L_i = \log\Big(1 + \frac{\alpha}{K_i} \sum_j \exp\big((s(q_i, n_j) - s(q_i, k_i)) / t\big)\Big)
+
+    With s the cosine similarity and K_i the number of negatives that query i really has. ``alpha`` is how many negatives the loss mimics: SiMo trains
+    with 16 and mimics 256 or 65536. ``alpha = K`` (or None) is InfoNCE. Exact, without ever allocating the N x K similarities.
+
+    Source: EqCo (Zhu et al. 2020), equations 1 and 5 with the margin ``t log(alpha / K)``; Theorems 1 and 2 are among the metrics.
+
+    Args:
+        temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the module's own.
+        alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
+        num_negatives: how many of the batch's other keys each query meets; None for all N - 1. Only without ``negative_keys``. With fewer others
+            than asked for all are used, and the margin follows.
+        sampling: which ones. ``"rolled"``: the next K rows, cyclic, a uniform draw after a shuffle. ``"random"``: a draw per query, without
+            replacement, from the device's generator; for sorted or grouped batches.
+        normalize: bring query, positive and negative keys to unit length first. A MomentumQueue holds unit rows and is left as it is.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, or ``"torch"`` by name; ``criterion.backend(...)`` tells what serves a call and why.
+
+    Shape:
+        - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or float64.
+        - negative_keys: None for the other rows of positive_key; (K, D) shared by all queries; (N, K, D) per query; or a :class:`MomentumQueue`.
+        - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the positive always stays. In a batch
+          query_ids serve both sides, and a queue uses the ids it stored.
+        - output: 0-dim, or (N,) with ``reduction="none"``; float32 for half inputs. Gradients reach query, positive_key and negative_keys.
+
+    Raises:
+        ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes, devices or ids that do not
+            fit, a row that ids leave without negatives (on CPU; NaN in that row elsewhere).
+        TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers.
+
+    Example:
+        >>> import torch
+        >>> from eqco_loss import EqCoLoss
+        >>> criterion = EqCoLoss(temperature=0.2, alpha=65536, num_negatives=16)
+        >>> query = torch.randn(256, 128, requires_grad=True)
+        >>> positive_key = torch.randn(256, 128)
+        >>> loss = criterion(query, positive_key)
+        >>> loss.backward()
+        >>> criterion.with_metrics(query, positive_key).effective_k
+        tensor(16.)
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.2,
+        alpha: float | None = 65536,
+        *,
+        num_negatives: int | None = None,
+        sampling: str = "rolled",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(Settings(temperature, None, alpha, num_negatives, sampling, normalize, reduction, backend))
+
+
+class DualTempInfoNCE(_Criterion):
+    r"""InfoNCE with one temperature within each row and another across rows.
+
+    .. math::
+        L_i = \mathrm{sg}\left[\frac{1 - p_i(T)}{1 - p_i(t)}\right] (-\log p_i(t)), \qquad p_i(t) = \mathrm{sigmoid}(gap_i(t))
+
+    The small intra temperature t decides which negatives of a row matter; the large inter temperature T decides how much each row matters. The weight is
+    detached (sg). Computed without 1 - p, so it stays finite where the published code is NaN.
+
+    Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022), the loss of SimCo and SimMoCo. ``alpha`` is an
+    extension: EqCo's margin in both gaps.
+
+    Args:
+        temperature: t > 0, within a row; a number or a 0-dim tensor, which may require a gradient.
+        inter_temperature: T > 0, across rows; a number.
+        alpha: how many negatives to mimic, > 0. None, the paper's loss: as many as there are.
+        num_negatives, sampling, normalize, reduction, backend: as in :class:`EqCoLoss`.
+
+    Shape:
+        As :class:`EqCoLoss`.
+
+    Raises:
+        ValueError, TypeError: as :class:`EqCoLoss`.
+
+    Example:
+        >>> import torch
+        >>> from eqco_loss import DualTempInfoNCE
+        >>> criterion = DualTempInfoNCE(temperature=0.1, inter_temperature=1.0)
+        >>> query = torch.randn(256, 128, requires_grad=True)
+        >>> criterion(query, torch.randn(256, 128)).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        inter_temperature: float = 1.0,
+        *,
+        alpha: float | None = None,
+        num_negatives: int | None = None,
+        sampling: str = "rolled",
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        check.inter_temperature(inter_temperature)
+        super().__init__(Settings(temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend))

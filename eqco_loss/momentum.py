@@ -1,0 +1,92 @@
+"""momentum_update: the key encoder follows the query encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module, momentum: float = 0.999, *, buffers: str = "none") -> None:
+    r"""Move the key encoder towards the query encoder, in place: ``key = momentum * key + (1 - momentum) * query``.
+
+    Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is recorded, storages stay the same, and
+    ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through.
+
+    Args:
+        query_encoder: trained by gradients; left as it is.
+        key_encoder: same parameter names and shapes; float32 is right for it even where the query encoder is in half precision.
+        momentum: between 0 (a copy) and 1 (frozen); MoCo 0.999, SiMo 0.999, SimMoCo 0.99.
+        buffers: what to do with buffers (batch norm's running statistics): ``"none"`` leaves them to the key encoder's own passes (MoCo),
+            ``"copy"`` copies them, ``"ema"`` averages the floating ones like parameters and copies the integers.
+
+    Raises:
+        ValueError: names or shapes that differ, ``momentum`` outside [0, 1], an unknown ``buffers``, or a key encoder whose dtype cannot represent
+            the step (bfloat16 at 0.999 would never move).
+
+    Shape:
+        Every parameter keeps its own; they must agree pairwise.
+
+    Example:
+        >>> import copy, torch
+        >>> from eqco_loss import momentum_update
+        >>> query_encoder = torch.nn.Linear(2, 2)
+        >>> key_encoder = copy.deepcopy(query_encoder)
+        >>> momentum_update(query_encoder, key_encoder, momentum=0.999)
+    """
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: expected a number between 0 (copy) and 1 (frozen), got {momentum!r}. MoCo uses 0.999.")
+    if buffers not in ("none", "copy", "ema"):
+        raise ValueError(f"buffers: expected 'none', 'copy' or 'ema', got {buffers!r}. MoCo leaves them alone: 'none'.")
+    query_encoder, key_encoder = _unwrap(query_encoder), _unwrap(key_encoder)
+    _lerp(*_pair(dict(query_encoder.named_parameters()), dict(key_encoder.named_parameters()), "parameter"), momentum)
+    if buffers != "none":
+        query, key = _pair(dict(query_encoder.named_buffers()), dict(key_encoder.named_buffers()), "buffer")
+        averaged = [buffers == "ema" and x.is_floating_point() for x in key]
+        _lerp([q for q, yes in zip(query, averaged, strict=True) if yes], [k for k, yes in zip(key, averaged, strict=True) if yes], momentum)
+        for q, k, yes in zip(query, key, averaged, strict=True):
+            if not yes:
+                k.copy_(q)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):  # torch.compile
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
+
+
+def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> tuple[list[Tensor], list[Tensor]]:
+    advice = "Build both encoders the same way, for example key_encoder = copy.deepcopy(query_encoder)."
+    missing, extra = sorted(query.keys() - key.keys()), sorted(key.keys() - query.keys())
+    if missing or extra:
+        raise ValueError(
+            f"key_encoder: expected the {kind} names of query_encoder, got {_some(missing)} missing and {_some(extra)} besides. {advice}"
+        )
+    for name, q in query.items():
+        if q.shape != key[name].shape:
+            raise ValueError(f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. {advice}")
+    return list(query.values()), [key[name] for name in query]
+
+
+def _some(names: list[str]) -> str:
+    return "none" if not names else ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _lerp(query: list[Tensor], key: list[Tensor], momentum: float) -> None:
+    for dtype in {k.dtype for k in key if k.is_floating_point()}:
+        # A step of (1 - momentum) x the difference is lost when it is under half a unit in the last place: here for any difference under an eighth.
+        if 0 < 1 - momentum < 4 * torch.finfo(dtype).eps:
+            raise ValueError(
+                f"key_encoder: expected a dtype that can represent steps of {1 - momentum:.2g} (momentum = {momentum}), got {dtype}, which would "
+                "round them away and never move. Keep the key encoder in float32 (key_encoder.float()), and use autocast for its forward pass."
+            )
+    if momentum == 0 or not key:
+        for q, k in zip(query, key, strict=True):
+            k.copy_(q)
+        return
+    same = [q.to(device=k.device, dtype=k.dtype) for q, k in zip(query, key, strict=True)]
+    torch._foreach_lerp_(key, same, 1 - momentum)

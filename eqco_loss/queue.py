@@ -1,0 +1,132 @@
+"""MomentumQueue: a first-in, first-out store of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MomentumQueue(nn.Module):
+    r"""The newest ``size`` keys, first in, first out, as negatives for later batches (MoCo, He et al. 2020, section 3.2).
+
+    Starts empty, and slots not yet filled are never negatives: there is no random initialisation to unlearn. Batches of any size fit: they wrap
+    around, and of a batch larger than ``size`` the newest ``size`` rows stay. Rows are normalised to unit length, in float32, when they enter.
+    Contents, cursor, count and ids are buffers, so a ``state_dict`` resumes bit for bit.
+
+    Enqueue after the loss; before ``backward()`` is safe too, without a clone. Prime a new queue with a first batch's keys.
+
+    Args:
+        size: how many keys to keep, K >= 1. No batch size needs to divide it.
+        dim: width D of a key.
+        dtype: floating dtype of the stored rows; default float32.
+        device: where the rows live; ``queue.to(device)`` moves them.
+        store_ids: keep an integer id beside each key, so that a loss called with ``query_ids`` never repels a query from a stale copy of itself.
+
+    Shape:
+        ``enqueue(keys (N, D), ids (N,))``; ``.keys`` (K, D) and ``.ids`` (K,), oldest first, K = ``len(queue) <= size``.
+        ``.keys``, ``.ids`` and ``len()`` are for people: on a GPU they wait for the device. The loss does not use them.
+
+    Raises:
+        ValueError, TypeError: sizes < 1, a dtype that is not floating, keys of another width, ids missing or not asked for.
+
+    Example:
+        >>> import torch
+        >>> from eqco_loss import EqCoLoss, MomentumQueue
+        >>> queue = MomentumQueue(size=4, dim=2)
+        >>> queue.enqueue(torch.tensor([[3.0, 0.0], [0.0, 2.0]]))
+        >>> len(queue), queue.keys.tolist()
+        (2, [[1.0, 0.0], [0.0, 1.0]])
+        >>> criterion = EqCoLoss(temperature=0.2, alpha=65536)
+        >>> loss = criterion(torch.randn(3, 2), torch.randn(3, 2), queue)
+    """
+
+    contents: Tensor  # (size, dim)
+    cursor: Tensor  # (): where the next key goes
+    count: Tensor  # (): how many slots hold a key
+    slot_ids: Tensor | None  # (size,)
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        store_ids: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}. MoCo uses MomentumQueue(65536, 128).")
+        dtype = torch.float32 if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}. float32 is exact, bfloat16 halves the memory.")
+        self.register_buffer("contents", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("slot_ids", torch.zeros(size, dtype=torch.int64, device=device) if store_ids else None)
+        self.primed = False  # whether anything was ever stored: known to the host without asking the device
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
+        """Store ``keys`` (N, D), the oldest rows making room; ``ids`` (N,) integers beside them if and only if ``store_ids``."""
+        self._check(keys, ids)
+        size = len(self.contents)
+        dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
+        unit = torch.nn.functional.normalize(keys[-size:].detach().to(dtype), dim=1)
+        n = len(unit)
+        slots = (self.cursor + torch.arange(n, device=unit.device)) % size
+        self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
+        if self.slot_ids is not None and ids is not None:
+            self.slot_ids.index_copy_(0, slots, ids[-size:].to(torch.int64))
+        self.cursor.add_(n).remainder_(size)
+        self.count.add_(n).clamp_(max=size)
+        self.primed = self.primed or n > 0
+
+    @property
+    def keys(self) -> Tensor:
+        """The stored rows (K, D), oldest first; a copy. Waits for the device."""
+        return self.contents[self._order()]
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Their ids (K,), oldest first; a copy, or None without ``store_ids``. Waits for the device."""
+        return None if self.slot_ids is None else self.slot_ids[self._order()]
+
+    def __len__(self) -> int:
+        """How many keys are stored. Waits for the device."""
+        return int(self.count)
+
+    def __bool__(self) -> bool:
+        return True  # an empty queue is still a queue: `queue or default` must not drop it
+
+    def extra_repr(self) -> str:
+        size, dim = self.contents.shape
+        return f"size={size}, dim={dim}, dtype={self.contents.dtype}, store_ids={self.slot_ids is not None}"
+
+    def _order(self) -> Tensor:
+        count, size = int(self.count), len(self.contents)
+        return (self.cursor - count + torch.arange(count, device=self.contents.device)) % size
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.primed = bool(self.count > 0)
+
+    def _check(self, keys: Tensor, ids: Tensor | None) -> None:
+        size, dim = self.contents.shape
+        if not isinstance(keys, Tensor) or not keys.is_floating_point():
+            raise TypeError(f"keys: expected a floating-point tensor (N, {dim}), got {getattr(keys, 'dtype', type(keys).__name__)}.")
+        if keys.dim() != 2 or keys.shape[1] != dim:
+            raise ValueError(f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with dim={keys.shape[-1] if keys.dim() else 1}.")
+        if keys.device != self.contents.device:
+            raise ValueError(f"keys: expected the queue's device, {self.contents.device}, got {keys.device}. Move the queue with queue.to(device).")
+        if (ids is None) != (self.slot_ids is None):
+            expected = "ids (N,), since the queue stores them" if ids is None else "None, since the queue stores no ids"
+            raise ValueError(f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. store_ids in the constructor decides.")
+        if ids is not None:
+            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+                raise TypeError(f"ids: expected an integer tensor ({len(keys)},), got {getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long().")
+            if ids.shape != keys.shape[:1]:
+                raise ValueError(f"ids: expected shape ({len(keys)},), one for each key, got {tuple(ids.shape)}.")

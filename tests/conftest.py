@@ -1,0 +1,37 @@
+"""Every test runs with deterministic algorithms, with fresh memory that is NaN, and from one seed."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.utils.deterministic
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", settings.get_profile("ci"), derandomize=False)
+settings.register_profile("long", settings.get_profile("dev"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fresh_memory_is_nan() -> Iterator[None]:
+    """Whatever reads memory that nobody wrote reads NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert bool(torch.empty(3).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No graph of another test counts towards a recompile limit here."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,238 @@
+"""momentum_update and cosine_momentum."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from eqco_loss import functional, momentum_update
+from tests.strategies import seeds
+from tests.tolerance import assert_as_exact_as_eager
+
+
+def encoder(seed: int, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p))
+        net[1].running_mean.normal_()
+        net[1].num_batches_tracked.fill_(seed)
+    return net
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def is_buffer(name: str) -> bool:
+    return "running" in name or "tracked" in name
+
+
+@given(st.floats(0, 1), st.sampled_from([torch.float32, torch.float64]), seeds)
+def test_is_the_formula(momentum: float, dtype: torch.dtype, seed: int) -> None:
+    query, key = encoder(seed % 1000, dtype=dtype), encoder(seed % 1000 + 1, dtype=dtype)
+    q, k = state(query), state(key)
+    momentum_update(query, key, momentum)
+    for name, value in key.state_dict().items():
+        if is_buffer(name):
+            assert torch.equal(value, k[name]), f"{name}: MoCo leaves buffers alone"
+        else:
+            exact = momentum * k[name].double() + (1 - momentum) * q[name].double()
+            assert_as_exact_as_eager(value, k[name] * momentum + q[name] * (1 - momentum), exact, name)
+    assert all(torch.equal(value, q[name]) for name, value in query.state_dict().items()), "the query encoder is only read"
+
+
+@pytest.mark.parametrize("momentum, source", [(0.0, "query"), (1.0, "key")])
+def test_ends_are_exact(momentum: float, source: str) -> None:
+    query, key = encoder(0), encoder(1)
+    expected = state({"query": query, "key": key}[source])
+    momentum_update(query, key, momentum)
+    for name, value in key.state_dict().items():
+        if not is_buffer(name):
+            assert torch.equal(value, expected[name]), name
+
+
+def test_default_is_0_999() -> None:
+    query, key = encoder(0), encoder(1)
+    twin = copy.deepcopy(key)
+    momentum_update(query, key)
+    momentum_update(query, twin, 0.999, buffers="none")
+    assert all(torch.equal(a, b) for a, b in zip(key.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_is_in_place_and_out_of_the_graph() -> None:
+    """The same storage and the same Parameter objects, so that optimisers, DDP and CUDA graphs keep what they hold."""
+    query, key = encoder(0), encoder(1)
+    before = [(id(p), p.data_ptr(), p._version) for p in key.parameters()]
+    momentum_update(query, key, 0.5)
+    after = [(id(p), p.data_ptr(), p._version) for p in key.parameters()]
+    assert [b[:2] for b in before] == [a[:2] for a in after]
+    assert all(a[2] > b[2] for a, b in zip(after, before, strict=True)), "autograd sees that the values changed"
+    for p in key.parameters():
+        assert p.requires_grad and p.is_leaf and p.grad is None and p.grad_fn is None
+
+
+def test_a_frozen_key_encoder_is_updated_and_stays_frozen() -> None:
+    query, key = encoder(0), encoder(1).requires_grad_(False)
+    momentum_update(query, key, 0.0)
+    assert not any(p.requires_grad for p in key.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(query.parameters(), key.parameters(), strict=True))
+
+
+def test_returns_none() -> None:
+    result: object = momentum_update(encoder(0), encoder(1))  # type: ignore[func-returns-value]
+    assert result is None
+
+
+@pytest.mark.parametrize("buffers", ["none", "copy", "ema"])
+def test_buffers(buffers: str) -> None:
+    query, key = encoder(3), encoder(5)
+    q, k = state(query), state(key)
+    momentum_update(query, key, 0.9, buffers=buffers)
+    for name in ("1.running_mean", "1.running_var"):
+        expected = {"none": k[name], "copy": q[name], "ema": 0.9 * k[name] + 0.1 * q[name]}[buffers]
+        torch.testing.assert_close(key.state_dict()[name], expected)
+    counted = key.state_dict()["1.num_batches_tracked"]
+    assert counted.dtype == torch.long
+    assert counted.item() == (5 if buffers == "none" else 3), "whole numbers have no average: they are copied"
+
+
+class Odd(nn.Module):
+    """Buffers of every kind, shared parameters, a scalar, an empty tensor."""
+
+    flag: Tensor
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.tied = self.first
+        self.scale = nn.Parameter(torch.tensor(fill))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.register_buffer("flag", torch.tensor(fill > 0))
+        self.register_buffer("steps", torch.tensor([int(fill)], dtype=torch.int32))
+        self.register_buffer("scratch", torch.full((2,), fill), persistent=False)
+        with torch.no_grad():
+            self.first.weight.fill_(fill)
+            self.first.bias.fill_(fill)
+
+
+@pytest.mark.parametrize("buffers", ["none", "copy", "ema"])
+def test_tied_scalar_empty_and_boolean(buffers: str) -> None:
+    query, key = Odd(1.0), Odd(-3.0)
+    momentum_update(query, key, 0.75, buffers=buffers)
+    expected = 0.75 * -3.0 + 0.25
+    assert key.scale.item() == pytest.approx(expected)
+    assert key.first.weight[0, 0].item() == pytest.approx(expected), "a tied weight moves once, not twice"
+    assert key.tied is key.first
+    assert bool(key.flag) == (buffers != "none")
+
+
+class Wrapper(nn.Module):
+    """What DDP looks like from outside: one submodule called `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrapped", ["query", "key", "both"])
+def test_ddp_and_compiled_modules_are_unwrapped(wrapped: str) -> None:
+    wrappers = [
+        nn.parallel.DistributedDataParallel,
+        torch.compile,
+        lambda m: torch.compile(nn.parallel.DistributedDataParallel(m)),
+        lambda m: nn.parallel.DistributedDataParallel(torch.compile(m)),
+    ]
+    for wrap in wrappers:
+        query, key, twin = encoder(0), encoder(1), encoder(1)
+        momentum_update(query, twin, 0.9, buffers="ema")
+        momentum_update(
+            wrap(query) if wrapped in ("query", "both") else query, wrap(key) if wrapped in ("key", "both") else key, 0.9, buffers="ema"
+        )
+        assert all(torch.equal(a, b) for a, b in zip(key.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_a_users_own_wrapper_is_a_mismatch_and_not_guessed() -> None:
+    with pytest.raises(ValueError, match="module"):
+        momentum_update(Wrapper(encoder(0)), encoder(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_too_coarse_a_dtype_is_an_error_and_not_a_stall(dtype: torch.dtype) -> None:
+    """bf16 at 0.999 would move nothing, ever; the key encoder is untouched when it says so."""
+    query, key = encoder(0, dtype=dtype), encoder(1, dtype=dtype)
+    before = state(key)
+    with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
+        momentum_update(query, key, 0.9999)
+    assert all(torch.equal(value, before[name]) for name, value in key.state_dict().items())
+
+
+def test_bfloat16_at_0_999_says_so() -> None:
+    with pytest.raises(ValueError, match=r"bfloat16.*0\.999|0\.999.*bfloat16"):
+        momentum_update(encoder(0, dtype=torch.bfloat16), encoder(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_half_is_fine_where_the_step_is_coarse_enough(dtype: torch.dtype, momentum: float) -> None:
+    query, key = encoder(0, dtype=dtype), encoder(1, dtype=dtype)
+    q, k = state(query), state(key)
+    momentum_update(query, key, momentum)
+    for name, value in key.named_parameters():
+        exact = momentum * k[name].double() + (1 - momentum) * q[name].double()
+        assert_as_exact_as_eager(value.detach(), k[name] * momentum + q[name] * (1 - momentum), exact, name)
+
+
+def test_float32_key_of_a_half_query() -> None:
+    """Weights in bf16, their average in float32: how a half run keeps an average at all."""
+    query, key = encoder(0, dtype=torch.bfloat16), encoder(1)
+    q, k = state(query), state(key)
+    momentum_update(query, key, 0.999)
+    for name, value in key.named_parameters():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.detach(), 0.999 * k[name] + 0.001 * q[name].float())
+
+
+def test_converges_to_a_constant_query() -> None:
+    """The update is an average: the distance shrinks by the momentum at each step."""
+    query, key = encoder(0), encoder(1)
+    first = (key[0].weight - query[0].weight).norm().item()  # type: ignore[index]
+    for _ in range(20):
+        momentum_update(query, key, 0.9)
+    last = (key[0].weight - query[0].weight).norm().item()  # type: ignore[index]
+    assert last / first == pytest.approx(0.9**20, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ cosine_momentum
+
+
+@given(st.integers(1, 10_000), st.data(), st.floats(0, 1), st.floats(0, 1))
+def test_cosine_momentum(total: int, data: st.DataObject, base: float, final: float) -> None:
+    """final - (final - base)(1 + cos(pi step / total)) / 2: base at the start, final at the end, in between in between."""
+    step = data.draw(st.integers(0, total))
+    expected = final - (final - base) * (math.cos(math.pi * step / total) + 1) / 2
+    found = functional.cosine_momentum(step, total, base, final)
+    assert isinstance(found, float)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert min(base, final) - 1e-12 <= found <= max(base, final) + 1e-12
+
+
+def test_cosine_momentum_ends_are_exact_and_default_to_byol() -> None:
+    assert functional.cosine_momentum(0, 10) == 0.996
+    assert functional.cosine_momentum(10, 10) == 1.0
+    assert functional.cosine_momentum(5, 10) == pytest.approx(0.998)
