@@ -17,7 +17,11 @@ def settings(chosen: Any) -> None:
     """What a loss was constructed with; ``chosen`` has the fields of ``functional.Settings``."""
     temperature(chosen.temperature)
     if chosen.alpha is not None:
-        positive_number("alpha", chosen.alpha, "Give the number of negatives to mimic (65536 for MoCo's queue), or None for as many as there are.")
+        positive_number(
+            "alpha",
+            chosen.alpha,
+            "Give the number of negatives to mimic (65536 for MoCo's queue), or None for as many as there are.",
+        )
     k = chosen.num_negatives
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(
@@ -25,7 +29,9 @@ def settings(chosen: Any) -> None:
         )
     one_of("sampling", chosen.sampling, SAMPLINGS)
     if not isinstance(chosen.normalize, bool):
-        raise TypeError(f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes embeddings as they are.")
+        raise TypeError(
+            f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes embeddings as they are."
+        )
     one_of("reduction", chosen.reduction, REDUCTIONS)
     one_of("backend", chosen.backend, BACKENDS)
 
@@ -78,9 +84,13 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
                 "Flatten feature maps with x.flatten(1); put views side by side with torch.cat."
             )
         if x.shape[1] == 0:
-            raise ValueError(f"{name}: expected at least one feature (D >= 1), got {tuple(x.shape)}. Check the projection head's output.")
+            raise ValueError(
+                f"{name}: expected at least one feature (D >= 1), got {tuple(x.shape)}. Check the projection head's output."
+            )
         if x.shape[0] == 0:
-            raise ValueError(f"{name}: expected at least one row (N >= 1), got {tuple(x.shape)}. Skip empty batches (drop_last=True in the loader).")
+            raise ValueError(
+                f"{name}: expected at least one row (N >= 1), got {tuple(x.shape)}. Skip empty batches (drop_last=True in the loader)."
+            )
     if positive_key.shape != query.shape:
         raise ValueError(
             f"positive_key: expected the shape of query, {tuple(query.shape)}, since row i is query i's positive, got {tuple(positive_key.shape)}. "
@@ -90,8 +100,16 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
     if negative_keys is not None:
         n, d = query.shape
         _tensor("negative_keys", negative_keys)
-        if negative_keys.dim() not in (2, 3) or negative_keys.shape[-1] != d or (negative_keys.dim() == 3 and len(negative_keys) != n):
-            hint = "MoCo keeps its queue as (D, K): pass queue.T." if negative_keys.dim() == 2 and len(negative_keys) == d else "Check the last dimension."
+        if (
+            negative_keys.dim() not in (2, 3)
+            or negative_keys.shape[-1] != d
+            or (negative_keys.dim() == 3 and len(negative_keys) != n)
+        ):
+            hint = (
+                "MoCo keeps its queue as (D, K): pass queue.T."
+                if negative_keys.dim() == 2 and len(negative_keys) == d
+                else "Check the last dimension."
+            )
             raise ValueError(
                 f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = {n}, "
                 f"got {tuple(negative_keys.shape)}. {hint}"
@@ -134,15 +152,25 @@ def queue(stored: Any, query: Tensor) -> None:
     _alike("negative_keys", contents, query, dtype=False, advice="Move the queue with queue.to(device).")
 
 
-def ids(query: Tensor, query_ids: Any, negative_ids: Any, *, source: str, shapes: tuple[tuple[int, ...], ...] = ()) -> None:
+def ids(
+    query: Tensor, query_ids: Any, negative_ids: Any, *, source: str, shapes: tuple[tuple[int, ...], ...] = ()
+) -> None:
     """``source`` is where the negatives come from: "batch", "tensor", "queue" or "queue without ids"."""
     n = len(query)
     if negative_ids is not None and source != "tensor":
-        way = "In a batch query_ids serve both sides" if source == "batch" else "A queue uses the ids it stored (store_ids=True)"
-        raise ValueError(f"negative_ids: expected None unless negative_keys is a tensor, got one. {way}: leave negative_ids out.")
+        way = (
+            "In a batch query_ids serve both sides"
+            if source == "batch"
+            else "A queue uses the ids it stored (store_ids=True)"
+        )
+        raise ValueError(
+            f"negative_ids: expected None unless negative_keys is a tensor, got one. {way}: leave negative_ids out."
+        )
     if query_ids is None:
         if negative_ids is not None:
-            raise ValueError("query_ids: expected integers of shape (N,) beside negative_ids, got None. Pass both, or neither.")
+            raise ValueError(
+                "query_ids: expected integers of shape (N,) beside negative_ids, got None. Pass both, or neither."
+            )
         return
     _ids("query_ids", query_ids, ((n,),), query)
     if source == "queue without ids":
@@ -152,7 +180,9 @@ def ids(query: Tensor, query_ids: Any, negative_ids: Any, *, source: str, shapes
         )
     if source == "tensor":
         if negative_ids is None:
-            raise ValueError("negative_ids: expected integers of shape (K,) or (N, K) beside query_ids, got None. Pass both, or neither.")
+            raise ValueError(
+                "negative_ids: expected integers of shape (K,) or (N, K) beside query_ids, got None. Pass both, or neither."
+            )
         _ids("negative_ids", negative_ids, shapes, query)
 
 
@@ -161,7 +191,9 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> Non
     for name, x in (("query", query), ("keys", keys)):
         _tensor(name, x)
     if query.dim() != 2 or 0 in query.shape:
-        raise ValueError(f"query: expected shape (N, D) with N, D >= 1, got {tuple(query.shape)}. Flatten feature maps with query.flatten(1).")
+        raise ValueError(
+            f"query: expected shape (N, D) with N, D >= 1, got {tuple(query.shape)}. Flatten feature maps with query.flatten(1)."
+        )
     n, d = query.shape
     if keys.dim() not in (2, 3) or keys.shape[-1] != d or keys.shape[-2] == 0 or (keys.dim() == 3 and len(keys) != n):
         raise ValueError(
@@ -178,7 +210,9 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> Non
 
 def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
     if step < 0 or total_steps < 1:
-        raise ValueError(f"step, total_steps: expected step >= 0 and total_steps >= 1, got {step!r} and {total_steps!r}. Count optimiser steps from 0.")
+        raise ValueError(
+            f"step, total_steps: expected step >= 0 and total_steps >= 1, got {step!r} and {total_steps!r}. Count optimiser steps from 0."
+        )
     for name, value in (("base", base), ("final", final)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a momentum between 0 and 1, got {value!r}. BYOL rises from 0.996 to 1.")
@@ -187,7 +221,9 @@ def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
 def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tensor) -> None:
     expected = " or ".join(map(str, shapes))
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected an integer tensor of shape {expected}, got {type(value).__name__}. Wrap it: torch.tensor({name}).")
+        raise TypeError(
+            f"{name}: expected an integer tensor of shape {expected}, got {type(value).__name__}. Wrap it: torch.tensor({name})."
+        )
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {value.dtype}. Use ids.long().")
     if tuple(value.shape) not in shapes:
@@ -208,4 +244,6 @@ def _alike(name: str, x: Tensor, query: Tensor, *, dtype: bool = True, advice: s
             f"{name}: expected the device of query, {query.device}, got {x.device}. {advice or f'Move it with {name}.to(query.device).'}"
         )
     if dtype and x.dtype != query.dtype:
-        raise ValueError(f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}. Use {name}.to(query.dtype).")
+        raise ValueError(
+            f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}. Use {name}.to(query.dtype)."
+        )

@@ -36,7 +36,9 @@ class LossMetrics(NamedTuple):
     positive_similarity: Tensor  #: s(q, k), between -1 and 1
     negative_similarity: Tensor  #: mean s(q, n) over each query's negatives
     effective_k: Tensor  #: K_i, the negatives that are left after exclusions
-    mi_estimate: Tensor  #: log(1 + alpha) - L in nats (EqCo, Theorem 1); a lower bound of the mutual information for alpha <= K
+    mi_estimate: (
+        Tensor  #: log(1 + alpha) - L in nats (EqCo, Theorem 1); a lower bound of the mutual information for alpha <= K
+    )
     gradient_norm_bound: Tensor  #: (2 / t)(1 - p_i), above the norm of dL_i/dq_i for unit q_i (EqCo, Theorem 2)
     mean_log_weight: Tensor  #: log of the dual-temperature weight; 0 for EqCo
 
@@ -156,7 +158,9 @@ def compute_metrics(
     negative_ids: Tensor | None = None,
 ) -> LossMetrics:
     """The reduced loss and what to log beside it."""
-    loss, stats = row_losses(settings, query, positive_key, negative_keys, query_ids, negative_ids, need_statistics=True)
+    loss, stats = row_losses(
+        settings, query, positive_key, negative_keys, query_ids, negative_ids, need_statistics=True
+    )
     alpha = stats[Stat.COUNT] if settings.alpha is None else settings.alpha
     t = settings.temperature.detach() if isinstance(settings.temperature, Tensor) else settings.temperature
     correct = (stats[Stat.RANK] == 0).to(stats.dtype) + 0 * stats[Stat.LSE]  # NaN where the row is
@@ -184,10 +188,12 @@ def row_losses(
     """Loss per row (N,) and the rows of ``Stat`` (detached)."""
     check.temperature(settings.temperature)
     check.embeddings(query, positive_key, None if isinstance(negative_keys, MomentumQueue) else negative_keys)
-    keys, normalize_keys, pairs = _select_negatives(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    keys, normalize_keys, pairs = _select_negatives(
+        settings, query, positive_key, negative_keys, query_ids, negative_ids
+    )
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
     grad = torch.is_grad_enabled()
-    loss, _, _, stats = ops.row_losses(
+    loss, *_, stats = ops.row_losses(
         query,
         positive_key,
         keys,
@@ -200,6 +206,9 @@ def row_losses(
         normalize_keys,
         grad and (query.requires_grad or (learned is not None and learned.requires_grad)),
         grad and positive_key.requires_grad,
+        # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
+        # finding that out would wait for the device.
+        grad and keys.requires_grad and settings.reduction != "none" and keys.device.type == "cpu",
         need_statistics,
     )
     return loss, stats
@@ -231,7 +240,11 @@ def _select_negatives(
     check.ids(query, query_ids, negative_ids, source="batch")
     k = n - 1 if settings.num_negatives is None else min(settings.num_negatives, n - 1)
     if settings.sampling == "random" and k < n - 1:
-        return positive_key, settings.normalize, Pairs(query_ids, query_ids, None, random_negatives(n, k, query.device), [])
+        return (
+            positive_key,
+            settings.normalize,
+            Pairs(query_ids, query_ids, None, random_negatives(n, k, query.device), []),
+        )
     return positive_key, settings.normalize, Pairs(query_ids, query_ids, None, None, [0, k, n])
 
 
@@ -248,7 +261,9 @@ def random_negatives(n: int, k: int, device: torch.device) -> Tensor:
             picked[:, step] = torch.where(taken, last, candidate)
     else:  # the k largest of others' random numbers, some rows at a time
         rows = max(1, 2**20 // others)
-        parts = [torch.rand((min(rows, n - start), others), device=device).topk(k, 1).indices for start in range(0, n, rows)]
+        parts = [
+            torch.rand((min(rows, n - start), others), device=device).topk(k, 1).indices for start in range(0, n, rows)
+        ]
         picked = torch.cat(parts)
     return picked + (picked >= torch.arange(n, device=device)[:, None])  # step over the row's own place
 
@@ -296,7 +311,7 @@ def negatives_logsumexp(
     learned = temperature if isinstance(temperature, Tensor) else None
     need_mean_key = torch.is_grad_enabled() and (query.requires_grad or (learned is not None and learned.requires_grad))
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    lse, _ = ops.negatives_logsumexp(query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key)
+    lse: Tensor = ops.negatives_logsumexp(query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key)[0]
     return lse
 
 

@@ -172,4 +172,6 @@ class DualTempInfoNCE(_Criterion):
         backend: str = "auto",
     ) -> None:
         check.inter_temperature(inter_temperature)
-        super().__init__(Settings(temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend))
+        super().__init__(
+            Settings(temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend)
+        )

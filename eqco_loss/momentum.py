@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module, momentum: float = 0.999, *, buffers: str = "none") -> None:
+def momentum_update(
+    query_encoder: nn.Module, key_encoder: nn.Module, momentum: float = 0.999, *, buffers: str = "none"
+) -> None:
     r"""Move the key encoder towards the query encoder, in place: ``key = momentum * key + (1 - momentum) * query``.
 
     Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is recorded, storages stay the same, and
@@ -35,7 +37,9 @@ def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module, momentum: 
         >>> momentum_update(query_encoder, key_encoder, momentum=0.999)
     """
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: expected a number between 0 (copy) and 1 (frozen), got {momentum!r}. MoCo uses 0.999.")
+        raise ValueError(
+            f"momentum: expected a number between 0 (copy) and 1 (frozen), got {momentum!r}. MoCo uses 0.999."
+        )
     if buffers not in ("none", "copy", "ema"):
         raise ValueError(f"buffers: expected 'none', 'copy' or 'ema', got {buffers!r}. MoCo leaves them alone: 'none'.")
     query_encoder, key_encoder = _unwrap(query_encoder), _unwrap(key_encoder)
@@ -43,7 +47,11 @@ def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module, momentum: 
     if buffers != "none":
         query, key = _pair(dict(query_encoder.named_buffers()), dict(key_encoder.named_buffers()), "buffer")
         averaged = [buffers == "ema" and x.is_floating_point() for x in key]
-        _lerp([q for q, yes in zip(query, averaged, strict=True) if yes], [k for k, yes in zip(key, averaged, strict=True) if yes], momentum)
+        _lerp(
+            [q for q, yes in zip(query, averaged, strict=True) if yes],
+            [k for k, yes in zip(key, averaged, strict=True) if yes],
+            momentum,
+        )
         for q, k, yes in zip(query, key, averaged, strict=True):
             if not yes:
                 k.copy_(q)
@@ -68,12 +76,18 @@ def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> tuple[
         )
     for name, q in query.items():
         if q.shape != key[name].shape:
-            raise ValueError(f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. {advice}")
+            raise ValueError(
+                f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. {advice}"
+            )
     return list(query.values()), [key[name] for name in query]
 
 
 def _some(names: list[str]) -> str:
-    return "none" if not names else ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        "none"
+        if not names
+        else ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    )
 
 
 def _lerp(query: list[Tensor], key: list[Tensor], momentum: float) -> None:

@@ -59,10 +59,14 @@ class MomentumQueue(nn.Module):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}. MoCo uses MomentumQueue(65536, 128).")
+                raise ValueError(
+                    f"{name}: expected an integer >= 1, got {value!r}. MoCo uses MomentumQueue(65536, 128)."
+                )
         dtype = torch.float32 if dtype is None else dtype
         if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}. float32 is exact, bfloat16 halves the memory.")
+            raise TypeError(
+                f"dtype: expected a floating-point dtype, got {dtype}. float32 is exact, bfloat16 halves the memory."
+            )
         self.register_buffer("contents", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
@@ -117,16 +121,26 @@ class MomentumQueue(nn.Module):
     def _check(self, keys: Tensor, ids: Tensor | None) -> None:
         size, dim = self.contents.shape
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
-            raise TypeError(f"keys: expected a floating-point tensor (N, {dim}), got {getattr(keys, 'dtype', type(keys).__name__)}.")
+            raise TypeError(
+                f"keys: expected a floating-point tensor (N, {dim}), got {getattr(keys, 'dtype', type(keys).__name__)}."
+            )
         if keys.dim() != 2 or keys.shape[1] != dim:
-            raise ValueError(f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with dim={keys.shape[-1] if keys.dim() else 1}.")
+            raise ValueError(
+                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with dim={keys.shape[-1] if keys.dim() else 1}."
+            )
         if keys.device != self.contents.device:
-            raise ValueError(f"keys: expected the queue's device, {self.contents.device}, got {keys.device}. Move the queue with queue.to(device).")
+            raise ValueError(
+                f"keys: expected the queue's device, {self.contents.device}, got {keys.device}. Move the queue with queue.to(device)."
+            )
         if (ids is None) != (self.slot_ids is None):
             expected = "ids (N,), since the queue stores them" if ids is None else "None, since the queue stores no ids"
-            raise ValueError(f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. store_ids in the constructor decides.")
+            raise ValueError(
+                f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. store_ids in the constructor decides."
+            )
         if ids is not None:
             if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-                raise TypeError(f"ids: expected an integer tensor ({len(keys)},), got {getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long().")
+                raise TypeError(
+                    f"ids: expected an integer tensor ({len(keys)},), got {getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."
+                )
             if ids.shape != keys.shape[:1]:
                 raise ValueError(f"ids: expected shape ({len(keys)},), one for each key, got {tuple(ids.shape)}.")

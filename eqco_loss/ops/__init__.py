@@ -1,30 +1,32 @@
 """The two operators: schema, dispatch and autograd. Backends are plain functions of tensors beside this file.
 
-Both take the same description of which (query i, key j) pairs count as negatives, flattened for the dispatcher:
+Both take the same description of which (query i, key j) pairs are negatives, flattened for the dispatcher:
 
 - ``query_ids (N,)`` with ``key_ids (K,) or (N, K)``: a pair of equal ids is left out;
 - ``valid_count ()``: keys at and beyond it do not exist (a queue that is still filling);
-- ``index (N, C)``: row i has the keys ``index[i]`` and no others;
-- ``band [offset, width, modulus]``: row i sits at ``a = (offset + i) % modulus`` and has the keys whose place ``j % modulus`` is one of the next
-  ``width`` after ``a``, cyclic. ``width = modulus - 1`` leaves out the row's own place only.
+- ``picked (N, C)``: row i has the keys ``picked[i]`` and no others;
+- ``band [offset, width, modulus]``: row i sits at ``a = (offset + i) % modulus`` and has the keys whose place
+  ``j % modulus`` is one of the next ``width`` after ``a``, cyclic. ``width = modulus - 1`` leaves out the row's own place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
-from .torch_backend import Pairs, Stat
+from .tiles import Pairs
+from .torch_backend import Stat, compute_dtype
 
 __all__ = ["Pairs", "Stat", "negatives_logsumexp", "row_losses"]
 
-_PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? index, SymInt[] band"
+_PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picked, SymInt[] band"
 
 
-# ---------------------------------------------------------------------------------------------------------------- row losses
+# --------------------------------------------------------------------------------------------------------- row losses
 
 
 @torch.library.custom_op(
@@ -32,7 +34,8 @@ _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? index
     mutates_args=(),
     schema=f"(Tensor query, Tensor positive, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, "
     "float? inter_temperature, float? alpha, bool normalize, bool normalize_keys, bool need_query_gradient, "
-    "bool need_positive_gradient, bool need_statistics) -> (Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor stats)",
+    "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics) -> "
+    "(Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor keys_gradient, Tensor stats)",
 )
 def row_losses(
     query: Tensor,  # (N, D)
@@ -42,7 +45,7 @@ def row_losses(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     valid_count: Tensor | None,
-    index: Tensor | None,
+    picked: Tensor | None,
     band: list[int],
     temperature: float,
     inter_temperature: float | None,
@@ -51,14 +54,19 @@ def row_losses(
     normalize_keys: bool,
     need_query_gradient: bool,
     need_positive_gradient: bool,
+    need_keys_gradient: bool,
     need_statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss per row (N,), its gradients with respect to the raw query and positive (N, D), and ``Stat`` rows (len(Stat), N)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss per row (N,) with its gradients for the raw query (N, D) and positive (N, D), and ``stats`` (len(Stat), N).
+
+    ``keys_gradient`` has the keys' shape and is that of the sum over rows: backward scales it where all rows weigh the
+    same, as after a mean or a sum. What is not needed comes back empty.
+    """
     return torch_backend.row_losses(
         query,
         positive,
         keys,
-        Pairs(query_ids, key_ids, valid_count, index, band),
+        Pairs(query_ids, key_ids, valid_count, picked, band),
         temperature if learned_temperature is None else learned_temperature,
         inter_temperature,
         alpha,
@@ -66,66 +74,67 @@ def row_losses(
         normalize_keys,
         need_query_gradient,
         need_positive_gradient,
+        need_keys_gradient,
         need_statistics,
     )
 
 
 @row_losses.register_fake
-def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_query_gradient, need_positive_gradient = rest[-3:-1]
-    n, d = query.shape
-    dtype = torch_backend.compute_dtype(query)
+def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_query, need_positive, need_keys, _ = rest[-4:]
+    (n, _), dtype = query.shape, compute_dtype(query)
     return (
         query.new_empty((n,), dtype=dtype),
-        query.new_empty((n, d) if need_query_gradient else (0,), dtype=dtype),
-        query.new_empty((n, d) if need_positive_gradient else (0,), dtype=dtype),
+        query.new_empty(query.shape if need_query else (0,), dtype=dtype),
+        query.new_empty(query.shape if need_positive else (0,), dtype=dtype),
+        query.new_empty(keys.shape if need_keys else (0,), dtype=dtype),
         query.new_empty((len(Stat), n), dtype=dtype),
     )
 
 
 def _row_losses_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, query_gradient, positive_gradient, stats = output
-    ctx.mark_non_differentiable(query_gradient, positive_gradient, stats)
-    ctx.save_for_backward(query_gradient, positive_gradient, stats)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
     _keep_inputs(ctx, inputs, keys=inputs[2])
 
 
 def _row_losses_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs = ctx.inputs
-    query, positive, keys, learned_temperature = inputs[:4]
-    pairs, rest = Pairs(*inputs[4:8], inputs[8]), inputs[9:]
-    if torch.is_grad_enabled():  # create_graph: differentiate the plain formula again
-        _check_unchanged(ctx, keys)
-        return _dense_gradients(ctx, grad, lambda q, p, k, t: torch_backend.dense_row_losses(q, p, k, pairs, rest[0] if t is None else t, *rest[1:5]), 4)
-    query_gradient, positive_gradient, stats = ctx.saved_tensors
+    query, positive, keys, learned, *pairs = ctx.inputs[:9]
+    temperature, *settings = ctx.inputs[9:14]
+
+    def formula(q: Tensor, p: Tensor, k: Tensor, t: Tensor | None) -> Tensor:
+        return torch_backend.dense_row_losses(q, p, k, Pairs(*pairs), temperature if t is None else t, *settings)
+
+    if torch.is_grad_enabled():  # create_graph
+        return _dense_gradients(ctx, grad, formula, 4, keys)
+    query_gradient, positive_gradient, unit_keys_gradient, stats = ctx.saved_tensors
     need_query, need_positive, need_keys, need_temperature = ctx.needs_input_grad[:4]
-    out: list[Tensor | None] = [None] * len(inputs)
+    out: list[Tensor | None] = [None] * len(ctx.inputs)
     if need_query:
         out[0] = (query_gradient * grad[:, None]).to(query.dtype)
     if need_positive:
         out[1] = (positive_gradient * grad[:, None]).to(positive.dtype)
     if need_keys:
         _check_unchanged(ctx, keys)
-        temperature, _, _, normalize, normalize_keys = rest[:5]
-        out[2] = keys_gradient(
-            query, keys, grad * stats[Stat.WEIGHT], stats[Stat.LSE], learned_temperature, *inputs[4:9], temperature, normalize, normalize_keys
-        )
+        unit = unit_keys_gradient if unit_keys_gradient.dim() == keys.dim() else None
+        weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
+        out[2] = keys_gradient(query, keys, grad, weight, lse, unit, learned, *pairs, temperature, *settings[-2:])
     if need_temperature:
-        out[3] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned_temperature.dtype)
+        out[3] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
     return tuple(out)
 
 
 row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_context)
 
 
-# --------------------------------------------------------------------------------------------------------- negatives_logsumexp
+# ------------------------------------------------------------------------------------------------ negatives_logsumexp
 
 
 @torch.library.custom_op(
     "eqco_loss::negatives_logsumexp",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, bool need_query_gradient)"
-    " -> (Tensor lse, Tensor mean_key)",
+    schema=f"(Tensor query, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, "
+    "bool need_query_gradient) -> (Tensor lse, Tensor mean_key)",
 )
 def negatives_logsumexp(
     query: Tensor,  # (N, D)
@@ -134,93 +143,90 @@ def negatives_logsumexp(
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     valid_count: Tensor | None,
-    index: Tensor | None,
+    picked: Tensor | None,
     band: list[int],
     temperature: float,
     need_query_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """log sum_j exp(q_i . n_j / t) per row (N,), and the softmax-weighted mean of the keys (N, D), which is t times its gradient."""
-    return torch_backend.negatives_logsumexp(
-        query,
-        keys,
-        Pairs(query_ids, key_ids, valid_count, index, band),
-        temperature if learned_temperature is None else learned_temperature,
-        need_query_gradient,
-    )
+    """log sum_j exp(q_i . n_j / t) per row (N,), and the softmax-weighted mean of the keys (N, D): t times its gradient."""
+    t = temperature if learned_temperature is None else learned_temperature
+    pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
+    return torch_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient)
 
 
 @negatives_logsumexp.register_fake
 def _(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    n, d = query.shape
-    dtype = torch_backend.compute_dtype(query)
-    return query.new_empty((n,), dtype=dtype), query.new_empty((n, d) if rest[-1] else (0,), dtype=dtype)
+    dtype = compute_dtype(query)
+    mean_key = query.new_empty(query.shape if rest[-1] else (0,), dtype=dtype)
+    return query.new_empty((query.shape[0],), dtype=dtype), mean_key
 
 
 def _logsumexp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    lse, mean_key = output
-    ctx.mark_non_differentiable(mean_key)
-    ctx.save_for_backward(lse, mean_key)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output)
     _keep_inputs(ctx, inputs, keys=inputs[1])
 
 
 def _logsumexp_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs = ctx.inputs
-    query, keys, learned_temperature = inputs[:3]
-    pairs, temperature = Pairs(*inputs[3:7], inputs[7]), inputs[8]
-    if torch.is_grad_enabled():
-        _check_unchanged(ctx, keys)
-        return _dense_gradients(ctx, grad, lambda q, k, t: torch_backend.dense_logsumexp(q, k, pairs, temperature if t is None else t), 3)
+    query, keys, learned, *pairs = ctx.inputs[:8]
+    temperature = ctx.inputs[8]
+
+    def formula(q: Tensor, k: Tensor, t: Tensor | None) -> Tensor:
+        return torch_backend.dense_logsumexp(q, k, Pairs(*pairs), temperature if t is None else t)
+
+    if torch.is_grad_enabled():  # create_graph
+        return _dense_gradients(ctx, grad, formula, 3, keys)
     lse, mean_key = ctx.saved_tensors
-    t = temperature if learned_temperature is None else learned_temperature
+    t = temperature if learned is None else learned
     need_query, need_keys, need_temperature = ctx.needs_input_grad[:3]
-    out: list[Tensor | None] = [None] * len(inputs)
+    out: list[Tensor | None] = [None] * len(ctx.inputs)
     if need_query:
         out[0] = (mean_key * (grad / t)[:, None]).to(query.dtype)
     if need_keys:
         _check_unchanged(ctx, keys)
-        out[1] = keys_gradient(query, keys, grad, lse, learned_temperature, *inputs[3:8], temperature, False, False)
+        one = torch.ones_like(lse)
+        out[1] = keys_gradient(query, keys, grad, one, lse, None, learned, *pairs, temperature, False, False)
     if need_temperature:
-        out[2] = (-(grad * (query * mean_key).sum(1)).sum() / t**2).to(learned_temperature.dtype)
+        out[2] = (-(grad * (query * mean_key).sum(1)).sum() / t**2).to(learned.dtype)
     return tuple(out)
 
 
 negatives_logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsumexp_context)
 
 
-# ---------------------------------------------------------------------------------------------------------------- both backwards
+# ----------------------------------------------------------------------------------------------------- both backwards
 
 
 @torch.library.custom_op(
     "eqco_loss::keys_gradient",
     mutates_args=(),
-    schema="(Tensor query, Tensor keys, Tensor row_weight, Tensor lse, Tensor? learned_temperature, "
-    f"{_PAIRS}, float temperature, bool normalize, bool normalize_keys) -> Tensor",
+    schema="(Tensor query, Tensor keys, Tensor grad, Tensor weight, Tensor lse, Tensor? unit, "
+    f"Tensor? learned_temperature, {_PAIRS}, float temperature, bool normalize, bool normalize_keys) -> Tensor",
 )
 def keys_gradient(
     query: Tensor,
     keys: Tensor,
-    row_weight: Tensor,  # (N,): what arrives at each row's log-sum-exp
+    grad: Tensor,  # (N,)
+    weight: Tensor,  # (N,)
     lse: Tensor,  # (N,)
+    unit: Tensor | None,  # what it is for grad = 1, where the forward pass knows
     learned_temperature: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     valid_count: Tensor | None,
-    index: Tensor | None,
+    picked: Tensor | None,
     band: list[int],
     temperature: float,
     normalize: bool,
     normalize_keys: bool,
 ) -> Tensor:
-    """Gradient of sum_i row_weight_i lse_i with respect to the raw keys, in one more pass; same shape and dtype as ``keys``."""
-    return torch_backend.keys_gradient(
-        query,
-        keys,
-        row_weight,
-        lse,
-        Pairs(query_ids, key_ids, valid_count, index, band),
-        temperature if learned_temperature is None else learned_temperature,
-        normalize,
-        normalize_keys,
+    """Gradient of sum_i grad_i weight_i lse_i with respect to the raw keys, in their shape and dtype."""
+    if unit is not None and bool((grad == grad[0]).all()):
+        return (unit * grad[0]).to(keys.dtype)
+    t = temperature if learned_temperature is None else learned_temperature
+    pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
+    return torch_backend.logsumexp_keys_gradient(
+        query, keys, grad * weight, lse, pairs, t, normalize, normalize_keys, keys.dtype
     )
 
 
@@ -230,27 +236,30 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], keys: Tensor) -> None:
-    # Not save_for_backward: its version check would reject a queue that was enqueued to before backward, though a queue's keys are not needed there.
+    # Not save_for_backward: its version check would reject a queue that was enqueued to before backward, though a
+    # queue's keys are not needed there.
     ctx.inputs = inputs
     ctx.keys_version = None if keys.is_inference() else keys._version
-    ctx.set_materialize_grads(True)
 
 
 def _check_unchanged(ctx: Any, keys: Tensor) -> None:
     if ctx.keys_version is not None and keys._version != ctx.keys_version:
         raise RuntimeError(
-            "negative_keys was changed in place between the loss and backward(), and this backward needs its values "
-            "(keys that require a gradient, or create_graph=True): call backward() before changing it, or pass a clone."
+            "negative_keys: expected to be unchanged between the loss and backward(), which needs its values (keys that "
+            "require a gradient, or create_graph=True), got changed in place. Call backward() first, or pass a clone."
         )
 
 
-def _dense_gradients(ctx: Any, grad: Tensor, formula: Any, tensors: int) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of the first ``tensors`` inputs through the plain N x K formula: right to any order, at eager's cost in memory."""
+def _dense_gradients(
+    ctx: Any, grad: Tensor, formula: Callable[..., Tensor], tensors: int, keys: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the first ``tensors`` inputs that can be differentiated again, at eager's cost in memory."""
+    _check_unchanged(ctx, keys)
     with torch.enable_grad():
         # Views, because one tensor may serve as positive and as keys, and each needs its own gradient.
         views = [None if x is None else x.view_as(x) for x in ctx.inputs[:tensors]]
-        wanted = [i for i in range(tensors) if ctx.needs_input_grad[i]]
-        gradients = torch.autograd.grad(formula(*views), [views[i] for i in wanted], grad, create_graph=True, allow_unused=True)
+        wanted = {i: x for i, x in enumerate(views) if x is not None and ctx.needs_input_grad[i]}
+        gradients = torch.autograd.grad(formula(*views), list(wanted.values()), grad, create_graph=True)
     out: list[Tensor | None] = [None] * len(ctx.inputs)
     for i, gradient in zip(wanted, gradients, strict=True):
         out[i] = gradient

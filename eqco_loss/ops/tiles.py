@@ -1,0 +1,208 @@
+"""Which negatives each query has, and the blocks of rows and tiles of keys in which the torch backend visits them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
+
+
+class Pairs(NamedTuple):
+    """Which (query i, key j) pairs are negatives; see ``eqco_loss.ops``."""
+
+    query_ids: Tensor | None = None  # (N,)
+    key_ids: Tensor | None = None  # (K,) or (N, K)
+    valid_count: Tensor | None = None  # ()
+    picked: Tensor | None = None  # (N, C)
+    band: Sequence[int] = ()  # offset, width, modulus
+
+
+class Scratch:
+    """One buffer for every tile of a pass: fresh memory for each costs more in page faults than the arithmetic."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.buffer = like, like.new_empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        if self.buffer.numel() < math.prod(shape):
+            self.buffer = self.like.new_empty(math.prod(shape))
+        return self.buffer[: math.prod(shape)].view(shape)
+
+
+class Tile(NamedTuple):
+    """A block of R rows against C keys."""
+
+    keys: Tensor  # (C, D) or (R, C, D), ready to multiply
+    place: Any  # where keys stand in the whole: an index into its first dimension, or (rows, columns) of a set per row
+    drop: Tensor | None = None  # (R, C) bool: True where a pair is left out
+    diagonals: tuple[int, ...] = ()  # diagonals of (R, C) to leave out besides; only without drop
+
+    def logits(self, rows: Tensor, scratch: Scratch) -> Tensor:
+        """rows (R, D) @ keys.T, -inf where left out; in ``scratch``."""
+        if self.keys.dim() == 3:
+            r, c, _ = self.keys.shape
+            x = scratch(r, c)
+            torch.bmm(self.keys, rows[:, :, None], out=x[:, :, None])
+        else:
+            x = torch.mm(rows, self.keys.T, out=scratch(len(rows), len(self.keys)))
+        for diagonal in self.diagonals:
+            x.diagonal(diagonal).fill_(-math.inf)
+        return x if self.drop is None else x.masked_fill_(self.drop, -math.inf)
+
+    def negatives(self, rows: int) -> Tensor:
+        """How many of its keys each of its rows has, (R,)."""
+        if self.drop is not None:
+            return (~self.drop).sum(1)
+        c = self.keys.shape[-2]
+        count = torch.full((rows,), c, dtype=torch.int64, device=self.keys.device)
+        for diagonal in self.diagonals:
+            count[max(0, -diagonal) : c - diagonal] -= 1
+        return count
+
+    def add_weighted(self, out: Tensor, weight: Tensor) -> None:
+        """out (R, D) += weight (R, C) @ keys"""
+        if self.keys.dim() == 3:
+            out += torch.bmm(weight[:, None, :], self.keys)[:, 0]
+        else:
+            out.addmm_(weight, self.keys)
+
+    def add_transposed(self, out: Tensor, weight: Tensor, rows: Tensor) -> None:
+        """out[place] += weight.T (C, R) @ rows (R, D)"""
+        if self.keys.dim() == 2 and isinstance(self.place, slice):
+            out[self.place].addmm_(weight.T, rows)
+        elif self.keys.dim() == 2:
+            out.index_add_(0, self.place, weight.T @ rows)
+        elif isinstance(self.place, Tensor):
+            out.index_add_(0, self.place.flatten(), (weight[:, :, None] * rows[:, None, :]).flatten(0, 1))
+        else:
+            out[self.place] += weight[:, :, None] * rows[:, None, :]
+
+
+class Block(NamedTuple):
+    """Some rows and the tiles that together hold their negatives."""
+
+    rows: slice
+    tiles: Iterator[Tile]
+    single: bool  # whether that is one tile; the same for every block of a pass
+
+
+def blocks(
+    queries: Tensor,  # (N, D), already scaled
+    keys: Tensor,  # (K, D) or (N, K, D), raw
+    pairs: Pairs,
+    ready: Callable[[Tensor], Tensor],  # raw keys to what is multiplied
+    row_hint: int = 256,  # rows that a tile should have at the least; fewer let more keys fit in one tile
+) -> Iterator[Block]:
+    """All rows once, each with all its negatives."""
+    n, d = queries.shape
+    cpu = keys.device.type == "cpu"
+    if keys.dim() == 3:  # every row its own keys
+        step, width = _split(n, keys.shape[1], TILE_ELEMENTS // d, 1)
+        for rows in _slices(n, step):
+            tiles = (
+                Tile(ready(keys[rows, columns]), (rows, columns), _drop_by_id(pairs, rows, columns))
+                for columns in _slices(keys.shape[1], width)
+            )
+            yield Block(rows, tiles, width >= keys.shape[1])
+    elif pairs.picked is not None and cpu and pairs.picked.shape[1] * 8 < len(keys):  # few of many: fetch them
+        c = pairs.picked.shape[1]
+        step, width = _split(n, c, TILE_ELEMENTS // d, 1)
+        for rows in _slices(n, step):
+            places = (pairs.picked[rows, columns] for columns in _slices(c, width))
+            yield Block(rows, (Tile(ready(keys[j]), j, _drop_by_id(pairs, rows, j)) for j in places), width >= c)
+    elif pairs.band and cpu and pairs.band[1] + _band_step(pairs) < pairs.band[2]:  # a narrow band: only its columns
+        yield from _band_blocks(n, keys, pairs, ready)
+    else:
+        yield from _shared_blocks(n, keys, pairs, ready, row_hint)
+
+
+def _shared_blocks(
+    n: int, keys: Tensor, pairs: Pairs, ready: Callable[[Tensor], Tensor], row_hint: int
+) -> Iterator[Block]:
+    k = len(keys)
+    if pairs.valid_count is not None and keys.device.type == "cpu":
+        k = min(k, int(pairs.valid_count))
+        pairs = pairs._replace(valid_count=None)
+    step, width = _split(n, k, TILE_ELEMENTS, row_hint)
+    whole = ready(keys) if width >= k else None  # every block of rows meets the same tile: prepare it once
+    for rows in _slices(n, step):
+        tiles = (
+            _shared_tile(ready(keys[columns]) if whole is None else whole[columns], pairs, rows, columns)
+            for columns in _slices(k, width)
+        )
+        yield Block(rows, tiles, width >= k)
+
+
+def _shared_tile(keys: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
+    """A tile of keys that all rows share, with everything left out that ``pairs`` names."""
+    r, c = rows.stop - rows.start, len(keys)
+    drop = _drop_by_id(pairs, rows, columns)
+    if pairs.picked is not None:
+        local = pairs.picked[rows] - columns.start
+        absent = torch.ones((r, c + 1), dtype=torch.bool, device=keys.device)  # the last column takes what is outside
+        absent.scatter_(1, torch.where((local >= 0) & (local < c), local, c), False)
+        drop = _either(drop, absent[:, :c])
+    if pairs.valid_count is not None:
+        place = torch.arange(columns.start, columns.stop, device=keys.device)
+        drop = _either(drop, (place >= pairs.valid_count).expand(r, c))
+    if not pairs.band:
+        return Tile(keys, columns, drop)
+    offset, width, modulus = pairs.band
+    if width < modulus - 1:
+        place = torch.arange(columns.start, columns.stop, device=keys.device, dtype=torch.int32)
+        row = torch.arange(rows.start, rows.stop, device=keys.device, dtype=torch.int32)[:, None]
+        return Tile(keys, columns, _either(drop, (place - row - (offset + 1)) % modulus >= width))
+    # Only the row's own place is left out, once in every modulus columns: diagonals.
+    first = (rows.start + offset - columns.start + r) % modulus - r
+    diagonals = tuple(x for x in range(first, c, modulus) if x > -r)
+    if drop is None:
+        return Tile(keys, columns, None, diagonals)
+    for diagonal in diagonals:
+        drop.diagonal(diagonal).fill_(True)
+    return Tile(keys, columns, drop)
+
+
+def _band_blocks(n: int, keys: Tensor, pairs: Pairs, ready: Callable[[Tensor], Tensor]) -> Iterator[Block]:
+    offset, width, modulus = pairs.band
+    views = len(keys) // modulus
+    step = max(1, min(_band_step(pairs), TILE_ELEMENTS // (views * (_band_step(pairs) + width))))
+    view_start = torch.arange(views, device=keys.device)[:, None] * modulus
+    for rows in _slices(n, step):
+        r = rows.stop - rows.start
+        span = r + width - 1
+        local = torch.arange(span, device=keys.device)
+        place = (view_start + (rows.start + offset + 1 + local) % modulus).flatten()  # (views * span,)
+        outside = ~torch.ones((r, span), dtype=torch.bool, device=keys.device).triu().tril(width - 1)
+        drop = _either(_drop_by_id(pairs, rows, place), outside.repeat(1, views))
+        yield Block(rows, iter([Tile(ready(keys[place]), place, drop)]), True)
+
+
+def _band_step(pairs: Pairs) -> int:
+    """Rows per tile of a band: each tile computes rows - 1 columns more than a row needs."""
+    return max(128, pairs.band[1] // 2)
+
+
+def _drop_by_id(pairs: Pairs, rows: slice, columns: Any) -> Tensor | None:
+    if pairs.query_ids is None or pairs.key_ids is None:
+        return None
+    key_ids = pairs.key_ids[columns] if pairs.key_ids.dim() == 1 else pairs.key_ids[rows, columns]
+    return pairs.query_ids[rows, None] == key_ids
+
+
+def _either(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a | b
+
+
+def _split(n: int, k: int, elements: int, row_hint: int) -> tuple[int, int]:
+    """Block sizes (rows, columns) of at most ``elements``: all the keys where they fit beside ``row_hint`` rows."""
+    columns = max(1, min(k, elements // min(n, row_hint)))
+    return max(1, min(n, elements // columns)), columns
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
