@@ -25,12 +25,14 @@ def settings(chosen: Any) -> None:
     k = chosen.num_negatives
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(
-            f"num_negatives: expected an integer >= 1 or None, got {k!r}. None takes every other key of the batch; 16 is the SiMo paper's choice."
+            f"num_negatives: expected an integer >= 1 or None, got {k!r}. None takes every other key of the batch; 16 "
+            f"is the SiMo paper's choice."
         )
     one_of("sampling", chosen.sampling, SAMPLINGS)
     if not isinstance(chosen.normalize, bool):
         raise TypeError(
-            f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes embeddings as they are."
+            f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes "
+            f"embeddings as they are."
         )
     one_of("reduction", chosen.reduction, REDUCTIONS)
     one_of("backend", chosen.backend, BACKENDS)
@@ -39,7 +41,8 @@ def settings(chosen: Any) -> None:
 def inter_temperature(value: Any) -> None:
     if isinstance(value, Tensor):
         raise TypeError(
-            "inter_temperature: expected a number > 0, got a tensor. The dual-temperature weight is detached, so no gradient reaches it: "
+            "inter_temperature: expected a number > 0, got a tensor. The dual-temperature weight is detached, so no "
+            "gradient reaches it: "
             "pass float(inter_temperature)."
         )
     positive_number("inter_temperature", value, "The paper uses 1.0.")
@@ -64,13 +67,15 @@ def temperature(value: Any) -> None:
         return
     if value.dim() != 0 or not value.is_floating_point():
         raise ValueError(
-            f"temperature: expected a number or a 0-dim floating-point tensor, got shape {tuple(value.shape)}, {value.dtype}. "
+            f"temperature: expected a number or a 0-dim floating-point tensor, got shape {tuple(value.shape)}, "
+            f"{value.dtype}. "
             "Use temperature.squeeze(), or one loss per temperature."
         )
     # A device's value would have to be waited for, and a traced one does not exist yet.
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not float(value) > 0:
         raise ValueError(
-            f"temperature: expected a value > 0, got a tensor of {float(value)!r}. {advice} A learned temperature stays positive as log_scale.exp()."
+            f"temperature: expected a value > 0, got a tensor of {float(value)!r}. {advice} A learned temperature "
+            f"stays positive as log_scale.exp()."
         )
 
 
@@ -85,15 +90,18 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
             )
         if x.shape[1] == 0:
             raise ValueError(
-                f"{name}: expected at least one feature (D >= 1), got {tuple(x.shape)}. Check the projection head's output."
+                f"{name}: expected at least one feature (D >= 1), got {tuple(x.shape)}. Check the projection head's "
+                f"output."
             )
         if x.shape[0] == 0:
             raise ValueError(
-                f"{name}: expected at least one row (N >= 1), got {tuple(x.shape)}. Skip empty batches (drop_last=True in the loader)."
+                f"{name}: expected at least one row (N >= 1), got {tuple(x.shape)}. Skip empty batches "
+                f"(drop_last=True in the loader)."
             )
     if positive_key.shape != query.shape:
         raise ValueError(
-            f"positive_key: expected the shape of query, {tuple(query.shape)}, since row i is query i's positive, got {tuple(positive_key.shape)}. "
+            f"positive_key: expected the shape of query, {tuple(query.shape)}, since row i is query i's positive, got "
+            f"{tuple(positive_key.shape)}. "
             "Encode both views of the same images with heads of the same width."
         )
     _alike("positive_key", positive_key, query)
@@ -111,12 +119,14 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
                 else "Check the last dimension."
             )
             raise ValueError(
-                f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = {n}, "
+                f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = "
+                f"{n}, "
                 f"got {tuple(negative_keys.shape)}. {hint}"
             )
         if negative_keys.shape[-2] == 0:
             raise ValueError(
-                f"negative_keys: expected at least one key (K >= 1), got {tuple(negative_keys.shape)}. Leave it out to use the batch's other keys."
+                f"negative_keys: expected at least one key (K >= 1), got {tuple(negative_keys.shape)}. Leave it out "
+                f"to use the batch's other keys."
             )
         _alike("negative_keys", negative_keys, query, dtype=False)
 
@@ -124,7 +134,8 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
 def in_batch(query: Tensor) -> None:
     if len(query) == 1:
         raise ValueError(
-            f"query: expected at least 2 rows when the negatives are the batch's other keys, got {tuple(query.shape)}, which leaves none. "
+            f"query: expected at least 2 rows when the negatives are the batch's other keys, got "
+            f"{tuple(query.shape)}, which leaves none. "
             "Use a larger batch (drop_last=True in the loader), or pass negative_keys."
         )
 
@@ -132,7 +143,8 @@ def in_batch(query: Tensor) -> None:
 def num_negatives_with_keys(num_negatives: int | None) -> None:
     if num_negatives is not None:
         raise ValueError(
-            f"num_negatives: expected None when negative_keys is given, got {num_negatives}. It chooses among the batch's own keys: "
+            f"num_negatives: expected None when negative_keys is given, got {num_negatives}. It chooses among the "
+            f"batch's own keys: "
             "leave negative_keys out, or pass only the keys you want (negative_keys[:K])."
         )
 
@@ -140,13 +152,15 @@ def num_negatives_with_keys(num_negatives: int | None) -> None:
 def queue(stored: Any, query: Tensor) -> None:
     if not stored.primed:
         raise ValueError(
-            "negative_keys: expected a MomentumQueue that holds keys, got an empty one. Prime it with a first batch's keys before the loop: "
+            "negative_keys: expected a MomentumQueue that holds keys, got an empty one. Prime it with a first batch's "
+            "keys before the loop: "
             "queue.enqueue(key_encoder(images))."
         )
     contents = stored.contents
     if contents.shape[1] != query.shape[1]:
         raise ValueError(
-            f"negative_keys: expected a MomentumQueue of dim {query.shape[1]}, the width of query {tuple(query.shape)}, got dim {contents.shape[1]}. "
+            f"negative_keys: expected a MomentumQueue of dim {query.shape[1]}, the width of query "
+            f"{tuple(query.shape)}, got dim {contents.shape[1]}. "
             f"Construct it as MomentumQueue({contents.shape[0]}, {query.shape[1]})."
         )
     _alike("negative_keys", contents, query, dtype=False, advice="Move the queue with queue.to(device).")
@@ -181,7 +195,8 @@ def ids(
     if source == "tensor":
         if negative_ids is None:
             raise ValueError(
-                "negative_ids: expected integers of shape (K,) or (N, K) beside query_ids, got None. Pass both, or neither."
+                "negative_ids: expected integers of shape (K,) or (N, K) beside query_ids, got None. Pass both, or "
+                "neither."
             )
         _ids("negative_ids", negative_ids, shapes, query)
 
@@ -192,12 +207,14 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> Non
         _tensor(name, x)
     if query.dim() != 2 or 0 in query.shape:
         raise ValueError(
-            f"query: expected shape (N, D) with N, D >= 1, got {tuple(query.shape)}. Flatten feature maps with query.flatten(1)."
+            f"query: expected shape (N, D) with N, D >= 1, got {tuple(query.shape)}. Flatten feature maps with "
+            f"query.flatten(1)."
         )
     n, d = query.shape
     if keys.dim() not in (2, 3) or keys.shape[-1] != d or keys.shape[-2] == 0 or (keys.dim() == 3 and len(keys) != n):
         raise ValueError(
-            f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. MoCo keeps its queue as (D, K): pass queue.T."
+            f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. MoCo "
+            f"keeps its queue as (D, K): pass queue.T."
         )
     _alike("keys", keys, query, dtype=False)
     if (query_ids is None) != (key_ids is None):
@@ -211,7 +228,8 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> Non
 def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
     if step < 0 or total_steps < 1:
         raise ValueError(
-            f"step, total_steps: expected step >= 0 and total_steps >= 1, got {step!r} and {total_steps!r}. Count optimiser steps from 0."
+            f"step, total_steps: expected step >= 0 and total_steps >= 1, got {step!r} and {total_steps!r}. Count "
+            f"optimiser steps from 0."
         )
     for name, value in (("base", base), ("final", final)):
         if not 0 <= value <= 1:
@@ -222,7 +240,8 @@ def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tens
     expected = " or ".join(map(str, shapes))
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected an integer tensor of shape {expected}, got {type(value).__name__}. Wrap it: torch.tensor({name})."
+            f"{name}: expected an integer tensor of shape {expected}, got {type(value).__name__}. Wrap it: "
+            f"torch.tensor({name})."
         )
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {value.dtype}. Use ids.long().")
@@ -241,7 +260,8 @@ def _tensor(name: str, x: Any) -> None:
 def _alike(name: str, x: Tensor, query: Tensor, *, dtype: bool = True, advice: str = "") -> None:
     if x.device != query.device:
         raise ValueError(
-            f"{name}: expected the device of query, {query.device}, got {x.device}. {advice or f'Move it with {name}.to(query.device).'}"
+            f"{name}: expected the device of query, {query.device}, got {x.device}. "
+            f"{advice or f'Move it with {name}.to(query.device).'}"
         )
     if dtype and x.dtype != query.dtype:
         raise ValueError(

@@ -32,7 +32,7 @@ class LossMetrics(NamedTuple):
     """The loss, and what to log beside it: 0-dim, detached means over the rows."""
 
     loss: Tensor  #: what the criterion returns; the only one with a gradient
-    top1_accuracy: Tensor  #: share of queries whose positive is at least as similar as every negative (without the margin, as MoCo logs it)
+    top1_accuracy: Tensor  #: share of queries whose positive no negative exceeds (without the margin, as MoCo logs)
     positive_similarity: Tensor  #: s(q, k), between -1 and 1
     negative_similarity: Tensor  #: mean s(q, n) over each query's negatives
     effective_k: Tensor  #: K_i, the negatives that are left after exclusions
@@ -71,7 +71,7 @@ def eqco_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """InfoNCE with a margin that makes it independent of the number of negatives: :class:`eqco_loss.EqCoLoss` as a function.
+    """InfoNCE independent of the number of negatives: :class:`eqco_loss.EqCoLoss` as a function.
 
     Source: EqCo (Zhu et al. 2020), equations 1 and 5.
 
@@ -80,7 +80,8 @@ def eqco_loss(
         temperature, alpha, num_negatives, sampling, normalize, reduction, backend: as in its constructor.
 
     Shape:
-        query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with ``reduction="none"``.
+        query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with
+        ``reduction="none"``.
 
     Raises:
         ValueError, TypeError: as :class:`eqco_loss.EqCoLoss`.
@@ -111,16 +112,18 @@ def dual_temp_infonce(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """InfoNCE with one temperature within a row and another across rows: :class:`eqco_loss.DualTempInfoNCE` as a function.
+    """InfoNCE with two temperatures: :class:`eqco_loss.DualTempInfoNCE` as a function.
 
     Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022).
 
     Args:
         query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.DualTempInfoNCE`.
-        temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend: as in its constructor.
+        temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend: as in its
+            constructor.
 
     Shape:
-        query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with ``reduction="none"``.
+        query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with
+        ``reduction="none"``.
 
     Raises:
         ValueError, TypeError: as :class:`eqco_loss.DualTempInfoNCE`.
@@ -249,7 +252,7 @@ def _select_negatives(
 
 
 def random_negatives(n: int, k: int, device: torch.device) -> Tensor:
-    """For each of n rows, k of the other n - 1, uniformly and without replacement, independent from row to row; (n, k) indices."""
+    """(n, k) indices: for each of n rows, k of the other n - 1, uniformly, without replacement, independent by row."""
     others = n - 1
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
         picked = torch.empty((n, k), dtype=torch.int64, device=device)
@@ -284,18 +287,20 @@ def negatives_logsumexp(
 ) -> Tensor:
     r"""``log sum_j exp(query_i . key_j / temperature)`` per row, without the N x K matrix, for a loss of your own.
 
-    One pass over the keys gives the value and the query's gradient, the softmax-weighted mean of the keys; a second, in backward, the keys' gradient
-    where they need one. Nothing is normalised.
+    One pass over the keys gives the value and the query's gradient, the softmax-weighted mean of the keys; a second, in
+    backward, the keys' gradient where they need one. Nothing is normalised.
 
     Args:
         temperature: a number > 0, or a 0-dim tensor, which may require a gradient.
         query_ids, key_ids: integers; a pair of equal ids is left out of the sum.
 
     Shape:
-        query (N, D); keys (K, D) or (N, K, D); query_ids (N,); key_ids (K,) or (N, K). Returns (N,), float32 for half inputs.
+        query (N, D); keys (K, D) or (N, K, D); query_ids (N,); key_ids (K,) or (N, K). Returns (N,), float32 for half
+        inputs.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or ids that do not fit; a row that ids leave without a key (on CPU; NaN elsewhere).
+        ValueError, TypeError: shapes, dtypes, devices or ids that do not fit; a row that ids leave without a key (on
+            CPU; NaN elsewhere).
 
     Source: the ``lse_i`` of every contrastive loss here, for example EqCo (Zhu et al. 2020), equation 1.
 
@@ -311,7 +316,9 @@ def negatives_logsumexp(
     learned = temperature if isinstance(temperature, Tensor) else None
     need_mean_key = torch.is_grad_enabled() and (query.requires_grad or (learned is not None and learned.requires_grad))
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    lse: Tensor = ops.negatives_logsumexp(query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key)[0]
+    lse: Tensor = ops.negatives_logsumexp(
+        query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key
+    )[0]
     return lse
 
 

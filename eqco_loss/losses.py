@@ -73,32 +73,39 @@ class EqCoLoss(_Criterion):
     .. math::
         L_i = \log\Big(1 + \frac{\alpha}{K_i} \sum_j \exp\big((s(q_i, n_j) - s(q_i, k_i)) / t\big)\Big)
 
-    With s the cosine similarity and K_i the number of negatives that query i really has. ``alpha`` is how many negatives the loss mimics: SiMo trains
-    with 16 and mimics 256 or 65536. ``alpha = K`` (or None) is InfoNCE. Exact, without ever allocating the N x K similarities.
+    With s the cosine similarity and K_i the number of negatives that query i really has. ``alpha`` is how many
+    negatives the loss mimics: SiMo trains with 16 and mimics 256 or 65536. ``alpha = K`` (or None) is InfoNCE. Exact,
+    without ever allocating the N x K similarities.
 
-    Source: EqCo (Zhu et al. 2020), equations 1 and 5 with the margin ``t log(alpha / K)``; Theorems 1 and 2 are among the metrics.
+    Source: EqCo (Zhu et al. 2020), equations 1 and 5 with the margin ``t log(alpha / K)``; Theorems 1 and 2 are among
+        the metrics.
 
     Args:
-        temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the module's own.
+        temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
+            module's own.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
-        num_negatives: how many of the batch's other keys each query meets; None for all N - 1. Only without ``negative_keys``. With fewer others
-            than asked for all are used, and the margin follows.
-        sampling: which ones. ``"rolled"``: the next K rows, cyclic, a uniform draw after a shuffle. ``"random"``: a draw per query, without
-            replacement, from the device's generator; for sorted or grouped batches.
-        normalize: bring query, positive and negative keys to unit length first. A MomentumQueue holds unit rows and is left as it is.
+        num_negatives: how many of the batch's other keys each query meets; None for all N - 1. Only without
+            ``negative_keys``. With fewer others than asked for all are used, and the margin follows.
+        sampling: which ones. ``"rolled"``: the next K rows, cyclic, a uniform draw after a shuffle. ``"random"``: a
+            draw per query, without replacement, from the device's generator; for sorted or grouped batches.
+        normalize: bring query, positive and negative keys to unit length first. A MomentumQueue holds unit rows and is
+            left as it is.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, or ``"torch"`` by name; ``criterion.backend(...)`` tells what serves a call and why.
 
     Shape:
-        - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or float64.
-        - negative_keys: None for the other rows of positive_key; (K, D) shared by all queries; (N, K, D) per query; or a :class:`MomentumQueue`.
-        - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the positive always stays. In a batch
-          query_ids serve both sides, and a queue uses the ids it stored.
-        - output: 0-dim, or (N,) with ``reduction="none"``; float32 for half inputs. Gradients reach query, positive_key and negative_keys.
+        - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or
+          float64.
+        - negative_keys: None for the other rows of positive_key; (K, D) shared by all queries; (N, K, D) per query; or
+          a :class:`MomentumQueue`.
+        - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the
+          positive always stays. In a batch query_ids serve both sides, and a queue uses the ids it stored.
+        - output: 0-dim, or (N,) with ``reduction="none"``; float32 for half inputs. Gradients reach query, positive_key
+          and negative_keys.
 
     Raises:
-        ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes, devices or ids that do not
-            fit, a row that ids leave without negatives (on CPU; NaN in that row elsewhere).
+        ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes,
+            devices or ids that do not fit, a row that ids leave without negatives (on CPU; NaN in that row elsewhere).
         TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers.
 
     Example:
@@ -131,12 +138,15 @@ class DualTempInfoNCE(_Criterion):
     r"""InfoNCE with one temperature within each row and another across rows.
 
     .. math::
-        L_i = \mathrm{sg}\left[\frac{1 - p_i(T)}{1 - p_i(t)}\right] (-\log p_i(t)), \qquad p_i(t) = \mathrm{sigmoid}(gap_i(t))
+        L_i = \mathrm{sg}\left[\frac{1 - p_i(T)}{1 - p_i(t)}\right] (-\log p_i(t)), \qquad p_i(t) =
+        \mathrm{sigmoid}(gap_i(t))
 
-    The small intra temperature t decides which negatives of a row matter; the large inter temperature T decides how much each row matters. The weight is
-    detached (sg). Computed without 1 - p, so it stays finite where the published code is NaN.
+    The small intra temperature t decides which negatives of a row matter; the large inter temperature T decides how
+    much each row matters. The weight is detached (sg). Computed without 1 - p, so it stays finite where the published
+    code is NaN.
 
-    Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022), the loss of SimCo and SimMoCo. ``alpha`` is an
+    Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022), the loss of
+        SimCo and SimMoCo. ``alpha`` is an
     extension: EqCo's margin in both gaps.
 
     Args:

@@ -12,19 +12,22 @@ def momentum_update(
 ) -> None:
     r"""Move the key encoder towards the query encoder, in place: ``key = momentum * key + (1 - momentum) * query``.
 
-    Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is recorded, storages stay the same, and
+    Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is
+        recorded, storages stay the same, and
     ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through.
 
     Args:
         query_encoder: trained by gradients; left as it is.
-        key_encoder: same parameter names and shapes; float32 is right for it even where the query encoder is in half precision.
+        key_encoder: same parameter names and shapes; float32 is right for it even where the query encoder is in half
+            precision.
         momentum: between 0 (a copy) and 1 (frozen); MoCo 0.999, SiMo 0.999, SimMoCo 0.99.
-        buffers: what to do with buffers (batch norm's running statistics): ``"none"`` leaves them to the key encoder's own passes (MoCo),
-            ``"copy"`` copies them, ``"ema"`` averages the floating ones like parameters and copies the integers.
+        buffers: what to do with buffers (batch norm's running statistics): ``"none"`` leaves them to the key encoder's
+            own passes (MoCo), ``"copy"`` copies them, ``"ema"`` averages the floating ones like parameters and copies
+            the integers.
 
     Raises:
-        ValueError: names or shapes that differ, ``momentum`` outside [0, 1], an unknown ``buffers``, or a key encoder whose dtype cannot represent
-            the step (bfloat16 at 0.999 would never move).
+        ValueError: names or shapes that differ, ``momentum`` outside [0, 1], an unknown ``buffers``, or a key encoder
+            whose dtype cannot represent the step (bfloat16 at 0.999 would never move).
 
     Shape:
         Every parameter keeps its own; they must agree pairwise.
@@ -72,12 +75,14 @@ def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> tuple[
     missing, extra = sorted(query.keys() - key.keys()), sorted(key.keys() - query.keys())
     if missing or extra:
         raise ValueError(
-            f"key_encoder: expected the {kind} names of query_encoder, got {_some(missing)} missing and {_some(extra)} besides. {advice}"
+            f"key_encoder: expected the {kind} names of query_encoder, got {_some(missing)} missing and "
+            f"{_some(extra)} besides. {advice}"
         )
     for name, q in query.items():
         if q.shape != key[name].shape:
             raise ValueError(
-                f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. {advice}"
+                f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. "
+                f"{advice}"
             )
     return list(query.values()), [key[name] for name in query]
 
@@ -92,11 +97,13 @@ def _some(names: list[str]) -> str:
 
 def _lerp(query: list[Tensor], key: list[Tensor], momentum: float) -> None:
     for dtype in {k.dtype for k in key if k.is_floating_point()}:
-        # A step of (1 - momentum) x the difference is lost when it is under half a unit in the last place: here for any difference under an eighth.
+        # A step under half a unit in the last place is lost: with this bound, only where weights differ by less than 1/8.
         if 0 < 1 - momentum < 4 * torch.finfo(dtype).eps:
             raise ValueError(
-                f"key_encoder: expected a dtype that can represent steps of {1 - momentum:.2g} (momentum = {momentum}), got {dtype}, which would "
-                "round them away and never move. Keep the key encoder in float32 (key_encoder.float()), and use autocast for its forward pass."
+                f"key_encoder: expected a dtype that can represent steps of {1 - momentum:.2g} (momentum = "
+                f"{momentum}), got {dtype}, which would "
+                "round them away and never move. Keep the key encoder in float32 (key_encoder.float()), and use "
+                "autocast for its forward pass."
             )
     if momentum == 0 or not key:
         for q, k in zip(query, key, strict=True):

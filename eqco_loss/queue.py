@@ -9,27 +9,32 @@ from torch import Tensor, nn
 
 
 class MomentumQueue(nn.Module):
-    r"""The newest ``size`` keys, first in, first out, as negatives for later batches (MoCo, He et al. 2020, section 3.2).
+    r"""The newest ``size`` keys, first in, first out: negatives for later batches (MoCo, He et al. 2020, 3.2).
 
-    Starts empty, and slots not yet filled are never negatives: there is no random initialisation to unlearn. Batches of any size fit: they wrap
-    around, and of a batch larger than ``size`` the newest ``size`` rows stay. Rows are normalised to unit length, in float32, when they enter.
-    Contents, cursor, count and ids are buffers, so a ``state_dict`` resumes bit for bit.
+    Starts empty, and slots not yet filled are never negatives: there is no random initialisation to unlearn. Batches of
+    any size fit: they wrap around, and of a batch larger than ``size`` the newest ``size`` rows stay. Rows are
+    normalised to unit length, in float32, when they enter. Contents, cursor, count and ids are buffers, so a
+    ``state_dict`` resumes bit for bit.
 
-    Enqueue after the loss; before ``backward()`` is safe too, without a clone. Prime a new queue with a first batch's keys.
+    Enqueue after the loss; before ``backward()`` is safe too, without a clone. Prime a new queue with a first batch's
+    keys.
 
     Args:
         size: how many keys to keep, K >= 1. No batch size needs to divide it.
         dim: width D of a key.
         dtype: floating dtype of the stored rows; default float32.
         device: where the rows live; ``queue.to(device)`` moves them.
-        store_ids: keep an integer id beside each key, so that a loss called with ``query_ids`` never repels a query from a stale copy of itself.
+        store_ids: keep an integer id beside each key, so that a loss called with ``query_ids`` never repels a query
+            from a stale copy of itself.
 
     Shape:
-        ``enqueue(keys (N, D), ids (N,))``; ``.keys`` (K, D) and ``.ids`` (K,), oldest first, K = ``len(queue) <= size``.
-        ``.keys``, ``.ids`` and ``len()`` are for people: on a GPU they wait for the device. The loss does not use them.
+        ``enqueue(keys (N, D), ids (N,))``; ``.keys`` (K, D) and ``.ids`` (K,), oldest first, K = ``len(queue) <=
+        size``. ``.keys``, ``.ids`` and ``len()`` are for people: on a GPU they wait for the device. The loss does not
+        use them.
 
     Raises:
-        ValueError, TypeError: sizes < 1, a dtype that is not floating, keys of another width, ids missing or not asked for.
+        ValueError, TypeError: sizes < 1, a dtype that is not floating, keys of another width, ids missing or not asked
+            for.
 
     Example:
         >>> import torch
@@ -75,7 +80,7 @@ class MomentumQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """Store ``keys`` (N, D), the oldest rows making room; ``ids`` (N,) integers beside them if and only if ``store_ids``."""
+        """Store ``keys`` (N, D), the oldest rows making room; ``ids`` (N,) beside them if and only if ``store_ids``."""
         self._check(keys, ids)
         size = len(self.contents)
         dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
@@ -119,28 +124,32 @@ class MomentumQueue(nn.Module):
         self.primed = bool(self.count > 0)
 
     def _check(self, keys: Tensor, ids: Tensor | None) -> None:
-        size, dim = self.contents.shape
+        dim = self.contents.shape[1]
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
             raise TypeError(
                 f"keys: expected a floating-point tensor (N, {dim}), got {getattr(keys, 'dtype', type(keys).__name__)}."
             )
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(
-                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with dim={keys.shape[-1] if keys.dim() else 1}."
+                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with "
+                f"dim={keys.shape[-1] if keys.dim() else 1}."
             )
         if keys.device != self.contents.device:
             raise ValueError(
-                f"keys: expected the queue's device, {self.contents.device}, got {keys.device}. Move the queue with queue.to(device)."
+                f"keys: expected the queue's device, {self.contents.device}, got {keys.device}. Move the queue with "
+                f"queue.to(device)."
             )
         if (ids is None) != (self.slot_ids is None):
             expected = "ids (N,), since the queue stores them" if ids is None else "None, since the queue stores no ids"
             raise ValueError(
-                f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. store_ids in the constructor decides."
+                f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. store_ids in the constructor "
+                f"decides."
             )
         if ids is not None:
             if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
                 raise TypeError(
-                    f"ids: expected an integer tensor ({len(keys)},), got {getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."
+                    f"ids: expected an integer tensor ({len(keys)},), got "
+                    f"{getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."
                 )
             if ids.shape != keys.shape[:1]:
                 raise ValueError(f"ids: expected shape ({len(keys)},), one for each key, got {tuple(ids.shape)}.")

@@ -6,7 +6,8 @@ Both take the same description of which (query i, key j) pairs are negatives, fl
 - ``valid_count ()``: keys at and beyond it do not exist (a queue that is still filling);
 - ``picked (N, C)``: row i has the keys ``picked[i]`` and no others;
 - ``band [offset, width, modulus]``: row i sits at ``a = (offset + i) % modulus`` and has the keys whose place
-  ``j % modulus`` is one of the next ``width`` after ``a``, cyclic. ``width = modulus - 1`` leaves out the row's own place.
+  ``j % modulus`` is one of the next ``width`` after ``a``, cyclic. ``width = modulus - 1`` leaves out the row's own
+  place.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def negatives_logsumexp(
     temperature: float,
     need_query_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """log sum_j exp(q_i . n_j / t) per row (N,), and the softmax-weighted mean of the keys (N, D): t times its gradient."""
+    """log sum_j exp(q_i . n_j / t) per row (N,), and the softmax-weighted mean key (N, D): t times its gradient."""
     t = temperature if learned_temperature is None else learned_temperature
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
     return torch_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient)
@@ -245,7 +246,8 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], keys: Tensor) -> None:
 def _check_unchanged(ctx: Any, keys: Tensor) -> None:
     if ctx.keys_version is not None and keys._version != ctx.keys_version:
         raise RuntimeError(
-            "negative_keys: expected to be unchanged between the loss and backward(), which needs its values (keys that "
+            "negative_keys: expected to be unchanged between the loss and backward(), which needs its values (keys "
+            "that "
             "require a gradient, or create_graph=True), got changed in place. Call backward() first, or pass a clone."
         )
 

@@ -1,8 +1,8 @@
 """The operators in plain torch, any device, float32 or float64 arithmetic, without ever holding N x K numbers.
 
-Work goes block of rows by block of rows, tile of keys by tile of keys (``tiles.py``), with a running maximum. Where nothing
-is left out, the CPU's own flash attention with value = key is the same pass, fused. Inside, logits are in base 2: exp2 is
-the cheaper exponential.
+Work goes block of rows by block of rows, tile of keys by tile of keys (``tiles.py``), with a running maximum. Where
+nothing is left out, the CPU's own flash attention with value = key is the same pass, fused. Inside, logits are in base
+2: exp2 is the cheaper exponential.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def row_losses(
                 change = q[rows] * (-weight / t)[:, None]
                 positive_gradient[rows] = _through_unit(change, p[rows], p_norm, rows)
             if need_keys_gradient and seen.tile is not None:
-                seen.tile.add_transposed(keys_gradient, seen.exponentials, q[rows] * (weight / (t * seen.total))[:, None])
+                seen.tile.add_transposed(
+                    keys_gradient, seen.exponentials, q[rows] * (weight / (t * seen.total))[:, None]
+                )
                 fused = True
         if fused:
             _keys_through_unit(keys_gradient, keys, normalize_keys)
@@ -142,7 +144,7 @@ def logsumexp_keys_gradient(
     normalize_keys: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of sum_i row_weight_i lse_i: dk_j = sum_i row_weight_i / t softmax_ij q_i, in one more pass over the keys."""
+    """Gradient of sum_i row_weight_i lse_i: dk_j = sum_i row_weight_i / t softmax_ij q_i, in one more pass."""
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         q = _unit(query, normalize, compute_dtype(query))[0]
         logits, weighted, base = q * (_LOG2E / temperature), q * (row_weight / temperature)[:, None], lse * _LOG2E
@@ -271,7 +273,7 @@ def _attend(
 
 
 def _fold(x: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """Logits (R, C) to 2 ** (x - new maximum), in place; move the running maximum and sum; return what earlier sums shrink by."""
+    """Logits (R, C) to 2 ** (x - new maximum), in place; update maximum and total; return what earlier sums shrink by."""
     new = torch.maximum(maximum, x.amax(1))
     shrink = (maximum - new).exp2_()
     total.mul_(shrink).add_(x.sub_(new[:, None]).exp2_().sum(1))
@@ -349,7 +351,7 @@ def compute_dtype(query: Tensor) -> torch.dtype:
 
 
 def _unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows of unit length in ``dtype``, and the lengths they had, at least an eps whose inverse the input's dtype can hold."""
+    """Rows of unit length in ``dtype`` and the lengths they had, at least an eps the input's dtype can hold 1 / eps of."""
     eps = torch.finfo(torch.float16).tiny if x.dtype == torch.float16 else 1e-12
     x = x.to(dtype)
     if not normalize:
