@@ -97,7 +97,7 @@ def _some(names: list[str]) -> str:
 
 def _lerp(query: list[Tensor], key: list[Tensor], momentum: float) -> None:
     for dtype in {k.dtype for k in key if k.is_floating_point()}:
-        # A step under half a unit in the last place is lost: with this bound, only where weights differ by less than 1/8.
+        # A step under half a unit in the last place is lost: within this bound, only for weights closer than 1/8.
         if 0 < 1 - momentum < 4 * torch.finfo(dtype).eps:
             raise ValueError(
                 f"key_encoder: expected a dtype that can represent steps of {1 - momentum:.2g} (momentum = "

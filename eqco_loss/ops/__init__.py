@@ -99,7 +99,9 @@ def _row_losses_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     _keep_inputs(ctx, inputs, keys=inputs[2])
 
 
-def _row_losses_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.inputs)
     query, positive, keys, learned, *pairs = ctx.inputs[:9]
     temperature, *settings = ctx.inputs[9:14]
 
@@ -168,7 +170,9 @@ def _logsumexp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _keep_inputs(ctx, inputs, keys=inputs[1])
 
 
-def _logsumexp_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * len(ctx.inputs)
     query, keys, learned, *pairs = ctx.inputs[:8]
     temperature = ctx.inputs[8]
 
@@ -241,6 +245,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], keys: Tensor) -> None:
     # queue's keys are not needed there.
     ctx.inputs = inputs
     ctx.keys_version = None if keys.is_inference() else keys._version
+    ctx.set_materialize_grads(False)  # or zeros for the gradients among the outputs
 
 
 def _check_unchanged(ctx: Any, keys: Tensor) -> None:

@@ -92,7 +92,7 @@ class Block(NamedTuple):
 
 
 def blocks(
-    queries: Tensor,  # (N, D), already scaled
+    queries: Tensor,  # (N, D)
     keys: Tensor,  # (K, D) or (N, K, D), raw
     pairs: Pairs,
     ready: Callable[[Tensor], Tensor],  # raw keys to what is multiplied

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .tiles import Block, Pairs, Scratch, Tile, blocks
+from .tiles import Pairs, Scratch, Tile, blocks
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
@@ -70,10 +71,11 @@ def row_losses(
         ratio = None if inter_temperature is None else t / inter_temperature
         positive_similarity = (q * p).sum(1)
         for rows, seen in _attend(
-            q * (_LOG2E / t),
+            q,
+            _LOG2E / t,
             keys,
             pairs,
-            normalize_keys,
+            _Ready(normalize_keys, dtype, positive, p if normalize == normalize_keys else None),
             need_query_gradient,
             ratio,
             positive_similarity * (_LOG2E / t) if need_statistics else None,
@@ -125,8 +127,9 @@ def negatives_logsumexp(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         q = query.to(compute_dtype(query))
         lse, mean_key = q.new_empty(len(q)), q.new_empty(q.shape if need_query_gradient else (0,))
-        logits = q * (_LOG2E / temperature)
-        for rows, seen in _attend(logits, keys, pairs, False, need_query_gradient, None, None, row_hint=256):
+        ready = _Ready(False, q.dtype)
+        scale = _LOG2E / temperature
+        for rows, seen in _attend(q, scale, keys, pairs, ready, need_query_gradient, None, None, row_hint=256):
             lse[rows] = seen.lse
             if need_query_gradient:
                 mean_key[rows] = seen.mean_key
@@ -147,13 +150,15 @@ def logsumexp_keys_gradient(
     """Gradient of sum_i row_weight_i lse_i: dk_j = sum_i row_weight_i / t softmax_ij q_i, in one more pass."""
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         q = _unit(query, normalize, compute_dtype(query))[0]
-        logits, weighted, base = q * (_LOG2E / temperature), q * (row_weight / temperature)[:, None], lse * _LOG2E
         out = q.new_zeros(keys.shape)
         scratch = Scratch(q)
-        for block in _key_blocks(logits, keys, pairs, normalize_keys, row_hint=256):
+        for block in blocks(q, keys, pairs, _Ready(normalize_keys, q.dtype)):
+            rows = block.rows
+            logits, base = q[rows] * (_LOG2E / temperature), lse[rows, None] * _LOG2E
+            weighted = q[rows] * (row_weight[rows] / temperature)[:, None]
             for tile in block.tiles:
-                x = tile.logits(logits[block.rows], scratch).sub_(base[block.rows, None]).exp2_()  # softmax (R, C)
-                tile.add_transposed(out, x, weighted[block.rows])
+                x = tile.logits(logits, scratch).sub_(base).exp2_()  # softmax (R, C)
+                tile.add_transposed(out, x, weighted)
         _keys_through_unit(out, keys, normalize_keys)
     return out.to(dtype)
 
@@ -216,6 +221,25 @@ def _dense_similarity(q: Tensor, k: Tensor, pairs: Pairs) -> tuple[Tensor, Tenso
 # ------------------------------------------------------------------------------------------------------- the one pass
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """Raw keys to what is multiplied: in the arithmetic's dtype, of unit length if ``normalize``."""
+
+    normalize: bool
+    dtype: torch.dtype
+    raw: Tensor | None = None  # of this, the answer
+    unit: Tensor | None = None  # is here already
+
+    def __call__(self, part: Tensor) -> Tensor:
+        if self.unit is not None and self.raw is not None and _same_memory(part, self.raw):
+            return self.unit
+        return _unit(part, self.normalize, self.dtype)[0]
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
 class _Seen(NamedTuple):
     """What the pass saw of a block of R rows."""
 
@@ -231,26 +255,27 @@ class _Seen(NamedTuple):
 
 
 def _attend(
-    logits: Tensor,  # (N, D): query / t, in base 2
+    q: Tensor,  # (N, D)
+    scale: float | Tensor,  # from similarities to logits in base 2
     keys: Tensor,
     pairs: Pairs,
-    normalize_keys: bool,
+    ready: _Ready,
     need_mean_key: bool,
     ratio: float | Tensor | None,  # t / T: the second temperature's logits over the first's
     positive_logit: Tensor | None,  # (N,): count what is above it
     row_hint: int,
 ) -> Iterator[tuple[slice, _Seen]]:
-    if positive_logit is None and _flash_serves(logits, keys, pairs, normalize_keys):
-        yield slice(0, len(logits)), _attend_flash(logits, keys, pairs, ratio)
+    if positive_logit is None and _flash_serves(q, keys, pairs, ready):
+        yield slice(0, len(q)), _attend_flash(q * scale, keys, pairs, ratio)
         return
-    scratch, inter_scratch = Scratch(logits), Scratch(logits)
-    for block in _key_blocks(logits, keys, pairs, normalize_keys, row_hint):
-        mine = logits[block.rows]
+    scratch, inter_scratch = Scratch(q), Scratch(q)
+    for block in blocks(q, keys, pairs, ready, row_hint):
+        mine = q[block.rows] * scale
         r, d = mine.shape
         maximum, inter_maximum = (mine.new_full((r,), _MINIMUM) for _ in range(2))
         total, inter_total, count, rank, logit_sum = (mine.new_zeros(r) for _ in range(5))
         mean_key = mine.new_zeros((r, d) if need_mean_key else (0,))
-        tile, x = None, logits
+        tile, x = None, mine
         for tile in block.tiles:
             x = tile.logits(mine, scratch)  # (R, C)
             count += tile.negatives(r)
@@ -273,16 +298,12 @@ def _attend(
 
 
 def _fold(x: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """Logits (R, C) to 2 ** (x - new maximum), in place; update maximum and total; return what earlier sums shrink by."""
+    """Logits (R, C) to 2 ** (x - new maximum), in place; update both; return what earlier sums shrink by."""
     new = torch.maximum(maximum, x.amax(1))
     shrink = (maximum - new).exp2_()
     total.mul_(shrink).add_(x.sub_(new[:, None]).exp2_().sum(1))
     maximum.copy_(new)
     return shrink
-
-
-def _key_blocks(logits: Tensor, keys: Tensor, pairs: Pairs, normalize: bool, row_hint: int) -> Iterator[Block]:
-    return blocks(logits, keys, pairs, lambda part: _unit(part, normalize, logits.dtype)[0], row_hint)
 
 
 def _check_count(count: Tensor, first: int) -> None:
@@ -297,12 +318,12 @@ def _check_count(count: Tensor, first: int) -> None:
 # -------------------------------------------------------------------------------- flash attention on CPU, value = key
 
 
-def _flash_serves(logits: Tensor, keys: Tensor, pairs: Pairs, normalize_keys: bool) -> bool:
+def _flash_serves(q: Tensor, keys: Tensor, pairs: Pairs, ready: _Ready) -> bool:
     return (
         keys.device.type == "cpu"
         and keys.dim() == 2
-        and not normalize_keys
-        and keys.dtype == logits.dtype
+        and not ready.normalize
+        and keys.dtype == q.dtype
         and keys.is_contiguous()
         and (pairs.query_ids is None or pairs.key_ids is None)
         and pairs.picked is None
@@ -351,7 +372,7 @@ def compute_dtype(query: Tensor) -> torch.dtype:
 
 
 def _unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows of unit length in ``dtype`` and the lengths they had, at least an eps the input's dtype can hold 1 / eps of."""
+    """Rows of unit length in ``dtype`` and their lengths, at least an eps the input's dtype can hold 1 / eps of."""
     eps = torch.finfo(torch.float16).tiny if x.dtype == torch.float16 else 1e-12
     x = x.to(dtype)
     if not normalize:
@@ -371,7 +392,7 @@ def _keys_through_unit(gradient: Tensor, keys: Tensor, normalize: bool) -> None:
     """The same for all keys, in place, some at a time."""
     if normalize:
         gradient, keys = gradient.view(-1, gradient.shape[-1]), keys.reshape(-1, keys.shape[-1])
-        for part in (slice(start, start + 8192) for start in range(0, len(keys), 8192)):
+        for part in (slice(start, start + 256) for start in range(0, len(keys), 256)):
             gradient[part] = _through_unit(gradient[part], *_unit(keys[part], True, gradient.dtype))
 
 
