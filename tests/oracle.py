@@ -2,13 +2,14 @@
 
 Letters: N queries, K negatives, D features; s(q, k) = q.k; t the temperature, T the inter temperature.
 
-    lse_i(t) = log sum_j exp(s(q_i, n_j) / t)        gap_i(t) = s(q_i, k_i) / t - lse_i(t)        margin_i = log(alpha / K_i)
+    lse_i(t) = log sum_j exp(s(q_i, n_j) / t)
+    gap_i(t) = s(q_i, k_i) / t - lse_i(t)
+    margin_i = log(alpha / K_i)
 
 Gradients are autograd's, of these lines, with the weight of the dual temperature detached as its definition says.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,12 @@ def all_places(n: int, k: int) -> Places:
     return [list(range(k)) for _ in range(n)]
 
 
-def without_equal_ids(places: Places, query_ids: Sequence[int], key_ids: Sequence[int] | Sequence[Sequence[int]]) -> Places:
+def without_equal_ids(places: Places, query_ids: Tensor, key_ids: Tensor) -> Places:
     """A negative never repels a query with the same id. `key_ids` is (K,) or (N, K)."""
     kept: Places = []
     for i, row in enumerate(places):
-        first = key_ids[i]
-        ids_of_row = key_ids if isinstance(first, int) else first
-        kept.append([j for j in row if ids_of_row[j] != query_ids[i]])  # type: ignore[index]
+        ids = key_ids.tolist() if key_ids.ndim == 1 else key_ids[i].tolist()
+        kept.append([j for j in row if ids[j] != int(query_ids[i])])
     return kept
 
 
@@ -104,7 +104,9 @@ def rows(
         if inter_temperature is None:
             loss, log_weight, decisive = eqco, torch.zeros_like(gap), gap - margin
         else:
-            gap_inter = similarity_to_positive / inter_temperature - torch.logsumexp(similarities / inter_temperature, 0)
+            gap_inter = similarity_to_positive / inter_temperature - torch.logsumexp(
+                similarities / inter_temperature, 0
+            )
             shifted, shifted_inter = gap - margin, gap_inter - margin
             log_weight = (softplus(shifted) - softplus(shifted_inter)).detach()
             loss, decisive = log_weight.exp() * softplus(-shifted), shifted_inter
@@ -127,7 +129,7 @@ def rows(
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
-    return {"none": lambda: loss, "mean": loss.mean, "sum": loss.sum}[reduction]()
+    return {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
 
 
 def negatives_logsumexp(query: Tensor, pool: Tensor, places: Places, temperature: float | Tensor = 1.0) -> Tensor:

@@ -55,7 +55,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "moco (D, K).T": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
     "first two swapped": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "every second row": lambda x: _gap_of_nan(x, -2).flatten(-3, -2)[..., ::2, :] if x.ndim == 2 else _gap_of_nan(x, 1)[:, 0],
+    "every second row": lambda x: (
+        _gap_of_nan(x, -2).flatten(-3, -2)[..., ::2, :] if x.ndim == 2 else _gap_of_nan(x, 1)[:, 0]
+    ),
     "left columns of a wider matrix": lambda x: torch.cat([x, torch.full_like(x, math.nan)], -1)[..., : x.shape[-1]],
     "right columns, every second": lambda x: _gap_of_nan(x, -1).flatten(-2)[..., ::2],
     "offset into a buffer": lambda x: torch.cat([torch.full_like(x, math.nan), x])[len(x) :],

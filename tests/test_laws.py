@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eqco_loss import EqCoLoss, MomentumQueue
-from eqco_loss.ops import torch_backend
-from tests import cases, oracle
+from tests import cases, knobs, oracle
 from tests.cases import DTYPES, Case, Sample
 from tests.strategies import LAYOUTS, alphas, case_of, layouts, seeds, temperatures
 
@@ -37,7 +36,9 @@ def test_duplicated_negatives_change_nothing(case: Case, r: int, seed: int) -> N
     order = torch.randperm(k * r, generator=torch.Generator().manual_seed(seed)) % k  # every key r times, shuffled
     if isinstance(sample.negatives, MomentumQueue):
         queue = MomentumQueue(k * r, case.d, dtype=case.dtype)
-        queue.load_state_dict({"contents": keys[order], "cursor": torch.tensor(0), "count": torch.tensor(k * r)}, strict=False)
+        queue.load_state_dict(
+            {"contents": keys[order], "cursor": torch.tensor(0), "count": torch.tensor(k * r)}, strict=False
+        )
         repeated = replace(sample, negatives=queue)
         found = cases.ours(case, repeated)
     else:
@@ -46,7 +47,7 @@ def test_duplicated_negatives_change_nothing(case: Case, r: int, seed: int) -> N
         of_copies = found.gradients["negatives"].double()
         shared = torch.zeros(keys.shape, dtype=torch.float64).index_add(keys.ndim - 2, order, of_copies)
         found.gradients["negatives"] = shared.to(case.dtype)
-    cases.assert_answers(found, cases.plain(case, sample), cases.truth(case, sample))
+    cases.assert_answers(case, found, cases.plain(case, sample), cases.truth(case, sample))
 
 
 @given(case_of(ids=("none",), modes=("shared",), losses=("eqco",), alpha=st.none()))
@@ -64,9 +65,11 @@ def test_alpha_equal_to_k_is_cross_entropy(case: Case) -> None:
     leaves = cases.leaves_of(sample)
     exact = cases.answer(cross_entropy, {name: leaf.double() for name, leaf in leaves.items()})
     plain = cases.answer(cross_entropy, leaves)
-    cases.assert_answers(cases.ours(case.but(alpha=float(case.k)), sample), plain, exact)
-    cases.assert_answers(cases.ours(case, sample), plain, exact)
-    cases.assert_answers(cases.ours(case.but(loss="dual", inter_temperature=case.temperature), sample), plain, exact)
+    cases.assert_answers(case, cases.ours(case.but(alpha=float(case.k)), sample), plain, exact)
+    cases.assert_answers(case, cases.ours(case, sample), plain, exact)
+    cases.assert_answers(
+        case, cases.ours(case.but(loss="dual", inter_temperature=case.temperature), sample), plain, exact
+    )
 
 
 @given(case_of(losses=("eqco",)))
@@ -74,7 +77,7 @@ def test_equal_temperatures_are_eqco(case: Case) -> None:
     """With t = T the weight is one: InfoNCE, or EqCo where alpha is given."""
     sample = cases.make(case)
     dual = case.but(loss="dual", inter_temperature=case.temperature)
-    cases.assert_answers(cases.ours(dual, sample), cases.plain(case, sample), cases.truth(case, sample))
+    cases.assert_answers(case, cases.ours(dual, sample), cases.plain(case, sample), cases.truth(case, sample))
 
 
 @given(case_of(modes=TENSORS), seeds)
@@ -85,7 +88,7 @@ def test_order_of_the_negatives_does_not_matter(case: Case, seed: int) -> None:
     ids = None if sample.negative_ids is None else sample.negative_ids[..., order]
     found = cases.ours(case, replace(sample, negatives=sample.negatives[..., order, :], negative_ids=ids))
     found.gradients["negatives"] = found.gradients["negatives"][..., order.argsort(), :]
-    cases.assert_answers(found, cases.plain(case, sample), cases.truth(case, sample))
+    cases.assert_answers(case, found, cases.plain(case, sample), cases.truth(case, sample))
 
 
 @given(case_of(modes=("in_batch",), ids=("none", "flat")), seeds)
@@ -98,7 +101,10 @@ def test_order_of_the_batch_does_not_matter(case: Case, seed: int) -> None:
     found = cases.ours(case, shuffled, reduction="sum")
     gradients = {name: gradient[back] for name, gradient in found.gradients.items()}
     cases.assert_answers(
-        cases.Answer(found.loss, gradients), cases.plain(case, sample, reduction="sum"), cases.truth(case, sample, reduction="sum")
+        case,
+        cases.Answer(found.loss, gradients),
+        cases.plain(case, sample, reduction="sum"),
+        cases.truth(case, sample, reduction="sum"),
     )
 
 
@@ -114,7 +120,7 @@ def test_joint_rotation_does_not_matter(case: Case, seed: int) -> None:
         return cases.Answer(answer.loss, {name: gradient @ rotation.T for name, gradient in answer.gradients.items()})
 
     cases.assert_answers(
-        turned_back(cases.ours(case, rotated)), turned_back(cases.plain(case, rotated)), cases.truth(case, sample)
+        case, turned_back(cases.ours(case, rotated)), turned_back(cases.plain(case, rotated)), cases.truth(case, sample)
     )
 
 
@@ -123,13 +129,13 @@ def test_joint_rotation_does_not_matter(case: Case, seed: int) -> None:
 def test_strides_do_not_matter(case: Case, layout: str) -> None:
     sample = cases.make(case)
     cases.assert_answers(
-        cases.ours(case, sample, layout=LAYOUTS[layout]), cases.plain(case, sample), cases.truth(case, sample)
+        case, cases.ours(case, sample, layout=LAYOUTS[layout]), cases.plain(case, sample), cases.truth(case, sample)
     )
 
 
 @given(case_of(dtypes=(torch.float64,)))
 def test_gradient_is_bounded_row_by_row(case: Case) -> None:
-    """||dL_i/dq_i|| <= (2/t)(1 - p_i) for a unit query in the query's role; p_i at the inter temperature for the dual."""
+    """||dL_i/dq_i|| <= (2/t)(1 - p_i) for a unit query in the query's role; p_i at the inter temperature for dual."""
     sample = cases.make(case)
     query = oracle.unit(sample.query).requires_grad_()
     loss = cases.criterion(case, reduction="sum")(query, sample.positive, sample.negatives, **sample.ids())
@@ -139,7 +145,10 @@ def test_gradient_is_bounded_row_by_row(case: Case) -> None:
     assert bool((query.grad.norm(dim=1) <= bound * (1 + 1e-12) + 1e-300).all())
 
 
-@given(case_of(), st.sampled_from(["positive", "opposite", "negatives equal the query", "duplicate keys", "all of one point"]))
+@given(
+    case_of(),
+    st.sampled_from(["positive", "opposite", "negatives equal the query", "duplicate keys", "all of one point"]),
+)
 @settings(max_examples=200)
 def test_finite_and_right_at_the_extremes(case: Case, extreme: str) -> None:
     """t from 0.01 to 1, alpha to 2^20, every dtype, with positives saturated and keys repeated."""
@@ -150,25 +159,32 @@ def test_finite_and_right_at_the_extremes(case: Case, extreme: str) -> None:
     elif extreme == "opposite":
         sample = replace(sample, positive=-sample.query)
     elif extreme == "negatives equal the query" and isinstance(sample.negatives, Tensor):
-        negatives = sample.negatives.clone()
-        negatives[..., 0, :] = sample.query[0]
-        sample = replace(sample, negatives=negatives)
+        hard = sample.negatives.clone()
+        hard[..., 0, :] = sample.query[0]
+        sample = replace(sample, negatives=hard)
     elif extreme == "duplicate keys" and isinstance(sample.negatives, Tensor):
         sample = replace(sample, negatives=sample.negatives[..., :1, :].expand_as(sample.negatives).contiguous())
     else:
         one = sample.query[:1]
-        negatives = one.expand(sample.negatives.shape).contiguous() if isinstance(sample.negatives, Tensor) else sample.negatives
-        sample = replace(sample, query=one.expand_as(sample.query).contiguous(), positive=one.expand_as(sample.query).contiguous())
+        negatives = (
+            one.expand(sample.negatives.shape).contiguous()
+            if isinstance(sample.negatives, Tensor)
+            else sample.negatives
+        )
+        sample = replace(
+            sample, query=one.expand_as(sample.query).contiguous(), positive=one.expand_as(sample.query).contiguous()
+        )
         sample = replace(sample, negatives=negatives)
     assert tensors == isinstance(sample.negatives, Tensor)
     found = cases.ours(case, sample)
-    assert bool(found.loss.isfinite().all()) and bool((found.loss >= 0).all())
+    assert bool(found.loss.isfinite().all())
+    assert bool((found.loss >= 0).all())
     for name, gradient in found.gradients.items():
         assert bool(gradient.isfinite().all()), name
     metrics = cases.criterion(case).with_metrics(sample.query, sample.positive, sample.negatives, **sample.ids())
     for name, value in metrics._asdict().items():
         assert bool(value.isfinite()), name
-    cases.assert_right(case, sample)
+    cases.assert_right(case, sample, cancelling=True)
 
 
 @given(case_of(modes=("in_batch", "rolled"), ids=("none",)))
@@ -186,8 +202,8 @@ def test_in_batch_and_rolled_are_explicit_negatives(case: Case) -> None:
     double = case.but(dtype=torch.float64)  # autograd adds the many gradients of one key in the keys' own dtype
     sample = replace(sample, query=sample.query.double(), positive=sample.positive.double())
     found = cases.answer(explicit, cases.leaves_of(sample))
-    cases.assert_answers(found, cases.plain(double, sample), cases.truth(double, sample))
-    cases.assert_answers(cases.ours(double, sample), cases.plain(double, sample), cases.truth(double, sample))
+    cases.assert_answers(case, found, cases.plain(double, sample), cases.truth(double, sample))
+    cases.assert_answers(case, cases.ours(double, sample), cases.plain(double, sample), cases.truth(double, sample))
 
 
 @given(case_of(modes=("in_batch",), ids=("none",)))
@@ -203,7 +219,7 @@ def test_ids_on_the_diagonal_are_the_batch_without_itself(case: Case) -> None:
         return loss
 
     cases.assert_answers(
-        cases.answer(explicit, cases.leaves_of(sample)), cases.plain(case, sample), cases.truth(case, sample)
+        case, cases.answer(explicit, cases.leaves_of(sample)), cases.plain(case, sample), cases.truth(case, sample)
     )
 
 
@@ -237,23 +253,21 @@ def test_a_left_out_negative_may_be_anything(case: Case) -> None:
 def test_block_size_does_not_matter(case: Case, tile: int, flash: bool) -> None:
     """Tiles from one similarity up, ragged in both directions; with torch's flash attention or without it."""
     sample = cases.make(case)
-    with mock.patch.object(torch_backend, "TILE_ELEMENTS", tile):
-        if flash:
-            found = cases.ours(case, sample)
-        else:
-            with mock.patch.object(torch_backend, "flash_works", lambda: False):
-                found = cases.ours(case, sample)
-    cases.assert_answers(found, cases.plain(case, sample), cases.truth(case, sample))
+    with knobs.tiles(tile, flash=flash):
+        found = cases.ours(case, sample)
+    cases.assert_answers(case, found, cases.plain(case, sample), cases.truth(case, sample))
 
 
-@given(case_of(modes=("rolled",), rows=(130, 330), keys=(2, 70), features=(2, 8)), st.sampled_from([50, 1000, 5000, 2**21]))
-@settings(max_examples=40)
+@given(
+    case_of(modes=("rolled",), rows=(130, 330), keys=(2, 70), features=(2, 8)), st.sampled_from([50, 1000, 5000, 2**21])
+)
+@settings(max_examples=12)
 def test_a_narrow_band_of_a_large_batch(case: Case, tile: int) -> None:
     """K far below N, where a backend may visit only the band; N is no multiple of anything."""
     sample = cases.make(case)
-    with mock.patch.object(torch_backend, "TILE_ELEMENTS", tile):
+    with knobs.tiles(tile):
         found = cases.ours(case, sample)
-    cases.assert_answers(found, cases.plain(case, sample), cases.truth(case, sample))
+    cases.assert_answers(case, found, cases.plain(case, sample), cases.truth(case, sample))
 
 
 @given(case_of(losses=("eqco", "dual"), ids=("none", "flat")))
@@ -261,14 +275,16 @@ def test_learned_temperature(case: Case) -> None:
     cases.assert_right(case, learn_temperature=True)
 
 
-# ------------------------------------------------------------------------------------------------- random draws of the batch's keys
+# ------------------------------------------------------------------------------------- random draws of the batch's keys
 
 
 def who_was_drawn(n: int, k: int, seed: int) -> oracle.Places:
-    """The draw behind a seed, read off the gradients: with keys along the axes, a query's gradient is nonzero where it met a key."""
+    """The draw behind a seed, off the gradients: with keys along the axes, a query's is nonzero where it met a key."""
     query = torch.full((n, n), 1.0 / n).requires_grad_()
     torch.manual_seed(seed)
-    EqCoLoss(1.0, None, num_negatives=k, sampling="random", normalize=False, reduction="sum")(query, torch.eye(n)).backward()
+    EqCoLoss(1.0, None, num_negatives=k, sampling="random", normalize=False, reduction="sum")(
+        query, torch.eye(n)
+    ).backward()
     assert query.grad is not None
     return [[j for j in range(n) if query.grad[i, j] > 0] for i in range(n)]  # the positive's own entry is below zero
 
@@ -289,12 +305,12 @@ def test_random_is_right_for_what_it_drew(case: Case, k: int, tiny_tiles: bool) 
     drawn = who_was_drawn(case.n, k, case.seed)
     kept = drawn
     if sample.query_ids is not None:
-        kept = oracle.without_equal_ids(drawn, sample.query_ids.tolist(), sample.query_ids.tolist())
+        kept = oracle.without_equal_ids(drawn, sample.query_ids, sample.query_ids)
     make = cases.criterion(case, num_negatives=k, sampling="random", reduction="none")
 
     def ours(leaf: dict[str, Tensor]) -> Tensor:
         torch.manual_seed(case.seed)
-        with mock.patch.object(torch_backend, "TILE_ELEMENTS", 100 if tiny_tiles else torch_backend.TILE_ELEMENTS):
+        with knobs.tiles(100 if tiny_tiles else None):
             loss: Tensor = make(leaf["query"], leaf["positive"], query_ids=sample.query_ids)
         return loss
 
@@ -303,9 +319,9 @@ def test_random_is_right_for_what_it_drew(case: Case, k: int, tiny_tiles: bool) 
         with pytest.raises(ValueError, match="negative"):
             ours(leaves)
         return
-    with mock.patch.object(cases, "places", lambda *_: kept):
+    with mock.patch.object(cases, "places", return_value=kept):
         plain, exact = cases.plain(case, sample), cases.truth(case, sample)
-    cases.assert_answers(cases.answer(ours, leaves), plain, exact)
+    cases.assert_answers(case, cases.answer(ours, leaves), plain, exact)
 
 
 def chi_square(counts: Tensor, expected: float) -> float:
@@ -313,9 +329,9 @@ def chi_square(counts: Tensor, expected: float) -> float:
 
 
 def test_random_is_uniform_and_independent_between_queries() -> None:
-    """N = 5, K = 2: each query's six subsets, and the 36 pairs of two queries' subsets (SiMo's code shares one permutation)."""
+    """N = 5, K = 2: a query's six subsets, and the 36 pairs of two queries' (SiMo's code shares one permutation)."""
     subsets = {pair: code for code, pair in enumerate(combinations(range(4), 2))}
-    draws = 1500
+    draws = 900
     single = torch.zeros(5, 6)
     joint = torch.zeros(6, 6)
     for seed in range(draws):
@@ -359,11 +375,13 @@ def test_more_negatives_than_others_means_all_of_them(case: Case, extra: int, sa
         return loss
 
     found = cases.answer(all_of_them, cases.leaves_of(sample))
-    cases.assert_answers(found, cases.plain(case, sample), cases.truth(case, sample))
+    cases.assert_answers(case, found, cases.plain(case, sample), cases.truth(case, sample))
 
 
 @given(temperatures, alphas, st.sampled_from(DTYPES), seeds)
-def test_loss_falls_as_the_positive_approaches(temperature: float, alpha: float | None, dtype: torch.dtype, seed: int) -> None:
+def test_loss_falls_as_the_positive_approaches(
+    temperature: float, alpha: float | None, dtype: torch.dtype, seed: int
+) -> None:
     """Monotone in the positive's similarity; and larger for a larger alpha."""
     g = torch.Generator().manual_seed(seed)
     q, n = oracle.unit(cases.draw(g, 1, 8, dtype=torch.float64)), oracle.unit(cases.draw(g, 20, 8, dtype=torch.float64))

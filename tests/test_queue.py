@@ -46,7 +46,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(size=st.integers(1, 24), seed=seeds)
     def enqueue(self, size: int, seed: int) -> None:
         dim, store_ids, dtype = (self.settings[name] for name in ("dim", "store_ids", "dtype"))
-        assert isinstance(dim, int) and isinstance(dtype, torch.dtype)
+        assert isinstance(dim, int)
+        assert isinstance(dtype, torch.dtype)
         keys = rows_for(seed, size, dim)
         ids = torch.arange(self.next_id, self.next_id + size)
         self.next_id += size
@@ -71,8 +72,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def lose(self) -> None:
         """A loss reads the queue and leaves it as it was."""
-        if self.model and self.settings["dim"] != 1:
-            query = torch.randn(2, int(str(self.settings["dim"])), dtype=torch.float32)
+        if self.model:
+            query = torch.randn(2, self.queue.contents.shape[1])
             before = {name: value.clone() for name, value in self.queue.state_dict().items()}
             EqCoLoss()(query, query, self.queue)
             for name, value in self.queue.state_dict().items():
@@ -84,12 +85,14 @@ class QueueMachine(RuleBasedStateMachine):
             return
         keys, ids = self.queue.keys, self.queue.ids
         assert len(self.queue) == len(keys) == len(self.model)
-        assert keys.dtype == self.settings["dtype"] and not keys.requires_grad
+        assert keys.dtype == self.settings["dtype"]
+        assert not keys.requires_grad
         if self.model:
             close = torch.finfo(keys.dtype).eps if keys.dtype.itemsize == 2 else 4 * torch.finfo(torch.float32).eps
             torch.testing.assert_close(keys, torch.stack(list(self.model)), rtol=close, atol=close)
         if self.settings["store_ids"]:
-            assert ids is not None and ids.tolist() == list(self.model_ids)
+            assert ids is not None
+            assert ids.tolist() == list(self.model_ids)
         else:
             assert ids is None
 
@@ -111,7 +114,9 @@ def test_state_is_persistent_buffers() -> None:
     assert set(MomentumQueue(4, 2).state_dict()) == {"contents", "cursor", "count"}
     with_ids = MomentumQueue(4, 2, store_ids=True)
     assert set(with_ids.state_dict()) == {"contents", "cursor", "count", "slot_ids"}
-    assert with_ids.contents.shape == (4, 2) and with_ids.slot_ids.shape == (4,)
+    assert with_ids.contents.shape == (4, 2)
+    assert with_ids.slot_ids is not None
+    assert with_ids.slot_ids.shape == (4,)
     assert with_ids.cursor.shape == with_ids.count.shape == ()
     assert not list(with_ids.parameters())
 
@@ -124,14 +129,17 @@ def test_fresh_queues_are_bit_identical() -> None:
 
 def test_starts_empty() -> None:
     queue = MomentumQueue(4, 2)
-    assert len(queue) == 0 and queue.keys.shape == (0, 2) and queue.ids is None
+    assert len(queue) == 0
+    assert queue.keys.shape == (0, 2)
+    assert queue.ids is None
     ids = MomentumQueue(4, 2, store_ids=True).ids
-    assert ids is not None and ids.shape == (0,)
+    assert ids is not None
+    assert ids.shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtype_and_default(dtype: torch.dtype) -> None:
-    assert MomentumQueue(4, 2).keys.dtype == torch.get_default_dtype()
+    assert MomentumQueue(4, 2).keys.dtype == torch.float32
     queue = MomentumQueue(4, 2, dtype=dtype, device="cpu")
     queue.enqueue(torch.tensor([[3.0, 4.0]], dtype=dtype))
     torch.testing.assert_close(queue.keys, torch.tensor([[0.6, 0.8]], dtype=dtype))
@@ -150,7 +158,8 @@ def test_enqueue_detaches_and_copies() -> None:
     queue = MomentumQueue(4, 3)
     keys = torch.randn(2, 3, requires_grad=True)
     queue.enqueue(keys)
-    assert not queue.keys.requires_grad and not queue.contents.requires_grad
+    assert not queue.keys.requires_grad
+    assert not queue.contents.requires_grad
     before = queue.keys.clone()
     with torch.no_grad():
         keys.zero_()
@@ -164,7 +173,8 @@ def test_keys_are_the_owners_copy() -> None:
     held, held_ids = queue.keys.clone(), queue.ids
     seen = queue.keys
     queue.enqueue(torch.randn(3, 3), torch.arange(3, 6))
-    assert held_ids is not None and held_ids.tolist() == [0, 1, 2]
+    assert held_ids is not None
+    assert held_ids.tolist() == [0, 1, 2]
     assert torch.equal(seen, held)
 
 
@@ -226,17 +236,20 @@ def test_a_resumed_run_is_bit_identical() -> None:
 
 
 def test_moves_and_casts_with_its_module() -> None:
-    """A queue is a module: .to() and half() of the model that holds it move its rows and leave the bookkeeping whole numbers."""
+    """A queue is a module: .to() of the model that holds it moves its rows and leaves the bookkeeping in integers."""
     model = torch.nn.ModuleDict({"queue": MomentumQueue(4, 3, store_ids=True)})
     queue = model["queue"]
     assert isinstance(queue, MomentumQueue)
     queue.enqueue(torch.randn(3, 3), torch.tensor([2**40, 5, -1]))
     model.to(torch.float16)
     assert queue.contents.dtype == torch.float16
-    assert not queue.cursor.is_floating_point() and not queue.count.is_floating_point()
-    assert queue.ids is not None and queue.ids.tolist() == [2**40, 5, -1]
+    assert not queue.cursor.is_floating_point()
+    assert not queue.count.is_floating_point()
+    assert queue.ids is not None
+    assert queue.ids.tolist() == [2**40, 5, -1]
     queue.enqueue(torch.randn(3, 3), torch.arange(3))
-    assert queue.keys.dtype == torch.float16 and len(queue) == 4
+    assert queue.keys.dtype == torch.float16
+    assert len(queue) == 4
     assert MomentumQueue(4, 3).to("meta").contents.device.type == "meta"
 
 
@@ -248,7 +261,8 @@ def test_enqueue_under_inference_mode_of_the_key_encoder() -> None:
     queue.enqueue(keys)
     query = torch.randn(2, 3, requires_grad=True)
     EqCoLoss()(query, keys.clone(), queue).backward()
-    assert query.grad is not None and len(queue) == 2
+    assert query.grad is not None
+    assert len(queue) == 2
 
 
 def test_oracle_agrees_with_the_deque() -> None:

@@ -1,0 +1,1 @@
+"""What the pre-training scripts share: data, encoders, schedule, evaluation and the run directory."""

@@ -1,0 +1,196 @@
+"""The run directory: config.json, metrics.csv, curves.png and checkpoint.pt, each written whole; and how to resume."""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+
+Row = dict[str, float | int | None]
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
+
+
+def fail(message: object) -> NoReturn:
+    raise SystemExit(f"error: {message}")
+
+
+def command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """The device's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is complete and on disk; until then the previous one stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Run:
+    """One run in one directory. To resume it, the ``fixed`` arguments must agree; the ``free`` ones may change."""
+
+    def __init__(self, directory: Path, columns: tuple[str, ...], fixed: dict[str, Any], free: dict[str, Any]) -> None:
+        self.directory, self.columns, self.fixed, self.free = directory, columns, fixed, free
+        self.rows: list[Row] = []
+        self.epoch = 0  # epochs that the checkpoint holds
+        self.result: Row | None = None
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT)  # held until this process ends, however it ends
+        except OSError as error:
+            fail(f"run_dir: {directory} cannot be written ({error.strerror}). Give another --run-dir.")
+        try:
+            import fcntl
+
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers that outlive it
+        except ImportError:  # not on Windows
+            pass
+        except OSError:
+            fail(f"run_dir: another process is training in {directory}. Wait for it, or give another --run-dir.")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint.pt"
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state dicts of the last checkpoint, or None for a new run."""
+        if not self.checkpoint.exists():
+            return None
+        try:
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state, fixed, environment = saved["state"], saved["fixed"], saved["environment"]
+            self.rows, self.epoch, self.result = saved["rows"], saved["epoch"], saved["result"]
+        except Exception as error:  # whatever a damaged file makes of the reader
+            reason = (str(error).splitlines() or [""])[0][:120]
+            fail(
+                f"{self.checkpoint} cannot be read ({type(error).__name__}: {reason}): it is damaged, or not from this "
+                f"script. Delete it to start over, or give another --run-dir."
+            )
+        missing = "(none)"
+        differing = [
+            (name, str(fixed.get(name, missing)), str(self.fixed.get(name, missing)))
+            for name in {**fixed, **self.fixed}
+            if fixed.get(name, missing) != self.fixed.get(name, missing)
+        ]
+        if differing:
+            table = [("argument", "saved", "given"), *differing]
+            width = [max(len(row[column]) for row in table) for column in range(3)]
+            lines = [
+                "  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table
+            ]
+            fail(
+                f"{self.checkpoint} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
+                "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
+                f"{self.directory}."
+            )
+        self.write_metrics()
+        for name, then in environment.items():
+            if then != (now := self.environment()[name]):
+                print(f"note: {name} was {then} and is {now}: the run goes on, but not bit for bit.")
+        return dict(state)
+
+    def save(self, epoch: int, state: dict[str, Any]) -> None:
+        """Write the checkpoint, then metrics.csv."""
+        content = {
+            "epoch": epoch,
+            "fixed": self.fixed,
+            "environment": self.environment(),
+            "rows": self.rows,
+            "result": self.result,
+            "state": state,
+        }
+        self._write(self.checkpoint, lambda file: torch.save(content, file))
+        self.epoch = epoch
+        self.write_metrics()
+
+    def write_config(self, **more: object) -> None:
+        versions = {"python": platform.python_version()}
+        for package in PACKAGES:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        config = {"command": command(), "arguments": {**self.fixed, **self.free}, "versions": versions, **more}
+        self._write(
+            self.directory / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n")
+        )
+
+    def write_metrics(self) -> None:
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: row.get(name) for name in self.columns} for row in self.rows)
+        self._write(self.directory / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def draw_curves(self) -> None:
+        from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+        panels = (
+            ("loss", "loss", None),
+            ("top1", "contrast accuracy, %", 100),
+            ("feature_std", "feature std (0: collapsed)", 1.1),
+            ("knn", "kNN, %", 100),
+        )
+        figure = Figure(figsize=(12, 3), layout="constrained")
+        for axes, (name, label, top) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            points = [(row["epoch"], row[name]) for row in self.rows if row.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), marker="o" if name == "knn" else "")
+            axes.set(xlabel="epoch", title=label)
+            axes.grid(alpha=0.3)
+            axes.set_ylim(0, top)
+        self._write(self.directory / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C ends the run at once; the last checkpoint stays as it is."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(f"\nstopped. {self._kept()} Continue with\n  {command()}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    @staticmethod
+    def environment() -> dict[str, str | int]:
+        return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+    def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+        try:
+            with written_whole(path) as file:
+                write(file)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            reason = (str(error).splitlines() or [""])[0]
+            fail(f"{path}: cannot be written ({reason}). {self._kept()} Make room, then continue with\n  {command()}")
+
+    def _kept(self) -> str:
+        return (
+            f"The checkpoint of epoch {self.epoch} is whole."
+            if self.checkpoint.exists()
+            else "There is no checkpoint yet."
+        )

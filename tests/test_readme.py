@@ -1,0 +1,170 @@
+"""The README is executed: every python block in order, down the page; every command names what exists."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+SHELLS = ("bash", "sh", "shell", "console")
+
+
+def blocks(*languages: str) -> list[tuple[int, str]]:
+    """(line, text) of the README's fenced blocks in these languages."""
+    text = README.read_text() if README.exists() else ""
+    found = re.finditer(r"^[ ]*```[ ]*(\w+)[^\n]*\n(.*?)^[ ]*```[ ]*$", text, re.MULTILINE | re.DOTALL)
+    return [(text[: m.start()].count("\n") + 1, m[2]) for m in found if m[1] in languages]
+
+
+def test_readme_has_python_and_commands() -> None:
+    assert README.exists()
+    assert blocks("python"), "no python block"
+    assert blocks(*SHELLS), "no shell block"
+
+
+def test_every_fence_says_its_language() -> None:
+    """A block without a language would be skipped in silence."""
+    fences = re.findall(r"^[ ]*```[ ]*(\S*)", README.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    opening = set(fences[::2])
+    assert opening <= {"python", *SHELLS, "text", "bibtex", "toml", "yaml", "diff"}, (
+        f"unknown or unnamed fences: {opening}"
+    )
+
+
+@pytest.fixture(scope="module")
+def namespace() -> dict[str, Any]:
+    return {"__name__": "readme"}
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), blocks("python") or [(0, "raise AssertionError('README.md has no python block')")]
+)
+def test_python_block(line: int, code: str, namespace: dict[str, Any]) -> None:
+    """Blocks share one namespace, top to bottom."""
+    torch.manual_seed(0)
+    exec(compile("\n" * line + code, str(README), "exec"), namespace)
+
+
+def commands() -> list[tuple[int, str]]:
+    """(line, command), continuation lines joined, comments and prompts and what a command printed left out."""
+    found = []
+    for line, text in blocks(*SHELLS):
+        prompted = any(row.startswith("$ ") for row in text.splitlines())
+        for row in re.sub(r"\\\n\s*", " ", text).splitlines():
+            row = row.strip()
+            if prompted:
+                if not row.startswith("$ "):
+                    continue
+                row = row[2:]
+            if row and not row.startswith("#"):
+                found.append((line, row))
+    return found
+
+
+def simple_commands(command: str) -> list[list[str]]:
+    """Split at && ; | and take environment assignments off the front."""
+    parts: list[list[str]] = [[]]
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    lexer.commenters = "#"
+    for token in lexer:
+        if set(token) <= set("&;|()"):
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    out = []
+    for part in parts:
+        while part and re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", part[0]):
+            part = part[1:]
+        if part:
+            out.append(part)
+    return out
+
+
+def flags_of(script: Path) -> set[str]:
+    """Flags that tyro makes of the dataclasses in a script and beside it, and those that argparse is told of."""
+    known = {"--help", "-h"}
+    for path in script.parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for field in node.body:
+                    if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                        name = field.target.id.replace("_", "-")
+                        known |= {f"--{name}", f"--no-{name}"}
+            elif (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.fullmatch(r"--?[\w-]+", node.value)
+            ):
+                known.add(node.value)
+    return known
+
+
+def check_flags(script: Path, arguments: list[str]) -> None:
+    known = flags_of(script)
+    for argument in arguments:
+        if argument.startswith("-") and not re.fullmatch(r"-\d.*", argument):
+            flag = argument.split("=")[0].replace("_", "-") if argument.startswith("--") else argument
+            assert flag in known, f"{script.name} has no {flag}"
+
+
+def check_python(arguments: list[str]) -> None:
+    while arguments and arguments[0] in ("-W", "-X"):
+        arguments = arguments[2:]
+    if not arguments or arguments[0] == "-c":
+        return
+    if arguments[0] == "-m":
+        module = arguments[1]
+        where = ROOT.joinpath(*module.split("."))
+        if where.is_dir():
+            assert (where / "__main__.py").exists(), f"{module} cannot be run"
+            check_flags(where / "__main__.py", arguments[2:])
+        elif where.with_suffix(".py").exists():
+            check_flags(where.with_suffix(".py"), arguments[2:])
+        else:
+            assert importlib.util.find_spec(module.split(".")[0]), f"no module {module}"
+            check_paths(arguments[2:])
+        return
+    script = ROOT / arguments[0]
+    assert script.exists(), f"{arguments[0]} does not exist"
+    check_flags(script, arguments[1:])
+
+
+def check_paths(arguments: list[str]) -> None:
+    """What looks like a path of the project must be there."""
+    for argument in arguments:
+        if argument.split("/")[0] in {p.name for p in ROOT.iterdir()} and "/" in argument:
+            assert (ROOT / argument.split("::")[0]).exists(), f"{argument} does not exist"
+
+
+@pytest.mark.parametrize(("line", "command"), commands() or [(0, "false")])
+def test_shell_command(line: int, command: str) -> None:
+    """Scripts exist, modules can be run, flags are fields of the script's arguments, programs are known."""
+    assert line, "README.md has no shell block"
+    for words in simple_commands(command):
+        program, arguments = words[0], words[1:]
+        if program in ("python", "python3", "torchrun"):
+            check_python([a for a in arguments if program != "torchrun" or not a.startswith("--nproc")])
+        elif program in ("pip", "git", "cd", "uv", "source", "ls", "cat"):
+            check_paths(arguments)
+        elif "/" in program or program.startswith("."):
+            assert (ROOT / program).exists(), f"{program} does not exist"
+        else:
+            assert shutil.which(program) or importlib.util.find_spec(program), f"{program} is not there"
+            check_paths(arguments)
+
+
+def test_links_to_files_exist() -> None:
+    """Images and files that the README points at."""
+    targets = re.findall(r"\]\(([^)#\s]+)|<img[^>]*src=\"([^\"]+)\"", README.read_text())
+    for target in (a or b for a, b in targets):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (ROOT / target).exists(), f"{target} does not exist"
