@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .distributed import Ranks, exchange, world
+from .queue import MomentumQueue
 
 BACKENDS = ("auto", "torch")
 REDUCTIONS = ("none", "mean", "sum")
@@ -29,6 +34,17 @@ def settings(chosen: Any) -> None:
             f"is the SiMo paper's choice."
         )
     one_of("sampling", chosen.sampling, SAMPLINGS)
+    if chosen.in_batch is not None:
+        one_of("in_batch", chosen.in_batch, ("keys", "views"))
+    if not isinstance(chosen.symmetric, bool):
+        raise TypeError(
+            f"symmetric: expected True or False, got {chosen.symmetric!r}. True is the mean of both directions."
+        )
+    if not isinstance(chosen.gather, (bool, dist.ProcessGroup)):
+        raise TypeError(
+            f"gather: expected False, True or a torch.distributed.ProcessGroup, got {chosen.gather!r}. "
+            "True gathers over the default group."
+        )
     if not isinstance(chosen.normalize, bool):
         raise TypeError(
             f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes "
@@ -131,22 +147,127 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
         _alike("negative_keys", negative_keys, query, dtype=False)
 
 
-def in_batch(query: Tensor) -> None:
-    if len(query) == 1:
+def call(
+    chosen: Any,
+    query: Any,
+    positive_key: Any,
+    negative_keys: Any,
+    query_ids: Any,
+    negative_ids: Any,
+) -> None:
+    """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
+    temperature(chosen.temperature)
+    stored = isinstance(negative_keys, MomentumQueue)
+    embeddings(query, positive_key, None if stored else negative_keys)
+    k = chosen.num_negatives
+    if negative_keys is not None and k is not None:
         raise ValueError(
-            f"query: expected at least 2 rows when the negatives are the batch's other keys, got "
-            f"{tuple(query.shape)}, which leaves none. "
-            "Use a larger batch (drop_last=True in the loader), or pass negative_keys."
+            f"num_negatives: expected None when negative_keys is given, got {k}. It chooses among the batch's own "
+            "keys: leave negative_keys out, or pass only the keys you want (negative_keys[:K])."
+        )
+    if negative_keys is not None and chosen.symmetric:
+        raise ValueError(
+            "symmetric: expected False when negative_keys is given, got True. Each direction has negatives of its own: "
+            "0.5 * (criterion(q1, k2, negatives_2) + criterion(q2, k1, negatives_1))."
+        )
+    if chosen.in_batch == "views" and k is not None and k % 2:
+        raise ValueError(
+            f'num_negatives: expected an even number with in_batch="views", got {k}. Both views of the next K/2 images '
+            f"are taken: use {k + 1}."
+        )
+    if stored:
+        queue(negative_keys, query)
+        source = "queue without ids" if negative_keys.slot_ids is None else "queue"
+        ids(query, query_ids, negative_ids, source=source)
+    elif negative_keys is not None:
+        n, count = len(query), negative_keys.shape[-2]
+        ids(query, query_ids, negative_ids, source="tensor", shapes=((count,), (n, count)))
+    else:
+        ids(query, query_ids, negative_ids, source="batch")
+    if chosen.gather is False and negative_keys is None:
+        _others(len(query), query)
+
+
+def _others(rows: int, query: Tensor) -> None:
+    if rows == 1:
+        raise ValueError(
+            f"query: expected at least 2 rows when the negatives are the batch's other keys, got {tuple(query.shape)}, "
+            "which leaves none. Use a larger batch (drop_last=True in the loader), or pass negative_keys."
         )
 
 
-def num_negatives_with_keys(num_negatives: int | None) -> None:
-    if num_negatives is not None:
+def agree(
+    chosen: Any,
+    query: Any,
+    positive_key: Any,
+    negative_keys: Any,
+    query_ids: Any,
+    negative_ids: Any,
+) -> Ranks:
+    """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
+    group, rank, world = process_group(chosen.gather)
+    if torch.compiler.is_compiling() or (
+        isinstance(query, Tensor) and query.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
+        return Ranks(group, rank, (len(query),) * world)  # a traced or captured graph cannot ask: equal ranks
+    wrong: Exception | None = None
+    try:
+        call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
+    except (TypeError, ValueError) as error:
+        wrong = error
+    facts = {"an error": 0 if wrong is None else 1}
+    if wrong is None:
+        facts |= {
+            "rows": len(query),
+            "D": query.shape[1],
+            "dtype": _code(query.dtype),
+            "settings (temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, reduction)": _code(
+                chosen._replace(
+                    gather=True, temperature="learned" if isinstance(chosen.temperature, Tensor) else chosen.temperature
+                )
+            ),
+            "kind of negative_keys": _code(type(negative_keys)),
+            "query_ids given": int(query_ids is not None),
+            "gradients wanted": 4 * torch.is_grad_enabled() + 2 * query.requires_grad + positive_key.requires_grad,
+        }
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, world)
+    if wrong is not None:
+        raise wrong
+    failed = [r for r, values in enumerate(everyone) if values[0]]
+    if failed:
         raise ValueError(
-            f"num_negatives: expected None when negative_keys is given, got {num_negatives}. It chooses among the "
-            f"batch's own keys: "
-            "leave negative_keys out, or pass only the keys you want (negative_keys[:K])."
+            f"gather: expected every rank to pass its own checks, got an error on rank {', '.join(map(str, failed))}. "
+            "Its message is the one to mend."
         )
+    for place, name in enumerate(facts):
+        values = [row[place] for row in everyone]
+        if name != "rows" and len(set(values)) > 1:
+            shown = f", {values}," if name == "D" else ""
+            odd = [r for r, value in enumerate(values) if value != values[0]]
+            raise ValueError(
+                f"gather: expected the same on every rank, got different {name}{shown} on rank "
+                f"{', '.join(map(str, odd))} than on rank 0. Call the same loss with the same settings on every rank."
+            )
+    ranks = Ranks(group, rank, tuple(row[1] for row in everyone))
+    if negative_keys is None:
+        _others(ranks.total, query)
+    return ranks
+
+
+def process_group(gather: Any) -> tuple[Any, int, int]:
+    """(group, rank, world size) of ``gather``."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            f"gather: expected an initialised process group, got {gather!r} without one. Launch with torchrun and call "
+            "torch.distributed.init_process_group first, or use gather=False."
+        )
+    return world(gather)
+
+
+def _code(value: Any) -> int:
+    return zlib.crc32(repr(value).encode())
 
 
 def queue(stored: Any, query: Tensor) -> None:
