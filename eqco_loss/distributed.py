@@ -51,9 +51,9 @@ def world(gather: Gather) -> tuple[dist.ProcessGroup | None, int, int]:
 def exchange(values: list[int], device: torch.device, group: dist.ProcessGroup | None, size: int) -> list[list[int]]:
     """Every rank's values, in rank order. Waits for the device."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
-    out = torch.empty((size, len(values)), dtype=torch.int64, device=device)
+    out = torch.empty(size * len(values), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(out, mine, group=group)
-    rows: list[list[int]] = out.tolist()
+    rows: list[list[int]] = out.view(size, len(values)).tolist()
     return rows
 
 
