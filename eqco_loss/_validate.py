@@ -6,10 +6,9 @@ import zlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import Ranks, exchange, world
+from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
 from .queue import MomentumQueue
 
 BACKENDS = ("auto", "torch")
@@ -40,11 +39,7 @@ def settings(chosen: Any) -> None:
         raise TypeError(
             f"symmetric: expected True or False, got {chosen.symmetric!r}. True is the mean of both directions."
         )
-    if not isinstance(chosen.gather, (bool, dist.ProcessGroup)):
-        raise TypeError(
-            f"gather: expected False, True or a torch.distributed.ProcessGroup, got {chosen.gather!r}. "
-            "True gathers over the default group."
-        )
+    check_gather(chosen.gather)
     if not isinstance(chosen.normalize, bool):
         raise TypeError(
             f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes "
@@ -205,12 +200,10 @@ def agree(
     negative_ids: Any,
 ) -> Ranks:
     """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
-    group, rank, world = process_group(chosen.gather)
-    if torch.compiler.is_compiling() or (
-        isinstance(query, Tensor) and query.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):
+    group, rank, size = world(chosen.gather)
+    if isinstance(query, Tensor) and cannot_wait(query):
         call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
-        return Ranks(group, rank, (len(query),) * world)  # a traced or captured graph cannot ask: equal ranks
+        return equal_ranks(chosen.gather, query)
     wrong: Exception | None = None
     try:
         call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
@@ -232,7 +225,7 @@ def agree(
             "gradients wanted": 4 * torch.is_grad_enabled() + 2 * query.requires_grad + positive_key.requires_grad,
         }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, world)
+    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, size)
     if wrong is not None:
         raise wrong
     failed = [r for r, values in enumerate(everyone) if values[0]]
@@ -254,16 +247,6 @@ def agree(
     if negative_keys is None:
         _others(ranks.total, query)
     return ranks
-
-
-def process_group(gather: Any) -> tuple[Any, int, int]:
-    """(group, rank, world size) of ``gather``."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            f"gather: expected an initialised process group, got {gather!r} without one. Launch with torchrun and call "
-            "torch.distributed.init_process_group first, or use gather=False."
-        )
-    return world(gather)
 
 
 def _code(value: Any) -> int:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Gather = bool | dist.ProcessGroup  # False, True for the default group, or a group
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Gather = Union[bool, "ProcessGroup"]  # False, True for the default group, or a group
 
 
 class Ranks(NamedTuple):
     """Who takes part in a loss, and with how many rows each."""
 
-    group: dist.ProcessGroup | None
+    group: ProcessGroup | None
     rank: int
     sizes: tuple[int, ...]
 
@@ -42,13 +45,43 @@ class Ranks(NamedTuple):
         return total
 
 
-def world(gather: Gather) -> tuple[dist.ProcessGroup | None, int, int]:
-    """(group, rank, world size); a lone process is a world of one."""
+def check_gather(gather: Any) -> None:
+    if not isinstance(gather, bool) and not (dist.is_available() and isinstance(gather, dist.ProcessGroup)):
+        raise TypeError(
+            f"gather: expected False, True or a torch.distributed.ProcessGroup, got {gather!r}. "
+            "True gathers over the default group."
+        )
+
+
+def world(gather: Gather) -> tuple[ProcessGroup | None, int, int]:
+    """(group, rank, world size)."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            f"gather: expected an initialised process group, got {gather!r} without one. Launch with torchrun and call "
+            "torch.distributed.init_process_group first, or use gather=False."
+        )
     group = None if isinstance(gather, bool) else gather
     return group, dist.get_rank(group), dist.get_world_size(group)
 
 
-def exchange(values: list[int], device: torch.device, group: dist.ProcessGroup | None, size: int) -> list[list[int]]:
+def cannot_wait(x: Tensor) -> bool:
+    """Whether the host may not ask the device: in a traced or captured graph, which requires equal ranks."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
+    """Ranks that all have as many rows as this one."""
+    group, rank, size = world(gather)
+    return Ranks(group, rank, (x.shape[0],) * size)
+
+
+def counted_ranks(gather: Gather, x: Tensor) -> Ranks:
+    """Ranks with the rows that each of them tells."""
+    group, rank, size = world(gather)
+    return Ranks(group, rank, tuple(rows for (rows,) in exchange([x.shape[0]], x.device, group, size)))
+
+
+def exchange(values: list[int], device: torch.device, group: ProcessGroup | None, size: int) -> list[list[int]]:
     """Every rank's values, in rank order. Waits for the device."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     out = torch.empty(size * len(values), dtype=torch.int64, device=device)

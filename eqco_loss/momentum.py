@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,8 @@ def momentum_update(
 
     Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is
         recorded, storages stay the same, and
-    ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through.
+    ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through, and parameters sharded
+    by FSDP2 (``DTensor``) are updated shard by shard.
 
     Args:
         query_encoder: trained by gradients; left as it is.
@@ -84,7 +88,25 @@ def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> tuple[
                 f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. "
                 f"{advice}"
             )
-    return list(query.values()), [key[name] for name in query]
+    pairs = [_local(q, key[name], name) for name, q in query.items()]
+    return [q for q, _ in pairs], [k for _, k in pairs]
+
+
+def _local(q: Any, k: Any, name: str) -> tuple[Tensor, Tensor]:
+    """What this rank holds of both, where FSDP2 or tensor parallelism shards them."""
+    if not _sharded(k):
+        return (q.full_tensor() if _sharded(q) else q), k
+    if not _sharded(q) or q.placements != k.placements or q.device_mesh != k.device_mesh:
+        raise ValueError(
+            f"key_encoder: expected {name!r} sharded as query_encoder has it, got {k.placements} against "
+            f"{q.placements if _sharded(q) else 'a plain tensor'}. Apply the same fully_shard to both encoders."
+        )
+    return q.to_local(), k.to_local()
+
+
+def _sharded(x: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # a second to import, so only where somebody has
+    return tensor is not None and isinstance(x, tensor.DTensor)
 
 
 def _some(names: list[str]) -> str:
