@@ -188,7 +188,7 @@ def answer(function: Callable[[dict[str, Tensor]], Tensor], leaves: dict[str, Te
     """Fresh leaves, one call, one backward; a loss of shape (N,) is weighted row by row so that no row can hide."""
     fresh = {name: leaf.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, leaf in leaves.items()}
     loss = function(fresh)
-    weight = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype) if loss.ndim else 1.0
     gradients = torch.autograd.grad((loss * weight).sum(), list(fresh.values()))
     return Answer(loss.detach(), dict(zip(fresh, gradients, strict=True)))
 
@@ -269,18 +269,39 @@ def plain(case: Case, sample: Sample, *, reduction: str = "none", learn_temperat
     return answer(call, leaves_of(sample, temperature=temperature_leaf(case) if learn_temperature else None))
 
 
-def assert_answers(ours: Answer, eager: Answer, truth: Answer) -> None:
-    assert_as_exact_as_eager(ours.loss, eager.loss, truth.loss, "loss")
+def assert_answers(case: Case, ours: Answer, eager: Answer, truth: Answer, *, scale: float = 0.0) -> None:
+    """Loss and every gradient, by the one tolerance; `scale`: what gradients that cancel are made of."""
+    smallest = min(case.temperature, case.inter_temperature) if case.loss == "dual" else case.temperature
+    assert_as_exact_as_eager(ours.loss, eager.loss, truth.loss, "loss", temperature=smallest)
     assert set(ours.gradients) == set(truth.gradients)
     for name, gradient in ours.gradients.items():
-        assert_as_exact_as_eager(gradient, eager.gradients[name], truth.gradients[name], f"gradient of {name}")
+        assert_as_exact_as_eager(
+            gradient, eager.gradients[name], truth.gradients[name], f"gradient of {name}", temperature=smallest, scale=scale
+        )
 
 
-def assert_right(case: Case, sample: Sample | None = None, *, reduction: str = "none", learn_temperature: bool = False) -> None:
-    """The package against the oracle: loss and every gradient, judged by plain eager's own error."""
+def assert_right(
+    case: Case,
+    sample: Sample | None = None,
+    *,
+    reduction: str = "none",
+    learn_temperature: bool = False,
+    cancelling: bool = False,
+) -> None:
+    """The package against the oracle: loss and every gradient, judged by plain eager's own error.
+
+    `cancelling`: keys and queries coincide, so that gradients are differences of equal terms, each as large as the bound of their row.
+    """
     sample = make(case) if sample is None else sample
+    scale = 0.0
+    if cancelling:
+        tensors = [leaf.double() for leaf in leaves_of(sample).values()]
+        shortest = min(t.norm(dim=-1).min().item() for t in tensors) if case.normalize else 1.0
+        scale = exact_rows(case, sample).gradient_norm_bound.max().item() / shortest
     assert_answers(
+        case,
         ours(case, sample, reduction=reduction, learn_temperature=learn_temperature),
         plain(case, sample, reduction=reduction, learn_temperature=learn_temperature),
         truth(case, sample, reduction=reduction, learn_temperature=learn_temperature),
+        scale=scale,
     )

@@ -36,9 +36,11 @@ def without_equal_ids(places: Places, query_ids: Sequence[int], key_ids: Sequenc
     """A negative never repels a query with the same id. `key_ids` is (K,) or (N, K)."""
     kept: Places = []
     for i, row in enumerate(places):
-        first = key_ids[i]
-        ids_of_row = key_ids if isinstance(first, int) else first
-        kept.append([j for j in row if ids_of_row[j] != query_ids[i]])  # type: ignore[index]
+        if isinstance(key_ids[0], int):
+            ids_of_row = key_ids
+        else:
+            ids_of_row = key_ids[i]  # type: ignore[assignment]
+        kept.append([j for j in row if ids_of_row[j] != query_ids[i]])
     return kept
 
 
@@ -60,6 +62,7 @@ class Rows:
     positive_similarity: Tensor
     negative_similarity: Tensor
     top1_accuracy: Tensor
+    top5_accuracy: Tensor
     mi_estimate: Tensor
     gradient_norm_bound: Tensor
     mean_log_weight: Tensor
@@ -118,6 +121,7 @@ def rows(
                 similarity_to_positive,
                 similarities.mean(),
                 gap.new_tensor(float(better)),
+                gap.new_tensor(float((similarities > similarity_to_positive).sum() < 5)),
                 math.log1p(mimicked) - eqco,
                 bound,
                 log_weight,

@@ -379,8 +379,8 @@ def _attend_flash(logits: Tensor, keys: Tensor, pairs: Pairs, ratio: float | Ten
     keys = keys if pairs.valid_count is None else keys[: int(pairs.valid_count)]
     mean_key, lse = _flash(logits, keys)
     inter_lse = lse if ratio is None else _flash(logits * ratio, keys)[1]
-    count, none = logits.new_full((len(logits),), len(keys)), logits.new_empty(0)
-    return _Seen(lse, count, mean_key, inter_lse, none, none, none)
+    count, unseen = torch.full_like(lse, len(keys)), torch.zeros_like(lse)
+    return _Seen(lse, count, mean_key, inter_lse, unseen, unseen, unseen)
 
 
 def _flash(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

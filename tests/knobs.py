@@ -1,0 +1,32 @@
+"""The package's inner knobs, turned by tests: wherever they live, all of them."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import eqco_loss.ops
+
+
+@contextmanager
+def patched(name: str, value: object) -> Iterator[None]:
+    """Every module of the operators that has this name sees this value."""
+    modules = [importlib.import_module(f"eqco_loss.ops.{m.name}") for m in pkgutil.iter_modules(eqco_loss.ops.__path__)]
+    having = [module for module in modules if hasattr(module, name)]
+    assert having, f"no module of eqco_loss.ops has {name}"
+    with ExitStack() as stack:
+        for module in having:
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
+
+
+@contextmanager
+def tiles(elements: int | None = None, *, flash: bool = True) -> Iterator[None]:
+    """At most `elements` similarities per tile; without torch's flash attention where `flash` is False."""
+    with ExitStack() as stack:
+        if elements is not None:
+            stack.enter_context(patched("TILE_ELEMENTS", elements))
+        if not flash:
+            stack.enter_context(patched("flash_works", lambda *_: False))
+        yield
