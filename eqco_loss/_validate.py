@@ -83,10 +83,14 @@ def temperature(value: Any) -> None:
             "Use temperature.squeeze(), or one loss per temperature."
         )
     # A device's value would have to be waited for, and a traced one does not exist yet.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not float(value) > 0:
+    if (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not 0 < float(value.detach()) < float("inf")
+    ):
         raise ValueError(
-            f"temperature: expected a value > 0, got a tensor of {float(value)!r}. {advice} A learned temperature "
-            f"stays positive as log_scale.exp()."
+            f"temperature: expected a finite value > 0, got a tensor of {float(value.detach())!r}. {advice} "
+            "A learned one stays positive as log_scale.exp()."
         )
 
 
@@ -356,7 +360,8 @@ def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tens
 
 def _tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
+        kinds = "torch.Tensor, a MomentumQueue or None" if name == "negative_keys" else "torch.Tensor"
+        raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. Convert it with torch.as_tensor.")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}. Use {name}.float().")
 

@@ -170,9 +170,8 @@ class MomentumQueue(nn.Module):
     def _check(self, keys: Tensor, ids: Tensor | None) -> None:
         dim = self.contents.shape[1]
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
-            raise TypeError(
-                f"keys: expected a floating-point tensor (N, {dim}), got {getattr(keys, 'dtype', type(keys).__name__)}."
-            )
+            got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+            raise TypeError(f"keys: expected a floating-point tensor (N, {dim}), got {got}. Use keys.float().")
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(
                 f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with "
@@ -196,4 +195,6 @@ class MomentumQueue(nn.Module):
                     f"{getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."
                 )
             if ids.shape != keys.shape[:1]:
-                raise ValueError(f"ids: expected shape ({len(keys)},), one for each key, got {tuple(ids.shape)}.")
+                raise ValueError(
+                    f"ids: expected shape ({len(keys)},), one a key, got {tuple(ids.shape)}. Index both alike."
+                )

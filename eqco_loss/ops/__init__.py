@@ -104,7 +104,7 @@ def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor
 def _row_losses_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
-    _keep_inputs(ctx, inputs, [inputs[2], inputs[3]])
+    _keep_inputs(ctx, inputs)
 
 
 def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -120,7 +120,7 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         return torch_backend.dense_row_losses(q, p, k, extra, Pairs(*pairs), Pairs(*extra_pairs), t_, *settings)
 
     if torch.is_grad_enabled():  # create_graph
-        return _dense_gradients(ctx, grad, formula, 5, [keys, extra_keys])
+        return _dense_gradients(ctx, grad, formula, 5)
     query_gradient, positive_gradient, unit_keys_gradient, stats = ctx.saved_tensors
     need_query, need_positive, need_keys, need_extra, need_temperature = ctx.needs_input_grad[:5]
     weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
@@ -130,12 +130,12 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     if need_positive:
         out[1] = (positive_gradient * grad[:, None]).to(positive.dtype)
     if need_keys:
-        _check_unchanged(ctx, keys)
+        _check_unchanged(ctx, query, keys, learned, *pairs[:-1])
         unit = unit_keys_gradient if unit_keys_gradient.dim() == keys.dim() else None
         flags = normalize, normalize_keys
         out[2] = keys_gradient(query, keys, grad, weight, lse, unit, learned, *pairs, temperature, *flags)
     if need_extra:
-        _check_unchanged(ctx, extra_keys)
+        _check_unchanged(ctx, query, extra_keys, learned, *extra_pairs[:-1])
         flags = normalize, normalize_extra
         out[3] = keys_gradient(query, extra_keys, grad, weight, lse, None, learned, *extra_pairs, temperature, *flags)
     if need_temperature:
@@ -183,7 +183,7 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _logsumexp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output)
-    _keep_inputs(ctx, inputs, [inputs[1]])
+    _keep_inputs(ctx, inputs)
 
 
 def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -196,15 +196,16 @@ def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
         return torch_backend.dense_logsumexp(q, k, Pairs(*pairs), temperature if t is None else t)
 
     if torch.is_grad_enabled():  # create_graph
-        return _dense_gradients(ctx, grad, formula, 3, [keys])
+        return _dense_gradients(ctx, grad, formula, 3)
     lse, mean_key = ctx.saved_tensors
+    _check_unchanged(ctx, query, learned)
     t = temperature if learned is None else learned
     need_query, need_keys, need_temperature = ctx.needs_input_grad[:3]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
     if need_query:
         out[0] = (mean_key * (grad / t)[:, None]).to(query.dtype)
     if need_keys:
-        _check_unchanged(ctx, keys)
+        _check_unchanged(ctx, keys, *pairs[:-1])
         one = torch.ones_like(lse)
         out[1] = keys_gradient(query, keys, grad, one, lse, None, learned, *pairs, temperature, False, False)
     if need_temperature:
@@ -256,29 +257,28 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
     return keys.new_empty(keys.shape)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], keys: list[Tensor | None]) -> None:
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
     # Not save_for_backward: its version check would reject a queue that was enqueued to before backward, though a
     # queue's keys are not needed there.
     ctx.inputs = inputs
-    ctx.versions = {id(x): x._version for x in keys if x is not None and not x.is_inference()}
+    tensors = (x for x in inputs if isinstance(x, Tensor) and not x.is_inference())
+    ctx.versions = {id(x): x._version for x in tensors}
     ctx.set_materialize_grads(False)  # or zeros for the gradients among the outputs
 
 
-def _check_unchanged(ctx: Any, keys: Tensor) -> None:
-    if id(keys) in ctx.versions and keys._version != ctx.versions[id(keys)]:
-        raise RuntimeError(
-            "negative_keys: expected to be unchanged between the loss and backward(), which needs its values (for "
-            "its own gradient, or create_graph=True), got changed in place. Call backward() first, or pass a clone."
-        )
+def _check_unchanged(ctx: Any, *tensors: Tensor | None) -> None:
+    for x in tensors:
+        if id(x) in ctx.versions and x is not None and x._version != ctx.versions[id(x)]:
+            raise RuntimeError(
+                "query, positive_key, negative_keys, temperature, ids: expected to be unchanged between the loss and "
+                "backward(), which needs their values (for the keys' gradient, or create_graph=True), got one of "
+                f"shape {tuple(x.shape)} changed in place. Call backward() first, or pass a clone."
+            )
 
 
-def _dense_gradients(
-    ctx: Any, grad: Tensor, formula: Callable[..., Tensor], tensors: int, keys: list[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+def _dense_gradients(ctx: Any, grad: Tensor, formula: Callable[..., Tensor], tensors: int) -> tuple[Tensor | None, ...]:
     """Gradients of the first ``tensors`` inputs that can be differentiated again, at eager's cost in memory."""
-    for x in keys:
-        if x is not None:
-            _check_unchanged(ctx, x)
+    _check_unchanged(ctx, *(x for x in ctx.inputs if isinstance(x, Tensor)))
     with torch.enable_grad():
         # Views, because one tensor may serve as positive and as keys, and each needs its own gradient.
         views = [None if x is None else x.view_as(x) for x in ctx.inputs[:tensors]]
