@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
+from .queue import MomentumQueue
 
 BACKENDS = ("auto", "torch")
 REDUCTIONS = ("none", "mean", "sum")
@@ -29,6 +33,13 @@ def settings(chosen: Any) -> None:
             f"is the SiMo paper's choice."
         )
     one_of("sampling", chosen.sampling, SAMPLINGS)
+    if chosen.in_batch is not None:
+        one_of("in_batch", chosen.in_batch, ("keys", "views"))
+    if not isinstance(chosen.symmetric, bool):
+        raise TypeError(
+            f"symmetric: expected True or False, got {chosen.symmetric!r}. True is the mean of both directions."
+        )
+    check_gather(chosen.gather)
     if not isinstance(chosen.normalize, bool):
         raise TypeError(
             f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes "
@@ -72,10 +83,14 @@ def temperature(value: Any) -> None:
             "Use temperature.squeeze(), or one loss per temperature."
         )
     # A device's value would have to be waited for, and a traced one does not exist yet.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not float(value) > 0:
+    if (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not 0 < float(value.detach()) < float("inf")
+    ):
         raise ValueError(
-            f"temperature: expected a value > 0, got a tensor of {float(value)!r}. {advice} A learned temperature "
-            f"stays positive as log_scale.exp()."
+            f"temperature: expected a finite value > 0, got a tensor of {float(value.detach())!r}. {advice} "
+            "A learned one stays positive as log_scale.exp()."
         )
 
 
@@ -131,22 +146,115 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
         _alike("negative_keys", negative_keys, query, dtype=False)
 
 
-def in_batch(query: Tensor) -> None:
-    if len(query) == 1:
+def call(
+    chosen: Any,
+    query: Any,
+    positive_key: Any,
+    negative_keys: Any,
+    query_ids: Any,
+    negative_ids: Any,
+) -> None:
+    """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
+    temperature(chosen.temperature)
+    stored = isinstance(negative_keys, MomentumQueue)
+    embeddings(query, positive_key, None if stored else negative_keys)
+    k = chosen.num_negatives
+    if negative_keys is not None and k is not None:
         raise ValueError(
-            f"query: expected at least 2 rows when the negatives are the batch's other keys, got "
-            f"{tuple(query.shape)}, which leaves none. "
-            "Use a larger batch (drop_last=True in the loader), or pass negative_keys."
+            f"num_negatives: expected None when negative_keys is given, got {k}. It chooses among the batch's own "
+            "keys: leave negative_keys out, or pass only the keys you want (negative_keys[:K])."
+        )
+    if negative_keys is not None and chosen.symmetric:
+        raise ValueError(
+            "symmetric: expected False when negative_keys is given, got True. Each direction has negatives of its own: "
+            "0.5 * (criterion(q1, k2, negatives_2) + criterion(q2, k1, negatives_1))."
+        )
+    if chosen.in_batch == "views" and k is not None and k % 2:
+        raise ValueError(
+            f'num_negatives: expected an even number with in_batch="views", got {k}. Both views of the next K/2 images '
+            f"are taken: use {k + 1}."
+        )
+    if stored:
+        queue(negative_keys, query)
+        source = "queue without ids" if negative_keys.slot_ids is None else "queue"
+        ids(query, query_ids, negative_ids, source=source)
+    elif negative_keys is not None:
+        n, count = len(query), negative_keys.shape[-2]
+        ids(query, query_ids, negative_ids, source="tensor", shapes=((count,), (n, count)))
+    else:
+        ids(query, query_ids, negative_ids, source="batch")
+    if chosen.gather is False and negative_keys is None:
+        _others(len(query), query)
+
+
+def _others(rows: int, query: Tensor) -> None:
+    if rows == 1:
+        raise ValueError(
+            f"query: expected at least 2 rows when the negatives are the batch's other keys, got {tuple(query.shape)}, "
+            "which leaves none. Use a larger batch (drop_last=True in the loader), or pass negative_keys."
         )
 
 
-def num_negatives_with_keys(num_negatives: int | None) -> None:
-    if num_negatives is not None:
+def agree(
+    chosen: Any,
+    query: Any,
+    positive_key: Any,
+    negative_keys: Any,
+    query_ids: Any,
+    negative_ids: Any,
+) -> Ranks:
+    """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
+    group, rank, size = world(chosen.gather)
+    if isinstance(query, Tensor) and cannot_wait(query):
+        call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
+        return equal_ranks(chosen.gather, query)
+    wrong: Exception | None = None
+    try:
+        call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
+    except (TypeError, ValueError) as error:
+        wrong = error
+    facts = {"an error": 0 if wrong is None else 1}
+    if wrong is None:
+        facts |= {
+            "rows": len(query),
+            "D": query.shape[1],
+            "dtype": _code(query.dtype),
+            "settings (temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, reduction)": _code(
+                chosen._replace(
+                    gather=True, temperature="learned" if isinstance(chosen.temperature, Tensor) else chosen.temperature
+                )
+            ),
+            "kind of negative_keys": _code(type(negative_keys)),
+            "query_ids given": int(query_ids is not None),
+            "gradients wanted": 4 * torch.is_grad_enabled() + 2 * query.requires_grad + positive_key.requires_grad,
+        }
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, size)
+    if wrong is not None:
+        raise wrong
+    failed = [r for r, values in enumerate(everyone) if values[0]]
+    if failed:
         raise ValueError(
-            f"num_negatives: expected None when negative_keys is given, got {num_negatives}. It chooses among the "
-            f"batch's own keys: "
-            "leave negative_keys out, or pass only the keys you want (negative_keys[:K])."
+            f"gather: expected every rank to pass its own checks, got an error on rank {', '.join(map(str, failed))}. "
+            "Its message is the one to mend."
         )
+    for place, name in enumerate(facts):
+        values = [row[place] for row in everyone]
+        if name != "rows" and len(set(values)) > 1:
+            shown = f", {values}," if name == "D" else ""
+            odd = [r for r, value in enumerate(values) if value != values[0]]
+            raise ValueError(
+                f"gather: expected the same on every rank, got different {name}{shown} on rank "
+                f"{', '.join(map(str, odd))} than on rank 0. Call the same loss with the same settings on every rank."
+            )
+    ranks = Ranks(group, rank, tuple(row[1] for row in everyone))
+    if negative_keys is None:
+        _others(ranks.total, query)
+    return ranks
+
+
+def _code(value: Any) -> int:
+    return zlib.crc32(repr(value).encode())
 
 
 def queue(stored: Any, query: Tensor) -> None:
@@ -252,7 +360,8 @@ def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tens
 
 def _tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}. Convert it with torch.as_tensor.")
+        kinds = "torch.Tensor, a MomentumQueue or None" if name == "negative_keys" else "torch.Tensor"
+        raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. Convert it with torch.as_tensor.")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}. Use {name}.float().")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _validate as check
 from . import ops
+from .distributed import Gather, Ranks
 from .ops import Pairs, Stat
 from .queue import MomentumQueue
 
@@ -33,6 +34,7 @@ class LossMetrics(NamedTuple):
 
     loss: Tensor  #: what the criterion returns; the only one with a gradient
     top1_accuracy: Tensor  #: share of queries whose positive no negative exceeds (without the margin, as MoCo logs)
+    top5_accuracy: Tensor  #: share whose positive fewer than five negatives exceed
     positive_similarity: Tensor  #: s(q, k), between -1 and 1
     negative_similarity: Tensor  #: mean s(q, n) over each query's negatives
     effective_k: Tensor  #: K_i, the negatives that are left after exclusions
@@ -49,9 +51,12 @@ class Settings(NamedTuple):
     temperature: float | Tensor
     inter_temperature: float | None  # None: EqCo
     alpha: float | None
+    in_batch: str | None
     num_negatives: int | None
     sampling: str
+    symmetric: bool
     normalize: bool
+    gather: Gather
     reduction: str
     backend: str
 
@@ -63,11 +68,14 @@ def eqco_loss(
     *,
     temperature: float | Tensor = 0.2,
     alpha: float | None = 65536,
+    in_batch: str | None = None,
     num_negatives: int | None = None,
     sampling: str = "rolled",
+    symmetric: bool = False,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     normalize: bool = True,
+    gather: Gather = False,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -91,7 +99,19 @@ def eqco_loss(
         >>> from eqco_loss.functional import eqco_loss
         >>> loss = eqco_loss(torch.randn(8, 16), torch.randn(8, 16), num_negatives=4, alpha=256)
     """
-    settings = Settings(temperature, None, alpha, num_negatives, sampling, normalize, reduction, backend)
+    settings = Settings(
+        temperature,
+        None,
+        alpha,
+        in_batch,
+        num_negatives,
+        sampling,
+        symmetric,
+        normalize,
+        gather,
+        reduction,
+        backend,
+    )
     check.settings(settings)
     return compute_loss(settings, query, positive_key, negative_keys, query_ids, negative_ids)
 
@@ -104,11 +124,14 @@ def dual_temp_infonce(
     temperature: float | Tensor = 0.1,
     inter_temperature: float = 1.0,
     alpha: float | None = None,
+    in_batch: str | None = None,
     num_negatives: int | None = None,
     sampling: str = "rolled",
+    symmetric: bool = False,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     normalize: bool = True,
+    gather: Gather = False,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -134,7 +157,19 @@ def dual_temp_infonce(
         >>> loss = dual_temp_infonce(torch.randn(8, 16), torch.randn(8, 16), temperature=0.1, inter_temperature=1.0)
     """
     check.inter_temperature(inter_temperature)
-    settings = Settings(temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend)
+    settings = Settings(
+        temperature,
+        inter_temperature,
+        alpha,
+        in_batch,
+        num_negatives,
+        sampling,
+        symmetric,
+        normalize,
+        gather,
+        reduction,
+        backend,
+    )
     check.settings(settings)
     return compute_loss(settings, query, positive_key, negative_keys, query_ids, negative_ids)
 
@@ -148,8 +183,9 @@ def compute_loss(
     negative_ids: Tensor | None = None,
 ) -> Tensor:
     """The reduced loss."""
-    loss, _ = row_losses(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    return _reduce(loss, settings.reduction)
+    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    rows = [_row_losses(settings, one)[0] for one in passes]
+    return _reduce(rows, settings.reduction, ranks)
 
 
 def compute_metrics(
@@ -161,54 +197,70 @@ def compute_metrics(
     negative_ids: Tensor | None = None,
 ) -> LossMetrics:
     """The reduced loss and what to log beside it."""
-    loss, stats = row_losses(
-        settings, query, positive_key, negative_keys, query_ids, negative_ids, need_statistics=True
-    )
-    alpha = stats[Stat.COUNT] if settings.alpha is None else settings.alpha
+    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    outputs = [_row_losses(settings, one, need_statistics=True) for one in passes]
+    stats = torch.cat([stats for _, stats in outputs], 1)  # (len(Stat), N) or, of both directions, (len(Stat), 2N)
+    alpha = stats[Stat.COUNT] if settings.alpha is None else torch.full_like(stats[Stat.COUNT], settings.alpha)
     t = settings.temperature.detach() if isinstance(settings.temperature, Tensor) else settings.temperature
-    correct = (stats[Stat.RANK] == 0).to(stats.dtype) + 0 * stats[Stat.LSE]  # NaN where the row is
-    return LossMetrics(
-        loss=_reduce(loss, settings.reduction),
-        top1_accuracy=correct.mean(),
-        positive_similarity=stats[Stat.POSITIVE].mean(),
-        negative_similarity=stats[Stat.NEGATIVE].mean(),
-        effective_k=stats[Stat.COUNT].mean(),
-        mi_estimate=(torch.log1p(torch.as_tensor(alpha, dtype=stats.dtype)) - stats[Stat.INTRA_LOSS]).mean(),
-        gradient_norm_bound=(2 / t * stats[Stat.WEIGHT]).mean(),
-        mean_log_weight=stats[Stat.LOG_WEIGHT].mean(),
+    rank = stats[Stat.RANK] + 0 * stats[Stat.LSE]  # NaN where the row is
+    rows = torch.stack(
+        [
+            torch.where(rank.isnan(), rank, (rank < 1).to(rank.dtype)),
+            torch.where(rank.isnan(), rank, (rank < 5).to(rank.dtype)),
+            stats[Stat.POSITIVE],
+            stats[Stat.NEGATIVE],
+            stats[Stat.COUNT],
+            torch.log1p(alpha) - stats[Stat.INTRA_LOSS],
+            2 / t * stats[Stat.WEIGHT],
+            stats[Stat.LOG_WEIGHT],
+        ]
     )
+    means = rows.mean(1) if ranks is None else ranks.sum(rows.sum(1)) / (ranks.total * len(passes))
+    return LossMetrics(_reduce([loss for loss, _ in outputs], settings.reduction, ranks), *means.unbind())
 
 
-def row_losses(
-    settings: Settings,
-    query: Tensor,  # (N, D)
-    positive_key: Tensor,  # (N, D)
-    negative_keys: Negatives,
-    query_ids: Tensor | None,  # (N,)
-    negative_ids: Tensor | None,  # (K,) or (N, K)
-    need_statistics: bool = False,
-) -> tuple[Tensor, Tensor]:
+class _Pass(NamedTuple):
+    """One call of the operator: each query row against one set of keys, or two."""
+
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, D)
+    keys: Tensor  # (K, D) or (N, K, D)
+    normalize_keys: bool
+    pairs: Pairs
+    extra: _Given | None = None  # a second set
+
+
+class _Given(NamedTuple):
+    """The negatives that came as an argument."""
+
+    keys: Tensor  # (K, D) or (N, K, D)
+    normalize: bool
+    ids: Tensor | None  # (K,) or (N, K)
+    filled: Tensor | None  # (): how many of them are there, where only the device knows
+
+
+def _row_losses(settings: Settings, one: _Pass, need_statistics: bool = False) -> tuple[Tensor, Tensor]:
     """Loss per row (N,) and the rows of ``Stat`` (detached)."""
-    check.temperature(settings.temperature)
-    check.embeddings(query, positive_key, None if isinstance(negative_keys, MomentumQueue) else negative_keys)
-    keys, normalize_keys, pairs = _select_negatives(
-        settings, query, positive_key, negative_keys, query_ids, negative_ids
-    )
+    query, positive, keys, normalize_keys, pairs, extra = one
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
     grad = torch.is_grad_enabled()
     loss, *_, stats = ops.row_losses(
         query,
-        positive_key,
+        positive,
         keys,
+        None if extra is None else extra.keys,
         learned,
         *pairs,
-        1.0 if learned is not None else float(settings.temperature),
+        None if extra is None else extra.ids,
+        None if extra is None else extra.filled,
+        1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
         settings.inter_temperature,
         settings.alpha,
         settings.normalize,
         normalize_keys,
+        extra is not None and extra.normalize,
         grad and (query.requires_grad or (learned is not None and learned.requires_grad)),
-        grad and positive_key.requires_grad,
+        grad and positive.requires_grad,
         # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
         # finding that out would wait for the device.
         grad and keys.requires_grad and settings.reduction != "none" and keys.device.type == "cpu",
@@ -217,64 +269,97 @@ def row_losses(
     return loss, stats
 
 
-def _select_negatives(
+def _passes(
     settings: Settings,
     query: Tensor,
     positive_key: Tensor,
     negative_keys: Negatives,
     query_ids: Tensor | None,
     negative_ids: Tensor | None,
-) -> tuple[Tensor, bool, Pairs]:
-    """The keys, whether they still need normalising, and which pairs of query and key are negatives."""
-    n = len(query)
+) -> tuple[list[_Pass], Ranks | None]:
+    """Everything checked; which keys each query meets, one pass or (symmetric) two; and who else takes part."""
+    ranks = None
+    if settings.gather is False:
+        check.call(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    else:
+        ranks = check.agree(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    given = _given(settings, negative_keys, query_ids, negative_ids)
+    in_batch = settings.in_batch or ("keys" if given is None else None)
+    if in_batch is None and given is not None:
+        every = Pairs(query_ids, given.ids, given.filled, None, [])
+        return [_Pass(query, positive_key, given.keys, given.normalize, every)], ranks
+
+    def everyone(x: Tensor) -> Tensor:
+        return x if ranks is None else ranks.gather(x)
+
+    views = 2 if in_batch == "views" else 1
+    key_ids = None if query_ids is None else everyone(query_ids).repeat(views)
+    all_keys = everyone(positive_key)  # (N, D), of all ranks
+    all_queries = everyone(query) if views == 2 or settings.symmetric else query
+    both = torch.cat([all_queries, all_keys]) if views == 2 else all_keys
+    offset, n = (0, len(query)) if ranks is None else (ranks.offset, ranks.total)
+
+    def pairs() -> Pairs:
+        others = views * (n - 1)
+        k = others if settings.num_negatives is None else min(settings.num_negatives, others)
+        if settings.sampling == "random" and k < others:
+            picked = random_negatives(len(query), k, query.device, total=n, offset=offset, views=views)
+            return Pairs(query_ids, key_ids, None, picked, [])
+        return Pairs(query_ids, key_ids, None, None, [offset, k // views, n])
+
+    passes = [_Pass(query, positive_key, both, settings.normalize, pairs(), given)]
+    if settings.symmetric:
+        other = both if views == 2 else all_queries
+        passes.append(_Pass(positive_key, query, other, settings.normalize, pairs(), given))
+    return passes, ranks
+
+
+def _given(
+    settings: Settings, negative_keys: Negatives, query_ids: Tensor | None, negative_ids: Tensor | None
+) -> _Given | None:
     if isinstance(negative_keys, MomentumQueue):
-        check.num_negatives_with_keys(settings.num_negatives)
-        check.queue(negative_keys, query)
-        slot_ids = negative_keys.slot_ids
-        check.ids(query, query_ids, negative_ids, source="queue without ids" if slot_ids is None else "queue")
-        key_ids = None if query_ids is None else slot_ids
-        return negative_keys.contents, False, Pairs(query_ids, key_ids, negative_keys.count, None, [])
-    if negative_keys is not None:
-        check.num_negatives_with_keys(settings.num_negatives)
-        k = negative_keys.shape[-2]
-        check.ids(query, query_ids, negative_ids, source="tensor", shapes=((k,), (n, k)))
-        return negative_keys, settings.normalize, Pairs(query_ids, negative_ids, None, None, [])
-    check.in_batch(query)
-    check.ids(query, query_ids, negative_ids, source="batch")
-    k = n - 1 if settings.num_negatives is None else min(settings.num_negatives, n - 1)
-    if settings.sampling == "random" and k < n - 1:
-        return (
-            positive_key,
-            settings.normalize,
-            Pairs(query_ids, query_ids, None, random_negatives(n, k, query.device), []),
-        )
-    return positive_key, settings.normalize, Pairs(query_ids, query_ids, None, None, [0, k, n])
+        ids = None if query_ids is None else negative_keys.slot_ids
+        return _Given(negative_keys.contents, False, ids, negative_keys.count)
+    if negative_keys is None:
+        return None
+    return _Given(negative_keys, settings.normalize, negative_ids, None)
 
 
-def random_negatives(n: int, k: int, device: torch.device) -> Tensor:
-    """(n, k) indices: for each of n rows, k of the other n - 1, uniformly, without replacement, independent by row."""
-    others = n - 1
+def _reduce(rows: list[Tensor], reduction: str, ranks: Ranks | None) -> Tensor:
+    """Mean of the directions, then over the rows, so scaled that DDP's mean of the gradients is the global one's."""
+    loss = rows[0] if len(rows) == 1 else (rows[0] + rows[1]) / 2
+    if reduction == "none":
+        return loss
+    if ranks is None:
+        return loss.mean() if reduction == "mean" else loss.sum()
+    world = len(ranks.sizes)
+    return loss.sum() * (world / ranks.total if reduction == "mean" else world)
+
+
+def random_negatives(
+    rows: int, k: int, device: torch.device, *, total: int | None = None, offset: int = 0, views: int = 1
+) -> Tensor:
+    """(rows, k) indices: for each row k of the others, uniformly, without replacement, independent by row.
+
+    Row i stands at place offset + i of ``total``, and there are ``views`` keys at each place: its own are not drawn.
+    """
+    total = rows if total is None else total
+    others = views * (total - 1)
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
-        picked = torch.empty((n, k), dtype=torch.int64, device=device)
-        uniform = torch.rand((n, k), dtype=torch.float64, device=device)
+        picked = torch.empty((rows, k), dtype=torch.int64, device=device)
+        uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
         for step in range(k):
             last = others - k + step
             candidate = (uniform[:, step] * (last + 1)).long()
             taken = (picked[:, :step] == candidate[:, None]).any(1)
             picked[:, step] = torch.where(taken, last, candidate)
     else:  # the k largest of others' random numbers, some rows at a time
-        rows = max(1, 2**20 // others)
-        parts = [
-            torch.rand((min(rows, n - start), others), device=device).topk(k, 1).indices for start in range(0, n, rows)
-        ]
-        picked = torch.cat(parts)
-    return picked + (picked >= torch.arange(n, device=device)[:, None])  # step over the row's own place
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+        step = max(1, 2**20 // others)
+        counts = [min(step, rows - start) for start in range(0, rows, step)]
+        picked = torch.cat([torch.rand((count, others), device=device).topk(k, 1).indices for count in counts])
+    view, place = picked // (total - 1), picked % (total - 1)
+    place = place + (place >= offset + torch.arange(rows, device=device)[:, None])  # step over the row's own
+    return view * total + place
 
 
 def negatives_logsumexp(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from . import _validate as check
 from . import functional
+from .distributed import Gather
 from .functional import LossMetrics, Negatives, Settings
 
 
@@ -84,12 +85,20 @@ class EqCoLoss(_Criterion):
         temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
             module's own.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
+        in_batch: the batch's own negatives. None: ``"keys"`` if no ``negative_keys`` are given, else none. ``"keys"``:
+            the other rows of positive_key. ``"views"``: every other embedding of both views (SimCLR), 2N - 2. With
+            ``negative_keys`` both sets count.
         num_negatives: how many of the batch's other keys each query meets; None for all N - 1. Only without
             ``negative_keys``. With fewer others than asked for all are used, and the margin follows.
         sampling: which ones. ``"rolled"``: the next K rows, cyclic, a uniform draw after a shuffle. ``"random"``: a
             draw per query, without replacement, from the device's generator; for sorted or grouped batches.
+        symmetric: the mean of both directions, query to key and key to query, with gradient to both sides. Only without
+            ``negative_keys``; ``reduction="none"`` stays (N,).
         normalize: bring query, positive and negative keys to unit length first. A MomentumQueue holds unit rows and is
             left as it is.
+        gather: True, or a process group: in-batch negatives come from all its ranks, uneven batches included, gradients
+            return to the rank that owns the key, and each rank's value is scaled (world size / rows of all ranks) such
+            that after DDP's averaging values and gradients are those of one process with the whole batch.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, or ``"torch"`` by name; ``criterion.backend(...)`` tells what serves a call and why.
 
@@ -125,13 +134,30 @@ class EqCoLoss(_Criterion):
         temperature: float | Tensor = 0.2,
         alpha: float | None = 65536,
         *,
+        in_batch: str | None = None,
         num_negatives: int | None = None,
         sampling: str = "rolled",
+        symmetric: bool = False,
         normalize: bool = True,
+        gather: Gather = False,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
-        super().__init__(Settings(temperature, None, alpha, num_negatives, sampling, normalize, reduction, backend))
+        super().__init__(
+            Settings(
+                temperature,
+                None,
+                alpha,
+                in_batch,
+                num_negatives,
+                sampling,
+                symmetric,
+                normalize,
+                gather,
+                reduction,
+                backend,
+            )
+        )
 
 
 class DualTempInfoNCE(_Criterion):
@@ -175,13 +201,28 @@ class DualTempInfoNCE(_Criterion):
         inter_temperature: float = 1.0,
         *,
         alpha: float | None = None,
+        in_batch: str | None = None,
         num_negatives: int | None = None,
         sampling: str = "rolled",
+        symmetric: bool = False,
         normalize: bool = True,
+        gather: Gather = False,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         check.inter_temperature(inter_temperature)
         super().__init__(
-            Settings(temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend)
+            Settings(
+                temperature,
+                inter_temperature,
+                alpha,
+                in_batch,
+                num_negatives,
+                sampling,
+                symmetric,
+                normalize,
+                gather,
+                reduction,
+                backend,
+            )
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,8 @@ def momentum_update(
 
     Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is
         recorded, storages stay the same, and
-    ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through.
+    ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through, and parameters sharded
+    by FSDP2 (``DTensor``) are updated shard by shard.
 
     Args:
         query_encoder: trained by gradients; left as it is.
@@ -45,19 +49,25 @@ def momentum_update(
         )
     if buffers not in ("none", "copy", "ema"):
         raise ValueError(f"buffers: expected 'none', 'copy' or 'ema', got {buffers!r}. MoCo leaves them alone: 'none'.")
+    for name, encoder in (("query_encoder", query_encoder), ("key_encoder", key_encoder)):
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(
+                f"{name}: expected a torch.nn.Module, got {type(encoder).__name__}. Pass the module itself."
+            )
     query_encoder, key_encoder = _unwrap(query_encoder), _unwrap(key_encoder)
-    _lerp(*_pair(dict(query_encoder.named_parameters()), dict(key_encoder.named_parameters()), "parameter"), momentum)
+    averaged = _pair(dict(query_encoder.named_parameters()), dict(key_encoder.named_parameters()), "parameter")
+    copied: list[tuple[Tensor, Tensor]] = []
     if buffers != "none":
-        query, key = _pair(dict(query_encoder.named_buffers()), dict(key_encoder.named_buffers()), "buffer")
-        averaged = [buffers == "ema" and x.is_floating_point() for x in key]
-        _lerp(
-            [q for q, yes in zip(query, averaged, strict=True) if yes],
-            [k for k, yes in zip(key, averaged, strict=True) if yes],
-            momentum,
-        )
-        for q, k, yes in zip(query, key, averaged, strict=True):
-            if not yes:
-                k.copy_(q)
+        for q, k in _pair(dict(query_encoder.named_buffers()), dict(key_encoder.named_buffers()), "buffer"):
+            (averaged if buffers == "ema" and k.is_floating_point() else copied).append((q, k))
+    _check_step({k.dtype for _, k in averaged if k.is_floating_point()}, momentum)
+    if momentum == 0:
+        copied, averaged = averaged + copied, []
+    for q, k in copied:
+        k.copy_(q)
+    if averaged:
+        same = [q.to(device=k.device, dtype=k.dtype) for q, k in averaged]
+        torch._foreach_lerp_([k for _, k in averaged], same, 1 - momentum)
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -70,7 +80,7 @@ def _unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> tuple[list[Tensor], list[Tensor]]:
+def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> list[tuple[Tensor, Tensor]]:
     advice = "Build both encoders the same way, for example key_encoder = copy.deepcopy(query_encoder)."
     missing, extra = sorted(query.keys() - key.keys()), sorted(key.keys() - query.keys())
     if missing or extra:
@@ -84,7 +94,24 @@ def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> tuple[
                 f"key_encoder: expected {kind} {name!r} of shape {tuple(q.shape)}, got {tuple(key[name].shape)}. "
                 f"{advice}"
             )
-    return list(query.values()), [key[name] for name in query]
+    return [_local(q, key[name], name) for name, q in query.items()]
+
+
+def _local(q: Any, k: Any, name: str) -> tuple[Tensor, Tensor]:
+    """What this rank holds of both, where FSDP2 or tensor parallelism shards them."""
+    if not _sharded(k):
+        return (q.full_tensor() if _sharded(q) else q), k
+    if not _sharded(q) or q.placements != k.placements or q.device_mesh != k.device_mesh:
+        raise ValueError(
+            f"key_encoder: expected {name!r} sharded as query_encoder has it, got {k.placements} against "
+            f"{q.placements if _sharded(q) else 'a plain tensor'}. Apply the same fully_shard to both encoders."
+        )
+    return q.to_local(), k.to_local()
+
+
+def _sharded(x: Tensor) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")  # a second to import, so only where somebody has
+    return tensor is not None and isinstance(x, tensor.DTensor)
 
 
 def _some(names: list[str]) -> str:
@@ -95,19 +122,12 @@ def _some(names: list[str]) -> str:
     )
 
 
-def _lerp(query: list[Tensor], key: list[Tensor], momentum: float) -> None:
-    for dtype in {k.dtype for k in key if k.is_floating_point()}:
+def _check_step(dtypes: set[torch.dtype], momentum: float) -> None:
+    for dtype in dtypes:
         # A step under half a unit in the last place is lost: within this bound, only for weights closer than 1/8.
         if 0 < 1 - momentum < 4 * torch.finfo(dtype).eps:
             raise ValueError(
-                f"key_encoder: expected a dtype that can represent steps of {1 - momentum:.2g} (momentum = "
-                f"{momentum}), got {dtype}, which would "
-                "round them away and never move. Keep the key encoder in float32 (key_encoder.float()), and use "
-                "autocast for its forward pass."
+                f"key_encoder: expected a dtype that can hold steps of {1 - momentum:.2g} (momentum = {momentum}), "
+                f"got {dtype}, which would round them away and never move. Keep the key encoder in float32 "
+                "(key_encoder.float()), and use autocast for its forward pass."
             )
-    if momentum == 0 or not key:
-        for q, k in zip(query, key, strict=True):
-            k.copy_(q)
-        return
-    same = [q.to(device=k.device, dtype=k.dtype) for q, k in zip(query, key, strict=True)]
-    torch._foreach_lerp_(key, same, 1 - momentum)

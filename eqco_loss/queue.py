@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed import Gather, cannot_wait, check_gather, counted_ranks, equal_ranks
+
 
 class MomentumQueue(nn.Module):
     r"""The newest ``size`` keys, first in, first out: negatives for later batches (MoCo, He et al. 2020, 3.2).
@@ -24,6 +26,8 @@ class MomentumQueue(nn.Module):
         dim: width D of a key.
         dtype: floating dtype of the stored rows; default float32.
         device: where the rows live; ``queue.to(device)`` moves them.
+        gather: True, or a process group: ``enqueue`` stores the keys of all its ranks, in rank order, so that all ranks
+            hold the same queue. DDP may broadcast buffers or not: it copies what is there already. Uneven batches work.
         store_ids: keep an integer id beside each key, so that a loss called with ``query_ids`` never repels a query
             from a stale copy of itself.
 
@@ -60,6 +64,7 @@ class MomentumQueue(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         store_ids: bool = False,
+        gather: Gather = False,
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
@@ -76,15 +81,19 @@ class MomentumQueue(nn.Module):
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("slot_ids", torch.zeros(size, dtype=torch.int64, device=device) if store_ids else None)
+        check_gather(gather)
+        self.gather = gather
         self.primed = False  # whether anything was ever stored: known to the host without asking the device
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """Store ``keys`` (N, D), the oldest rows making room; ``ids`` (N,) beside them if and only if ``store_ids``."""
         self._check(keys, ids)
+        if self.gather is not False:
+            ranks = equal_ranks(self.gather, keys) if cannot_wait(keys) else counted_ranks(self.gather, keys)
+            keys, ids = ranks.gather(keys.detach()), None if ids is None else ranks.gather(ids)
         size = len(self.contents)
-        dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
-        unit = torch.nn.functional.normalize(keys[-size:].detach().to(dtype), dim=1)
+        unit = self._unit(keys[-size:])
         n = len(unit)
         slots = (self.cursor + torch.arange(n, device=unit.device)) % size
         self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
@@ -115,6 +124,41 @@ class MomentumQueue(nn.Module):
         size, dim = self.contents.shape
         return f"size={size}, dim={dim}, dtype={self.contents.dtype}, store_ids={self.slot_ids is not None}"
 
+    @torch.no_grad()
+    def load_moco(self, queue: Tensor, pointer: Tensor | int = 0) -> None:
+        """Take over MoCo's own buffers: ``queue`` (dim, size), as its checkpoints keep it, and ``queue_ptr``.
+
+        Example:
+            >>> import torch
+            >>> from eqco_loss import MomentumQueue
+            >>> state = {"module.queue": torch.randn(128, 4096), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+            >>> queue = MomentumQueue(4096, 128)
+            >>> queue.load_moco(state["module.queue"], state["module.queue_ptr"])
+            >>> len(queue)
+            4096
+        """
+        size, dim = self.contents.shape
+        if not isinstance(queue, Tensor) or queue.shape != (dim, size):
+            got = tuple(queue.shape) if isinstance(queue, Tensor) else type(queue).__name__
+            raise ValueError(
+                f"queue: expected MoCo's (D, K) = ({dim}, {size}), got {got}. Construct MomentumQueue(K, D) to match."
+            )
+        if self.slot_ids is not None:
+            raise ValueError(
+                "queue: expected a MomentumQueue without ids, since MoCo stores none, got store_ids=True. "
+                "Construct it with store_ids=False."
+            )
+        if not 0 <= int(pointer) < size:
+            raise ValueError(f"pointer: expected 0 <= pointer < {size}, got {int(pointer)}. MoCo calls it queue_ptr.")
+        self.contents.copy_(self._unit(queue.T))
+        self.cursor.fill_(int(pointer))
+        self.count.fill_(size)
+        self.primed = True
+
+    def _unit(self, keys: Tensor) -> Tensor:
+        dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
+        return torch.nn.functional.normalize(keys.detach().to(dtype), dim=1)
+
     def _order(self) -> Tensor:
         count, size = int(self.count), len(self.contents)
         return (self.cursor - count + torch.arange(count, device=self.contents.device)) % size
@@ -126,9 +170,8 @@ class MomentumQueue(nn.Module):
     def _check(self, keys: Tensor, ids: Tensor | None) -> None:
         dim = self.contents.shape[1]
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
-            raise TypeError(
-                f"keys: expected a floating-point tensor (N, {dim}), got {getattr(keys, 'dtype', type(keys).__name__)}."
-            )
+            got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+            raise TypeError(f"keys: expected a floating-point tensor (N, {dim}), got {got}. Use keys.float().")
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(
                 f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with "
@@ -152,4 +195,6 @@ class MomentumQueue(nn.Module):
                     f"{getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."
                 )
             if ids.shape != keys.shape[:1]:
-                raise ValueError(f"ids: expected shape ({len(keys)},), one for each key, got {tuple(ids.shape)}.")
+                raise ValueError(
+                    f"ids: expected shape ({len(keys)},), one a key, got {tuple(ids.shape)}. Index both alike."
+                )

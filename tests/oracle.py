@@ -60,6 +60,7 @@ class Rows:
     positive_similarity: Tensor
     negative_similarity: Tensor
     top1_accuracy: Tensor
+    top5_accuracy: Tensor
     mi_estimate: Tensor
     gradient_norm_bound: Tensor
     mean_log_weight: Tensor
@@ -120,6 +121,7 @@ def rows(
                 similarity_to_positive,
                 similarities.mean(),
                 gap.new_tensor(float(better)),
+                gap.new_tensor(float((similarities > similarity_to_positive).sum() < 5)),
                 math.log1p(mimicked) - eqco,
                 bound,
                 log_weight,

@@ -16,7 +16,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+import matplotlib.figure  # noqa: F401  # this and sklearn only so that the server below has them
 import pytest
+import sklearn.datasets  # type: ignore[import-untyped]
+import sklearn.linear_model  # type: ignore[import-untyped]  # noqa: F401
 import torch
 import torch.nn.functional as F
 from PIL import Image

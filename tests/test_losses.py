@@ -169,6 +169,7 @@ def test_metrics(loss: str, mode: str, ids: str, dtype: torch.dtype) -> None:
 
 METRICS = (
     "top1_accuracy",
+    "top5_accuracy",
     "positive_similarity",
     "negative_similarity",
     "effective_k",

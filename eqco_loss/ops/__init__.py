@@ -33,8 +33,9 @@ _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picke
 @torch.library.custom_op(
     "eqco_loss::row_losses",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor positive, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, "
-    "float? inter_temperature, float? alpha, bool normalize, bool normalize_keys, bool need_query_gradient, "
+    schema="(Tensor query, Tensor positive, Tensor keys, Tensor? extra_keys, Tensor? learned_temperature, "
+    f"{_PAIRS}, Tensor? extra_key_ids, Tensor? extra_valid_count, float temperature, float? inter_temperature, "
+    "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool need_query_gradient, "
     "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics) -> "
     "(Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor keys_gradient, Tensor stats)",
 )
@@ -42,17 +43,21 @@ def row_losses(
     query: Tensor,  # (N, D)
     positive: Tensor,  # (N, D)
     keys: Tensor,  # (K, D) or (N, K, D)
+    extra_keys: Tensor | None,  # a second set of negatives, (K', D) or (N, K', D)
     learned_temperature: Tensor | None,  # (); replaces temperature
     query_ids: Tensor | None,
     key_ids: Tensor | None,
     valid_count: Tensor | None,
     picked: Tensor | None,
     band: list[int],
+    extra_key_ids: Tensor | None,
+    extra_valid_count: Tensor | None,
     temperature: float,
     inter_temperature: float | None,
     alpha: float | None,
     normalize: bool,
     normalize_keys: bool,
+    normalize_extra: bool,
     need_query_gradient: bool,
     need_positive_gradient: bool,
     need_keys_gradient: bool,
@@ -67,12 +72,15 @@ def row_losses(
         query,
         positive,
         keys,
+        extra_keys,
         Pairs(query_ids, key_ids, valid_count, picked, band),
+        Pairs(query_ids, extra_key_ids, extra_valid_count),
         temperature if learned_temperature is None else learned_temperature,
         inter_temperature,
         alpha,
         normalize,
         normalize_keys,
+        normalize_extra,
         need_query_gradient,
         need_positive_gradient,
         need_keys_gradient,
@@ -96,34 +104,42 @@ def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor
 def _row_losses_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
-    _keep_inputs(ctx, inputs, keys=inputs[2])
+    _keep_inputs(ctx, inputs)
 
 
 def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * len(ctx.inputs)
-    query, positive, keys, learned, *pairs = ctx.inputs[:9]
-    temperature, *settings = ctx.inputs[9:14]
+    query, positive, keys, extra_keys, learned, *pairs = ctx.inputs[:10]
+    extra_ids, extra_count, temperature, *settings = ctx.inputs[10:18]
+    extra_pairs = [pairs[0], extra_ids, extra_count, None, []]
+    normalize, normalize_keys, normalize_extra = settings[-3:]
 
-    def formula(q: Tensor, p: Tensor, k: Tensor, t: Tensor | None) -> Tensor:
-        return torch_backend.dense_row_losses(q, p, k, Pairs(*pairs), temperature if t is None else t, *settings)
+    def formula(q: Tensor, p: Tensor, k: Tensor, extra: Tensor | None, t: Tensor | None) -> Tensor:
+        t_ = temperature if t is None else t
+        return torch_backend.dense_row_losses(q, p, k, extra, Pairs(*pairs), Pairs(*extra_pairs), t_, *settings)
 
     if torch.is_grad_enabled():  # create_graph
-        return _dense_gradients(ctx, grad, formula, 4, keys)
+        return _dense_gradients(ctx, grad, formula, 5)
     query_gradient, positive_gradient, unit_keys_gradient, stats = ctx.saved_tensors
-    need_query, need_positive, need_keys, need_temperature = ctx.needs_input_grad[:4]
+    need_query, need_positive, need_keys, need_extra, need_temperature = ctx.needs_input_grad[:5]
+    weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
     if need_query:
         out[0] = (query_gradient * grad[:, None]).to(query.dtype)
     if need_positive:
         out[1] = (positive_gradient * grad[:, None]).to(positive.dtype)
     if need_keys:
-        _check_unchanged(ctx, keys)
+        _check_unchanged(ctx, query, keys, learned, *pairs[:-1])
         unit = unit_keys_gradient if unit_keys_gradient.dim() == keys.dim() else None
-        weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
-        out[2] = keys_gradient(query, keys, grad, weight, lse, unit, learned, *pairs, temperature, *settings[-2:])
+        flags = normalize, normalize_keys
+        out[2] = keys_gradient(query, keys, grad, weight, lse, unit, learned, *pairs, temperature, *flags)
+    if need_extra:
+        _check_unchanged(ctx, query, extra_keys, learned, *extra_pairs[:-1])
+        flags = normalize, normalize_extra
+        out[3] = keys_gradient(query, extra_keys, grad, weight, lse, None, learned, *extra_pairs, temperature, *flags)
     if need_temperature:
-        out[3] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
+        out[4] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
     return tuple(out)
 
 
@@ -167,7 +183,7 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _logsumexp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*output)
-    _keep_inputs(ctx, inputs, keys=inputs[1])
+    _keep_inputs(ctx, inputs)
 
 
 def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -180,15 +196,16 @@ def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
         return torch_backend.dense_logsumexp(q, k, Pairs(*pairs), temperature if t is None else t)
 
     if torch.is_grad_enabled():  # create_graph
-        return _dense_gradients(ctx, grad, formula, 3, keys)
+        return _dense_gradients(ctx, grad, formula, 3)
     lse, mean_key = ctx.saved_tensors
+    _check_unchanged(ctx, query, learned)
     t = temperature if learned is None else learned
     need_query, need_keys, need_temperature = ctx.needs_input_grad[:3]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
     if need_query:
         out[0] = (mean_key * (grad / t)[:, None]).to(query.dtype)
     if need_keys:
-        _check_unchanged(ctx, keys)
+        _check_unchanged(ctx, keys, *pairs[:-1])
         one = torch.ones_like(lse)
         out[1] = keys_gradient(query, keys, grad, one, lse, None, learned, *pairs, temperature, False, False)
     if need_temperature:
@@ -240,28 +257,28 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
     return keys.new_empty(keys.shape)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], keys: Tensor) -> None:
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
     # Not save_for_backward: its version check would reject a queue that was enqueued to before backward, though a
     # queue's keys are not needed there.
     ctx.inputs = inputs
-    ctx.keys_version = None if keys.is_inference() else keys._version
+    tensors = (x for x in inputs if isinstance(x, Tensor) and not x.is_inference())
+    ctx.versions = {id(x): x._version for x in tensors}
     ctx.set_materialize_grads(False)  # or zeros for the gradients among the outputs
 
 
-def _check_unchanged(ctx: Any, keys: Tensor) -> None:
-    if ctx.keys_version is not None and keys._version != ctx.keys_version:
-        raise RuntimeError(
-            "negative_keys: expected to be unchanged between the loss and backward(), which needs its values (keys "
-            "that "
-            "require a gradient, or create_graph=True), got changed in place. Call backward() first, or pass a clone."
-        )
+def _check_unchanged(ctx: Any, *tensors: Tensor | None) -> None:
+    for x in tensors:
+        if id(x) in ctx.versions and x is not None and x._version != ctx.versions[id(x)]:
+            raise RuntimeError(
+                "query, positive_key, negative_keys, temperature, ids: expected to be unchanged between the loss and "
+                "backward(), which needs their values (for the keys' gradient, or create_graph=True), got one of "
+                f"shape {tuple(x.shape)} changed in place. Call backward() first, or pass a clone."
+            )
 
 
-def _dense_gradients(
-    ctx: Any, grad: Tensor, formula: Callable[..., Tensor], tensors: int, keys: Tensor
-) -> tuple[Tensor | None, ...]:
+def _dense_gradients(ctx: Any, grad: Tensor, formula: Callable[..., Tensor], tensors: int) -> tuple[Tensor | None, ...]:
     """Gradients of the first ``tensors`` inputs that can be differentiated again, at eager's cost in memory."""
-    _check_unchanged(ctx, keys)
+    _check_unchanged(ctx, *(x for x in ctx.inputs if isinstance(x, Tensor)))
     with torch.enable_grad():
         # Views, because one tensor may serve as positive and as keys, and each needs its own gradient.
         views = [None if x is None else x.view_as(x) for x in ctx.inputs[:tensors]]

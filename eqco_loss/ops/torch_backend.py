@@ -46,12 +46,15 @@ def row_losses(
     query: Tensor,  # (N, D)
     positive: Tensor,  # (N, D)
     keys: Tensor,  # (K, D) or (N, K, D)
+    extra_keys: Tensor | None,  # a second set, (K', D) or (N, K', D)
     pairs: Pairs,
+    extra_pairs: Pairs,
     temperature: float | Tensor,
     inter_temperature: float | None,
     alpha: float | None,
     normalize: bool,
     normalize_keys: bool,
+    normalize_extra: bool,
     need_query_gradient: bool,
     need_positive_gradient: bool,
     need_keys_gradient: bool,
@@ -70,20 +73,22 @@ def row_losses(
         fused = False  # whether keys_gradient came out of the same pass
         ratio = None if inter_temperature is None else t / inter_temperature
         positive_similarity = (q * p).sum(1)
-        for rows, seen in _attend(
-            q,
-            _LOG2E / t,
-            keys,
-            pairs,
-            _Ready(normalize_keys, dtype, positive, p if normalize == normalize_keys else None),
-            need_query_gradient,
-            ratio,
-            positive_similarity * (_LOG2E / t) if need_statistics else None,
-            row_hint=64 if need_keys_gradient else 256,
-        ):
+        positive_logit = positive_similarity * (_LOG2E / t) if need_statistics else None
+        ready = _Ready(normalize_keys, dtype, positive, p if normalize == normalize_keys else None)
+        row_hint = 64 if need_keys_gradient else 256
+        passes = _attend(q, _LOG2E / t, keys, pairs, ready, need_query_gradient, ratio, positive_logit, row_hint)
+        if extra_keys is not None:
+            ready = _Ready(normalize_extra, dtype)
+            extra = _attend(q, _LOG2E / t, extra_keys, extra_pairs, ready, need_query_gradient, ratio, positive_logit)
+            passes = _merged(passes, _whole([seen for _, seen, _ in extra]))
+        for rows, seen, only in passes:
+            _check_negatives(seen.negatives, rows.start)
             s = positive_similarity[rows]
             shift = 0.0 if alpha is None else torch.log(alpha / seen.negatives)
-            gap = s / t - seen.lse - shift
+            lse = torch.where(
+                seen.negatives == 0, math.nan, seen.lse
+            )  # never a loss of 0 on a device that cannot raise
+            gap = s / t - lse - shift
             zero = torch.zeros_like(gap)
             intra_loss = torch.logaddexp(zero, -gap)
             if inter_temperature is None:
@@ -94,7 +99,7 @@ def row_losses(
                 weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap): the vanishing factor cancels
                 log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
                 loss[rows] = weight * _softplus_over_sigmoid(gap)
-            stats[Stat.LSE, rows], stats[Stat.WEIGHT, rows] = seen.lse, weight
+            stats[Stat.LSE, rows], stats[Stat.WEIGHT, rows] = lse, weight
             stats[Stat.POSITIVE, rows], stats[Stat.COUNT, rows] = s, seen.negatives
             stats[Stat.LOG_WEIGHT, rows], stats[Stat.INTRA_LOSS, rows] = log_weight, intra_loss
             if need_statistics:
@@ -107,10 +112,8 @@ def row_losses(
             if need_positive_gradient:
                 change = q[rows] * (-weight / t)[:, None]
                 positive_gradient[rows] = _through_unit(change, p[rows], p_norm, rows)
-            if need_keys_gradient and seen.tile is not None:
-                seen.tile.add_transposed(
-                    keys_gradient, seen.exponentials, q[rows] * (weight / (t * seen.total))[:, None]
-                )
+            if need_keys_gradient and only is not None:
+                only.tile.add_transposed(keys_gradient, only.exponentials, q[rows] * (weight * seen.unit / t)[:, None])
                 fused = True
         if fused:
             _keys_through_unit(keys_gradient, keys, normalize_keys)
@@ -129,8 +132,9 @@ def negatives_logsumexp(
         lse, mean_key = q.new_empty(len(q)), q.new_empty(q.shape if need_query_gradient else (0,))
         ready = _Ready(False, q.dtype)
         scale = _LOG2E / temperature
-        for rows, seen in _attend(q, scale, keys, pairs, ready, need_query_gradient, None, None, row_hint=256):
-            lse[rows] = seen.lse
+        for rows, seen, _ in _attend(q, scale, keys, pairs, ready, need_query_gradient, None, None):
+            _check_negatives(seen.negatives, rows.start)
+            lse[rows] = torch.where(seen.negatives == 0, math.nan, seen.lse)
             if need_query_gradient:
                 mean_key[rows] = seen.mean_key
     return lse, mean_key
@@ -170,18 +174,24 @@ def dense_row_losses(
     query: Tensor,
     positive: Tensor,
     keys: Tensor,
+    extra_keys: Tensor | None,
     pairs: Pairs,
+    extra_pairs: Pairs,
     temperature: float | Tensor,
     inter_temperature: float | None,
     alpha: float | None,
     normalize: bool,
     normalize_keys: bool,
+    normalize_extra: bool,
 ) -> Tensor:
     """``row_losses`` as autograd sees its definition, N x K in memory."""
     dtype = compute_dtype(query)
     q, p = _unit(query, normalize, dtype)[0], _unit(positive, normalize, dtype)[0]
     s = (q * p).sum(1)
     similarity, count = _dense_similarity(q, _unit(keys, normalize_keys, dtype)[0], pairs)
+    if extra_keys is not None:
+        more, more_count = _dense_similarity(q, _unit(extra_keys, normalize_extra, dtype)[0], extra_pairs)
+        similarity, count = torch.cat([similarity, more], 1), count + more_count
     shift = 0.0 if alpha is None else torch.log(alpha / count.to(dtype))
     gap = s / temperature - torch.logsumexp(similarity / temperature, 1) - shift
     if inter_temperature is None:
@@ -249,9 +259,17 @@ class _Seen(NamedTuple):
     inter_lse: Tensor  # (R,)
     rank: Tensor  # (R,)
     logit_sum: Tensor  # (R,)
-    total: Tensor  # (R,): what exponentials sum to
-    tile: Tile | None = None  # the one tile there was, if there was one
-    exponentials: Tensor = torch.empty(0)  # (R, C): 2 ** (logit - row maximum) of that tile, until the next block
+    unit: Tensor  # (R,): exponentials times this are the softmax
+
+
+class _Only(NamedTuple):
+    """The one tile of a block that has no other."""
+
+    tile: Tile
+    exponentials: Tensor  # (R, C): 2 ** (logit - row maximum), until the next block overwrites it
+
+
+_Passed = tuple[slice, _Seen, _Only | None]
 
 
 def _attend(
@@ -263,10 +281,10 @@ def _attend(
     need_mean_key: bool,
     ratio: float | Tensor | None,  # t / T: the second temperature's logits over the first's
     positive_logit: Tensor | None,  # (N,): count what is above it
-    row_hint: int,
-) -> Iterator[tuple[slice, _Seen]]:
+    row_hint: int = 256,
+) -> Iterator[_Passed]:
     if positive_logit is None and _flash_serves(q, keys, pairs, ready):
-        yield slice(0, len(q)), _attend_flash(q * scale, keys, pairs, ratio)
+        yield slice(0, len(q)), _attend_flash(q * scale, keys, pairs, ratio), None
         return
     scratch, inter_scratch = Scratch(q), Scratch(q)
     for block in blocks(q, keys, pairs, ready, row_hint):
@@ -288,13 +306,12 @@ def _attend(
             if need_mean_key:
                 mean_key *= shrink[:, None]
                 tile.add_weighted(mean_key, x)
-        _check_count(count, block.rows.start)
+        unit = 1 / total
         if need_mean_key:
-            mean_key /= total[:, None]
+            mean_key *= torch.where(count == 0, 0.0, unit)[:, None]
         lse, inter_lse = ((m + s.log2()) * _LN2 for m, s in ((maximum, total), (inter_maximum, inter_total)))
-        lse = torch.where(count == 0, math.nan, lse)  # never 0, where a device's count cannot be an error
-        only = tile if block.single else None
-        yield block.rows, _Seen(lse, count, mean_key, inter_lse, rank, logit_sum, total, only, x)
+        only = _Only(tile, x) if block.single and tile is not None else None
+        yield block.rows, _Seen(lse, count, mean_key, inter_lse, rank, logit_sum, unit), only
 
 
 def _fold(x: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
@@ -306,9 +323,35 @@ def _fold(x: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
     return shrink
 
 
-def _check_count(count: Tensor, first: int) -> None:
-    if count.device.type == "cpu" and bool((count == 0).any()):
-        row = first + int((count == 0).nonzero()[0])
+def _whole(parts: list[_Seen]) -> _Seen:
+    """All rows of a pass."""
+    return parts[0] if len(parts) == 1 else _Seen(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _merged(passes: Iterator[_Passed], extra: _Seen) -> Iterator[_Passed]:
+    """The same rows with the negatives of both sets."""
+    for rows, seen, only in passes:
+        other = _Seen(*(field[rows] for field in extra))
+        lse = torch.logaddexp(seen.lse, other.lse)
+        share, other_share = torch.exp(seen.lse - lse), torch.exp(other.lse - lse)
+        mean_key = seen.mean_key
+        if len(mean_key):
+            mean_key = mean_key * share[:, None] + other.mean_key * other_share[:, None]
+        merged = _Seen(
+            lse,
+            seen.negatives + other.negatives,
+            mean_key,
+            torch.logaddexp(seen.inter_lse, other.inter_lse),
+            seen.rank + other.rank,
+            seen.logit_sum + other.logit_sum,
+            seen.unit * share,
+        )
+        yield rows, merged, only
+
+
+def _check_negatives(negatives: Tensor, first: int) -> None:
+    if negatives.device.type == "cpu" and bool((negatives == 0).any()):
+        row = first + int((negatives == 0).nonzero()[0])
         raise ValueError(
             f"query {row} has no negatives left (effective K = 0): expected at least one key whose id differs from "
             "its own. Leave the ids out, make them finer, or give more negatives."
@@ -336,9 +379,8 @@ def _attend_flash(logits: Tensor, keys: Tensor, pairs: Pairs, ratio: float | Ten
     keys = keys if pairs.valid_count is None else keys[: int(pairs.valid_count)]
     mean_key, lse = _flash(logits, keys)
     inter_lse = lse if ratio is None else _flash(logits * ratio, keys)[1]
-    count, none = logits.new_full((len(logits),), len(keys)), logits.new_empty(0)
-    _check_count(count, 0)
-    return _Seen(lse, count, mean_key, inter_lse, none, none, none)
+    count, unseen = torch.full_like(lse, len(keys)), torch.zeros_like(lse)
+    return _Seen(lse, count, mean_key, inter_lse, unseen, unseen, unseen)
 
 
 def _flash(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,221 @@
+"""gather: several ranks give what one process gives, for every kind of negatives, or the same error on all of them."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, momentum_update
+from tests.ranks import run_ranks
+
+SIZES = [(5, 3), (4, 1, 7), (3, 3, 3, 3)]
+D = 5
+
+
+def options(*reductions: str) -> list[dict[str, Any]]:
+    """Constructor arguments, and which tensors the call gets."""
+    found = []
+    for in_batch, symmetric, given, ids, num_negatives, reduction in itertools.product(
+        (None, "keys", "views"), (False, True), (None, "tensor", "queue"), (False, True), (None, 4), reductions
+    ):
+        if given is not None and (symmetric or num_negatives is not None):
+            continue  # errors, tested elsewhere
+        settings = {"in_batch": in_batch, "symmetric": symmetric, "reduction": reduction}
+        found.append({"given": given, "ids": ids, "settings": {**settings, "num_negatives": num_negatives}})
+    return found
+
+
+class World:
+    """All the data, and the part of it that rows ``part`` have."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        n = sum(sizes)
+        self.query, self.key = (torch.randn(n, D, generator=generator, dtype=torch.float64) for _ in range(2))
+        self.head = torch.randn(D, D, generator=generator, dtype=torch.float64)
+        self.given = torch.randn(13, D, generator=generator, dtype=torch.float64)
+        self.ids, self.given_ids = torch.arange(n) % (n - 2), torch.arange(13) % 5
+
+    def loss(
+        self, cls: Any, option: dict[str, Any], part: slice, gather: bool, metrics: bool = False
+    ) -> tuple[Any, Tensor]:
+        """The loss of these rows and its gradient for a head that both sides share."""
+        head = self.head.clone().requires_grad_()
+        criterion = cls(0.3, gather=gather, **option["settings"])
+        call = criterion.with_metrics if metrics else criterion
+        negatives: Any = None
+        extra: dict[str, Any] = {"query_ids": self.ids[part] if option["ids"] else None}
+        if option["given"] == "tensor":
+            negatives = self.given
+            extra["negative_ids"] = self.given_ids if option["ids"] else None
+        elif option["given"] == "queue":
+            negatives = MomentumQueue(20, D, dtype=torch.float64, store_ids=option["ids"])
+            negatives.enqueue(self.given, self.given_ids if option["ids"] else None)
+        value = call(self.query[part] @ head, self.key[part] @ head, negatives, **extra)
+        (gradient,) = torch.autograd.grad(value.loss if metrics else value, head)
+        return value, gradient
+
+
+def compare(rank: int, world: int, sizes: tuple[int, ...]) -> float:
+    """Largest difference between the ranks' mean and one process, relative to the values' size."""
+    data, start = World(sizes), sum(sizes[:rank])
+    mine, everything = slice(start, start + sizes[rank]), slice(None)
+    worst = 0.0
+    for cls in (EqCoLoss, DualTempInfoNCE):
+        for option in options("mean", "sum") if world == 2 else options("mean"):
+            loss, gradient = data.loss(cls, option, mine, gather=True)
+            got = torch.cat([loss.detach()[None], gradient.flatten()])
+            dist.all_reduce(got)
+            if rank > 0:
+                continue
+            expected, expected_gradient = data.loss(cls, option, everything, gather=False)
+            truth = torch.cat([expected.detach()[None], expected_gradient.flatten()])
+            difference = float((got / world - truth).abs().max() / truth.abs().max())
+            assert difference <= 1e-12, (cls, option, difference)
+            worst = max(worst, difference)
+    return worst
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_ranks_give_what_one_process_gives(sizes: tuple[int, ...]) -> None:
+    """Loss and gradient, every kind of negatives, both losses, one and both directions, uneven batches."""
+    assert max(run_ranks(compare, len(sizes), sizes)) <= 1e-12
+
+
+def everything_else(rank: int, world: int) -> list[str]:
+    sizes = (5, 3)
+    data, start = World(sizes), sum(sizes[:rank])
+    mine = slice(start, start + sizes[rank])
+
+    for cls, option in itertools.product((EqCoLoss, DualTempInfoNCE), options("mean")):
+        got, _ = data.loss(cls, option, mine, gather=True, metrics=True)
+        expected, _ = data.loss(cls, option, slice(None), gather=False, metrics=True)
+        for name in got._fields[1:]:
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-12, rtol=1e-12)
+
+    none = EqCoLoss(0.3, gather=True, reduction="none")(data.query[mine], data.key[mine])
+    whole = EqCoLoss(0.3, reduction="none")(data.query, data.key)
+    torch.testing.assert_close(none, whole[mine], atol=1e-12, rtol=1e-12)
+
+    # num_negatives draws from the global batch: rank 0's last row meets rank 1's first
+    few = EqCoLoss(0.3, gather=True, num_negatives=1, reduction="none")(data.query[mine], data.key[mine])
+    torch.testing.assert_close(few, EqCoLoss(0.3, num_negatives=1, reduction="none")(data.query, data.key)[mine])
+    for in_batch in ("keys", "views"):
+        random = EqCoLoss(0.3, gather=True, in_batch=in_batch, num_negatives=2, sampling="random")
+        assert random(data.query[mine], data.key[mine]).isfinite()
+
+    # the queue: identical on all ranks, whatever they enqueue, also inside DDP with buffers broadcast
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head = torch.nn.Linear(D, D)
+            self.queue = MomentumQueue(20, D, store_ids=True, gather=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(x)
+            return out
+
+    for broadcast in (False, True):
+        model = DistributedDataParallel(Model(), broadcast_buffers=broadcast)
+        for step in range(6):
+            torch.manual_seed(10 * step + rank)
+            rows = 3 + (rank + step) % 2
+            keys = torch.randn(rows, D)
+            if step:
+                loss = EqCoLoss(0.3, gather=True)(model(torch.randn(rows, D)), keys, model.module.queue)
+                loss.backward()
+            model.module.queue.enqueue(keys, torch.arange(rows) + 100 * rank)
+        stored = torch.cat([model.module.queue.keys.flatten(), model.module.queue.ids.double()])
+        others = [torch.empty_like(stored) for _ in range(world)]
+        dist.all_gather(others, stored)
+        assert torch.equal(others[0], others[1])
+        assert len(model.module.queue) == 20
+
+    # traced: no exchange of counts, equal ranks
+    query, key = data.query[:3].clone().requires_grad_(), data.key[:3]
+    compiled = torch.compile(EqCoLoss(0.3, gather=True), fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(query, key), query)
+    (expected,) = torch.autograd.grad(EqCoLoss(0.3, gather=True)(query, key), query)
+    torch.testing.assert_close(got, expected)
+
+    fsdp(rank, world)
+    return [mistake(*one) for one in mistakes(rank)]
+
+
+def fsdp(rank: int, world: int) -> None:
+    """momentum_update over shards is momentum_update of the whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    query_encoder = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3))
+    key_encoder = copy.deepcopy(query_encoder)
+    with torch.no_grad():
+        for p in query_encoder.parameters():
+            p.add_(torch.randn_like(p))
+    whole = copy.deepcopy(key_encoder)
+    momentum_update(query_encoder, whole, 0.9)
+    plain = copy.deepcopy(key_encoder)
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(query_encoder, mesh=mesh)
+    fully_shard(key_encoder, mesh=mesh)
+    momentum_update(query_encoder, key_encoder, 0.9)
+    momentum_update(query_encoder, plain, 0.9)
+    for k, p, expected in zip(key_encoder.parameters(), plain.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(k.full_tensor(), expected.detach(), atol=0, rtol=0)  # type: ignore[attr-defined]
+        torch.testing.assert_close(p, expected, atol=0, rtol=0)
+
+
+def mistakes(rank: int) -> list[Any]:
+    """Calls that differ between rank 0 and rank 1, or are wrong on one of them."""
+    x, ids = torch.randn(4, D), torch.arange(4)
+    loss = EqCoLoss(gather=True)
+    return [
+        (EqCoLoss(alpha=(64, 256)[rank], gather=True), x, x),
+        (EqCoLoss(reduction=("mean", "sum")[rank], gather=True), x, x),
+        ((EqCoLoss, DualTempInfoNCE)[rank](gather=True), x, x),
+        (loss, x.to((torch.float32, torch.float64)[rank]), x.to((torch.float32, torch.float64)[rank])),
+        (loss, x[:, : D - rank], x[:, : D - rank]),
+        (loss, x, x, (None, x)[rank]),
+        (loss, x, x, None, (None, ids)[rank]),
+        (loss, x.requires_grad_(rank == 0), x.detach()),
+        (loss, x.detach(), x.detach()[:, : D - rank]),  # wrong in itself, on rank 1
+        (loss, (x.detach(), "no tensor")[rank], x.detach()),
+    ]
+
+
+def mistake(criterion: Any, query: Any, key: Any, negatives: Any = None, ids: Tensor | None = None) -> str:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        criterion(query, key, negatives, query_ids=ids)
+    return str(caught.value)
+
+
+def test_metrics_queues_shards_and_mistakes() -> None:
+    """Metrics are global, queues identical, shards right; a disagreement is an error on every rank and no hang."""
+    zero, one = run_ranks(everything_else, 2)
+    expected = ["settings", "settings", "settings", "dtype", "D, [5, 4]", "kind of negative_keys", "query_ids given"]
+    for text, messages in zip([*expected, "gradients wanted"], zip(zero, one, strict=True), strict=False):
+        for message in messages:
+            assert message.startswith("gather: expected the same on every rank"), message
+            assert text in message, message
+    assert "rank 1" in zero[8]
+    assert "rank 1" in zero[9]
+    assert one[8].startswith("positive_key: expected the shape of query")
+    assert one[9].startswith("query: expected a torch.Tensor")
+
+
+def test_gather_needs_a_process_group() -> None:
+    x = torch.randn(4, D)
+    for call in (lambda: EqCoLoss(gather=True)(x, x), lambda: MomentumQueue(8, D, gather=True).enqueue(x)):
+        with pytest.raises(
+            ValueError, match=r"gather: expected an initialised process group, got True without one.*init"
+        ):
+            call()
+    with pytest.raises(TypeError, match=r"gather: expected False, True or a torch\.distributed\.ProcessGroup, got 3"):
+        EqCoLoss(gather=3)  # type: ignore[arg-type]
