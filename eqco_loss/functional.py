@@ -85,7 +85,8 @@ def eqco_loss(
 
     Args:
         query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.EqCoLoss`.
-        temperature, alpha, num_negatives, sampling, normalize, reduction, backend: as in its constructor.
+        temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in
+            its constructor.
 
     Shape:
         query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with
@@ -141,8 +142,8 @@ def dual_temp_infonce(
 
     Args:
         query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.DualTempInfoNCE`.
-        temperature, inter_temperature, alpha, num_negatives, sampling, normalize, reduction, backend: as in its
-            constructor.
+        temperature, inter_temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather,
+            reduction, backend: as in its constructor.
 
     Shape:
         query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with

@@ -179,7 +179,7 @@ class DualTempInfoNCE(_Criterion):
         temperature: t > 0, within a row; a number or a 0-dim tensor, which may require a gradient.
         inter_temperature: T > 0, across rows; a number.
         alpha: how many negatives to mimic, > 0. None, the paper's loss: as many as there are.
-        num_negatives, sampling, normalize, reduction, backend: as in :class:`EqCoLoss`.
+        in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in :class:`EqCoLoss`.
 
     Shape:
         As :class:`EqCoLoss`.
