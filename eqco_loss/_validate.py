@@ -20,6 +20,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def settings(chosen: Any) -> None:
     """What a loss was constructed with; ``chosen`` has the fields of ``functional.Settings``."""
     temperature(chosen.temperature)
+    if chosen.inter_temperature is not None:
+        inter_temperature(chosen.inter_temperature)
     if chosen.alpha is not None:
         positive_number(
             "alpha",
@@ -80,7 +82,7 @@ def temperature(value: Any) -> None:
         raise ValueError(
             f"temperature: expected a number or a 0-dim floating-point tensor, got shape {tuple(value.shape)}, "
             f"{value.dtype}. "
-            "Use temperature.squeeze(), or one loss per temperature."
+            "Use temperature.squeeze().float(), or one loss per temperature."
         )
     # A device's value would have to be waited for, and a traced one does not exist yet.
     if (
@@ -131,7 +133,7 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
             hint = (
                 "MoCo keeps its queue as (D, K): pass queue.T."
                 if negative_keys.dim() == 2 and len(negative_keys) == d
-                else "Check the last dimension."
+                else "Reshape it to one of these."
             )
             raise ValueError(
                 f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = "
@@ -155,7 +157,7 @@ def call(
     negative_ids: Any,
 ) -> None:
     """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
-    temperature(chosen.temperature)
+    forward_mode()
     stored = isinstance(negative_keys, MomentumQueue)
     embeddings(query, positive_key, None if stored else negative_keys)
     k = chosen.num_negatives
@@ -185,6 +187,14 @@ def call(
         ids(query, query_ids, negative_ids, source="batch")
     if chosen.gather is False and negative_keys is None:
         _others(len(query), query)
+
+
+def forward_mode() -> None:
+    if not torch.compiler.is_compiling() and getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        raise NotImplementedError(
+            "eqco_loss: expected reverse-mode differentiation, got forward mode (torch.func.jvp, forward_ad), which an "
+            "operator cannot serve and would take for 0. Use torch.autograd.grad, with create_graph=True for more."
+        )
 
 
 def _others(rows: int, query: Tensor) -> None:
@@ -289,6 +299,11 @@ def ids(
             f"negative_ids: expected None unless negative_keys is a tensor, got one. {way}: leave negative_ids out."
         )
     if query_ids is None:
+        if source == "queue":
+            raise ValueError(
+                "query_ids: expected integers of shape (N,) with a MomentumQueue that stores ids, got None. "
+                "Pass the ids of the queries, or construct the queue with store_ids=False."
+            )
         if negative_ids is not None:
             raise ValueError(
                 "query_ids: expected integers of shape (N,) beside negative_ids, got None. Pass both, or neither."
@@ -372,7 +387,7 @@ def _alike(name: str, x: Tensor, query: Tensor, *, dtype: bool = True, advice: s
             f"{name}: expected the device of query, {query.device}, got {x.device}. "
             f"{advice or f'Move it with {name}.to(query.device).'}"
         )
-    if dtype and x.dtype != query.dtype:
+    if dtype and x.dtype != query.dtype and torch.float64 in (x.dtype, query.dtype):  # the others meet in float32
         raise ValueError(
             f"{name}: expected the dtype of query, {query.dtype}, got {x.dtype}. Use {name}.to(query.dtype)."
         )

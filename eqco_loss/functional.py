@@ -397,6 +397,7 @@ def negatives_logsumexp(
         >>> torch.allclose(negatives_logsumexp(q, n), torch.logsumexp(q @ n.T, 1), atol=1e-5)
         True
     """
+    check.forward_mode()
     check.temperature(temperature)
     check.logsumexp_inputs(query, keys, query_ids, key_ids)
     learned = temperature if isinstance(temperature, Tensor) else None

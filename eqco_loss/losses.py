@@ -16,12 +16,15 @@ class _Criterion(nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         check.settings(settings)
-        self.temperature = settings.temperature  # an nn.Parameter registers itself
-        self._settings = settings._replace(temperature=1.0)
+        for name, value in settings._asdict().items():  # a temperature that is an nn.Parameter registers itself
+            setattr(self, _attribute(name), value)
 
     @property
     def settings(self) -> Settings:
-        return self._settings._replace(temperature=self.temperature)
+        """What the attributes say now: they may be changed between calls, and are checked in each."""
+        settings = Settings(*(getattr(self, _attribute(name)) for name in Settings._fields))
+        check.settings(settings)
+        return settings
 
     def forward(
         self,
@@ -61,11 +64,15 @@ class _Criterion(nn.Module):
 
     def extra_repr(self) -> str:
         shown = self.settings._asdict()
-        if isinstance(self.temperature, Tensor):
+        if isinstance(shown["temperature"], Tensor):
             shown["temperature"] = "learned"
-        if self._settings.inter_temperature is None:
+        if shown["inter_temperature"] is None:
             del shown["inter_temperature"]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _attribute(name: str) -> str:
+    return "requested_backend" if name == "backend" else name  # ``backend`` is a method
 
 
 class EqCoLoss(_Criterion):

@@ -55,6 +55,11 @@ def momentum_update(
                 f"{name}: expected a torch.nn.Module, got {type(encoder).__name__}. Pass the module itself."
             )
     query_encoder, key_encoder = _unwrap(query_encoder), _unwrap(key_encoder)
+    if query_encoder is key_encoder:
+        raise ValueError(
+            "key_encoder: expected another module than query_encoder, got the same one, which would never lag behind. "
+            "Make it with copy.deepcopy(query_encoder)."
+        )
     averaged = _pair(dict(query_encoder.named_parameters()), dict(key_encoder.named_parameters()), "parameter")
     copied: list[tuple[Tensor, Tensor]] = []
     if buffers != "none":

@@ -18,6 +18,7 @@ class MomentumQueue(nn.Module):
     normalised to unit length, in float32, when they enter. Contents, cursor, count and ids are buffers, so a
     ``state_dict`` resumes bit for bit.
 
+    A NaN that enters stays until it is overwritten: skip ``enqueue`` in a step whose keys are not finite.
     Enqueue after the loss; before ``backward()`` is safe too, without a clone. Prime a new queue with a first batch's
     keys.
 
@@ -171,11 +172,12 @@ class MomentumQueue(nn.Module):
         dim = self.contents.shape[1]
         if not isinstance(keys, Tensor) or not keys.is_floating_point():
             got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
-            raise TypeError(f"keys: expected a floating-point tensor (N, {dim}), got {got}. Use keys.float().")
+            raise TypeError(
+                f"keys: expected a floating-point tensor (N, {dim}), got {got}. Use torch.as_tensor(keys).float()."
+            )
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(
-                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Construct the queue with "
-                f"dim={keys.shape[-1] if keys.dim() else 1}."
+                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Give one key a row, of the queue's dim."
             )
         if keys.device != self.contents.device:
             raise ValueError(

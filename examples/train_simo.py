@@ -120,10 +120,6 @@ def main(args: Args) -> None:
     fabric.to_device(key_encoder)
     print_header(args, data, fabric, criterion, run, steps)
 
-    def knn() -> float:
-        with fabric.autocast():
-            return knn_accuracy(encoder, data, args.knn_k)
-
     def save(epoch: int) -> None:
         run.save(
             epoch,
@@ -136,7 +132,7 @@ def main(args: Args) -> None:
 
     with run.interruptible():
         if run.epoch == 0:
-            run.rows = [{"epoch": 0, "knn": knn()}]
+            run.rows = [{"epoch": 0, "knn": knn_accuracy(encoder, data, args.knn_k)}]
             print(f"kNN {run.rows[0]['knn']:.1f} % before training", flush=True)
         total, done = args.epochs * steps, run.epoch * steps
         bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stderr.isatty())
@@ -171,7 +167,7 @@ def main(args: Args) -> None:
                     "loss": loss,
                     "top1": 100 * top1,
                     "feature_std": std,
-                    "knn": knn() if measure else None,
+                    "knn": knn_accuracy(encoder, data, args.knn_k) if measure else None,
                     "lr": rate,
                     "images_per_s": round(steps * args.batch_size / seconds, 1),
                     "seconds": round(seconds, 3),
@@ -184,9 +180,11 @@ def main(args: Args) -> None:
             print_epoch(run.rows[-1], args.epochs, bar)
         bar.close()
 
-        with fabric.autocast():
-            probe = linear_probe(encoder, data)
-        run.result = {"knn_untrained": run.rows[0]["knn"], "knn": run.rows[-1]["knn"], "linear_probe": probe}
+        run.result = {
+            "knn_untrained": run.rows[0]["knn"],
+            "knn": run.rows[-1]["knn"],
+            "linear_probe": linear_probe(encoder, data),
+        }
         save(args.epochs)
     print(f"{summary(run.result)} {time.perf_counter() - started:.0f} s. Results are in {run.directory}")
 

@@ -128,7 +128,8 @@ def everything_else(rank: int, world: int) -> list[str]:
             rows = 3 + (rank + step) % 2
             keys = torch.randn(rows, D)
             if step:
-                loss = EqCoLoss(0.3, gather=True)(model(torch.randn(rows, D)), keys, model.module.queue)
+                ids = torch.arange(rows) - 100
+                loss = EqCoLoss(0.3, gather=True)(model(torch.randn(rows, D)), keys, model.module.queue, query_ids=ids)
                 loss.backward()
             model.module.queue.enqueue(keys, torch.arange(rows) + 100 * rank)
         stored = torch.cat([model.module.queue.keys.flatten(), model.module.queue.ids.double()])

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -243,6 +244,12 @@ def test_a_damaged_checkpoint_is_an_error(simo: Script, whole: Path, tmp_path: P
     assert "Traceback" not in output
 
 
+def test_mixed_precision(simo: Script, tmp_path: Path) -> None:
+    output = simo.run(*SHORT, "--epochs=1", "--precision=bf16-mixed", f"--run-dir={tmp_path / 'run'}")
+    assert "cpu (1 threads), bf16-mixed; loss by torch" in output
+    assert math.isfinite(float(rows(tmp_path / "run")[1]["loss"]))
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -293,7 +300,7 @@ def test_a_folder_of_images(simo: Script, images: Path, tmp_path: Path) -> None:
     output = simo.run(*words, "--workers=0", "--epochs=1", f"--run-dir={tmp_path / 'resnet18'}")
     assert "12 train and 6 test images" in output
     assert "16 px, resnet18" in output
-    assert "note     1 of 19 cannot be read, the first is" in output
+    assert "note     1 of 19 images cannot be read, the first is" in output
     assert "K = 3, alpha = 256" in output
 
 
@@ -329,7 +336,9 @@ def test_bad_folders(images: Path, tmp_path: Path) -> None:
     (tmp_path / "unreadable" / "cat").mkdir(parents=True)
     for name in ("1.png", "2.png"):
         (tmp_path / "unreadable" / "cat" / name).write_bytes(b"x")
-    assert "no readable train image (2 of 2 cannot be read, the first is" in folder_error(tmp_path / "unreadable")
+    assert "no readable train image (2 of 2 images cannot be read, the first is" in folder_error(
+        tmp_path / "unreadable"
+    )
     assert "batch_size: expected at most the number of training images, 12, got 256" in folder_error(images)
 
 
@@ -339,6 +348,14 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(data.DataError, match=r"0\.png cannot be decoded"):
         data.read_image(path)
+    run = Run(tmp_path / "run", (), {}, {})
+    with (
+        pytest.raises(
+            SystemExit, match=r"error: data_dir: \S+0\.png cannot be decoded .* There is no checkpoint yet\."
+        ),
+        run.interruptible(),
+    ):
+        list(DataLoader(data.CentreCrops([(path, 0)], 16), num_workers=1))
 
 
 def test_classes_without_splits_hold_out_every_tenth(tmp_path: Path) -> None:

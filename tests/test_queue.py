@@ -204,11 +204,13 @@ def test_stale_copies_of_an_image_are_not_negatives(loss: str) -> None:
     assert metrics.effective_k.item() == pytest.approx((9 + 9 + 12) / 3)
 
 
-def test_stored_ids_are_used_only_when_asked() -> None:
+def test_stored_ids_without_query_ids_are_an_error() -> None:
     queue = MomentumQueue(6, 4, store_ids=True)
     queue.enqueue(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
     query = torch.randn(2, 4)
-    assert EqCoLoss().with_metrics(query, query, queue).effective_k.item() == 6
+    with pytest.raises(ValueError, match="query_ids: expected integers of shape .* that stores ids, got None"):
+        EqCoLoss()(query, query, queue)
+    assert EqCoLoss().with_metrics(query, query, queue, query_ids=torch.tensor([1, 2])).effective_k.item() == 6
 
 
 def test_a_resumed_run_is_bit_identical() -> None:

@@ -39,18 +39,12 @@ def test_every_fence_says_its_language() -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def namespace() -> dict[str, Any]:
-    return {"__name__": "readme"}
-
-
-@pytest.mark.parametrize(
-    ("line", "code"), blocks("python") or [(0, "raise AssertionError('README.md has no python block')")]
-)
-def test_python_block(line: int, code: str, namespace: dict[str, Any]) -> None:
+def test_python_blocks() -> None:
     """Blocks share one namespace, top to bottom."""
     torch.manual_seed(0)
-    exec(compile("\n" * line + code, str(README), "exec"), namespace)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for line, code in blocks("python"):
+        exec(compile("\n" * line + code, str(README), "exec"), namespace)
 
 
 def commands() -> list[tuple[int, str]]:

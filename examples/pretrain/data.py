@@ -6,7 +6,6 @@ run sees what it would have seen.
 
 import hashlib
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -124,26 +123,23 @@ class ImageFolderData:
 
     def __init__(self, root: Path, seed: int, image_size: int | None, workers: int, limit: int | None = None) -> None:
         train, test, class_names = find_images(root)
-        found = {"train": readable(train[:limit]), "test": readable(test[:limit])}
-        asked = [path for path, _ in train[:limit] + test[:limit]]
-        kept = {path for split in found.values() for path, _, _ in split}
-        broken = [path for path in asked if path not in kept]
-        self.note = f"{len(broken)} of {len(asked)} cannot be read, the first is {broken[0]}" if broken else ""
-        for split, samples in found.items():
+        asked = {"train": train[:limit], "test": test[:limit]}
+        self.samples = {split: readable(samples) for split, samples in asked.items()}
+        broken = [path for split in asked for path, _ in set(asked[split]) - set(self.samples[split])]
+        every = sum(map(len, asked.values()))
+        self.note = f"{len(broken)} of {every} images cannot be read, the first is {min(broken)}" if broken else ""
+        for split, samples in self.samples.items():
             if not samples:
                 raise DataError(f"data_dir: {root} has no readable {split} image ({self.note or 'too few in all'}).")
-        self.samples = {split: [(path, label) for path, label, _ in samples] for split, samples in found.items()}
         if image_size is None:  # that of the first image, 224 at most
             with Image.open(self.samples["train"][0][0]) as image:
                 image_size = min(224, *image.size)
-        names = hashlib.sha256()
-        for split, samples in found.items():
-            for path, label, size in samples:
-                names.update(f"{split}/{label}/{path.name}/{size}\n".encode())
+        names = [f"{split}/{label}/{path.name}" for split in asked for path, label in self.samples[split]]
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
         self.name, self.seed, self.image_size, self.workers = root.resolve().name, seed, image_size, workers
         self.classes = len(class_names)
         self.train_size, self.test_size = len(self.samples["train"]), len(self.samples["test"])
-        self.fingerprint = f"{self.train_size} train and {self.test_size} test images, {names.hexdigest()[:12]}"
+        self.fingerprint = f"{self.train_size} train and {self.test_size} test images, {digest[:12]}"
         self._loader: DataLoader[tuple[Tensor, Tensor]] | None = None
 
     def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -243,9 +239,7 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # PIL's broken PNG is a SyntaxError
-        raise DataError(
-            f"data_dir: {path} cannot be decoded ({error}). Delete it, or replace it by a whole copy."
-        ) from None
+        raise DataError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
 
 
 def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
@@ -299,15 +293,15 @@ def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return train, test
 
 
-def readable(samples: list[Sample]) -> list[tuple[Path, int, int]]:
-    """The samples whose header can be read, with the file's size. A truncated image is found when it is used."""
+def readable(samples: list[Sample]) -> list[Sample]:
+    """Those whose header can be read. A truncated image is found when it is used."""
 
-    def size(sample: Sample) -> int | None:
+    def opens(sample: Sample) -> bool:
         try:
             with Image.open(sample[0]):
-                return os.path.getsize(sample[0])
+                return True
         except (OSError, SyntaxError):
-            return None
+            return False
 
     with ThreadPoolExecutor(16) as pool:
-        return [(*sample, found) for sample, found in zip(samples, pool.map(size, samples), strict=True) if found]
+        return [sample for sample, good in zip(samples, pool.map(opens, samples), strict=True) if good]

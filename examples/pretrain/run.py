@@ -15,6 +15,8 @@ from typing import IO, Any, NoReturn
 
 import torch
 
+from .data import DataError
+
 Row = dict[str, float | int | None]
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
 
@@ -169,12 +171,15 @@ class Run:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C ends the run at once; the last checkpoint stays as it is."""
+        """Ctrl-C, or an image that cannot be decoded, ends the run at once; the last checkpoint stays as it is."""
         try:
             yield
         except KeyboardInterrupt:
             print(f"\nstopped. {self._kept()} Continue with\n  {command()}", file=sys.stderr)
             raise SystemExit(130) from None
+        except DataError as error:
+            message = str(error).splitlines()[-1].split("DataError: ")[-1]  # without the traceback of a worker
+            fail(f"{message} {self._kept()} Then continue with\n  {command()}")
 
     @staticmethod
     def environment() -> dict[str, str | int]:
