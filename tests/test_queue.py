@@ -208,7 +208,7 @@ def test_stored_ids_without_query_ids_are_an_error() -> None:
     queue = MomentumQueue(6, 4, store_ids=True)
     queue.enqueue(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
     query = torch.randn(2, 4)
-    with pytest.raises(ValueError, match="query_ids: expected integers of shape .* that stores ids, got None"):
+    with pytest.raises(ValueError, match=r"query_ids: expected integers of shape .* that stores ids, got None"):
         EqCoLoss()(query, query, queue)
     assert EqCoLoss().with_metrics(query, query, queue, query_ids=torch.tensor([1, 2])).effective_k.item() == 6
 
