@@ -188,15 +188,16 @@ def dense_row_losses(
     dtype = compute_dtype(query)
     q, p = _unit(query, normalize, dtype)[0], _unit(positive, normalize, dtype)[0]
     s = (q * p).sum(1)
-    similarity, count = _dense_similarity(q, _unit(keys, normalize_keys, dtype)[0], pairs)
+    similarity, drop = _dense_similarity(q, _unit(keys, normalize_keys, dtype)[0], pairs)
     if extra_keys is not None:
-        more, more_count = _dense_similarity(q, _unit(extra_keys, normalize_extra, dtype)[0], extra_pairs)
-        similarity, count = torch.cat([similarity, more], 1), count + more_count
+        more, more_drop = _dense_similarity(q, _unit(extra_keys, normalize_extra, dtype)[0], extra_pairs)
+        similarity, drop = torch.cat([similarity, more], 1), torch.cat([drop, more_drop], 1)
+    count = (~drop).sum(1)
     shift = 0.0 if alpha is None else torch.log(alpha / count.to(dtype))
-    gap = s / temperature - torch.logsumexp(similarity / temperature, 1) - shift
+    gap = s / temperature - _dense_lse(similarity, drop, temperature) - shift
     if inter_temperature is None:
         return softplus(-gap)
-    inter_gap = (s / inter_temperature - torch.logsumexp(similarity / inter_temperature, 1) - shift).detach()
+    inter_gap = (s / inter_temperature - _dense_lse(similarity, drop, inter_temperature) - shift).detach()
     # weight.detach() * softplus(-gap). Far out the weight overflows as softplus vanishes: there the product is tail.
     tail = torch.sigmoid(-inter_gap) * torch.exp(gap.detach() - gap)
     far = gap.detach() > 30.0
@@ -208,7 +209,12 @@ def dense_row_losses(
 def dense_logsumexp(query: Tensor, keys: Tensor, pairs: Pairs, temperature: float | Tensor) -> Tensor:
     """``negatives_logsumexp`` as autograd sees its definition, N x K in memory."""
     dtype = compute_dtype(query)
-    return torch.logsumexp(_dense_similarity(query.to(dtype), keys.to(dtype), pairs)[0] / temperature, 1)
+    return _dense_lse(*_dense_similarity(query.to(dtype), keys.to(dtype), pairs), temperature)
+
+
+def _dense_lse(similarity: Tensor, drop: Tensor, temperature: float | Tensor) -> Tensor:
+    # Scaled before masked: the other way round a learned temperature's gradient is -inf * 0.
+    return torch.logsumexp((similarity / temperature).masked_fill(drop, -math.inf), 1)
 
 
 def _dense_similarity(q: Tensor, k: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -225,7 +231,7 @@ def _dense_similarity(q: Tensor, k: Tensor, pairs: Pairs) -> tuple[Tensor, Tenso
         drop |= columns >= pairs.valid_count
     if pairs.query_ids is not None and pairs.key_ids is not None:
         drop |= pairs.query_ids[:, None] == pairs.key_ids
-    return similarity.masked_fill(drop, -math.inf), (~drop).sum(1)
+    return similarity, drop
 
 
 # ------------------------------------------------------------------------------------------------------- the one pass
