@@ -328,22 +328,23 @@ def chi_square(counts: Tensor, expected: float) -> float:
     return float(((counts - expected).square() / expected).sum())
 
 
-def test_random_is_uniform_and_independent_between_queries() -> None:
-    """N = 5, K = 2: a query's six subsets, and the 36 pairs of two queries' (SiMo's code shares one permutation)."""
-    subsets = {pair: code for code, pair in enumerate(combinations(range(4), 2))}
-    draws = 900
-    single = torch.zeros(5, 6)
-    joint = torch.zeros(6, 6)
+@pytest.mark.parametrize(
+    ("n", "single_limit", "joint_limit"),
+    [(5, 52.6, 66.6), (6, 91.9, 148.2)],  # the 99.9 % points of chi-square; K^2 on either side of N - 1
+)
+def test_random_is_uniform_and_independent_between_queries(n: int, single_limit: float, joint_limit: float) -> None:
+    """K = 2: how often each query met each pair of keys, and each two queries' pairs (SiMo's code shares one draw)."""
+    subsets = {pair: code for code, pair in enumerate(combinations(range(n - 1), 2))}
+    cells, draws = len(subsets), 900
+    single, joint = torch.zeros(n, cells), torch.zeros(cells, cells)
     for seed in range(draws):
-        drawn = who_was_drawn(5, 2, seed)
-        relative = [sorted((j - i - 1) % 5 for j in row) for i, row in enumerate(drawn)]
+        drawn = who_was_drawn(n, 2, seed)
+        relative = [sorted((j - i - 1) % n for j in row) for i, row in enumerate(drawn)]
         codes = [subsets[row[0], row[1]] for row in relative]
-        for i, code in enumerate(codes):
-            single[i, code] += 1
+        single[range(n), codes] += 1
         joint[codes[0], codes[1]] += 1
-    # 99.9 % points of chi-square with 25 and 35 degrees of freedom.
-    assert chi_square(single, draws / 6) < 52.6
-    assert chi_square(joint, draws / 36) < 66.6
+    assert chi_square(single, draws / cells) < single_limit
+    assert chi_square(joint, draws / cells**2) < joint_limit
 
 
 def test_random_draws_anew_at_every_call() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
 from tests import cases, oracle
 from tests.cases import DTYPES, LOSSES, MODES, MODES_AND_IDS, Case
+from tests.strategies import LAYOUTS
 from tests.tolerance import CONSTANT, FLOOR, assert_as_exact_as_eager, error
 
 
@@ -48,6 +49,17 @@ def test_temperatures(loss: str, mode: str, temperature: float) -> None:
     for seed in range(3):
         cases.assert_right(Case(loss, mode, temperature=temperature, seed=seed))
         cases.assert_right(Case(loss, mode, temperature=temperature, seed=seed, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts(loss: str, mode: str, layout: str) -> None:
+    """Every layout meets every kind of negatives: torch's flash attention is silently wrong for a transposed query."""
+    for case in (Case(loss, mode), Case(loss, mode, normalize=False), Case(loss, mode, dtype=torch.bfloat16)):
+        sample = cases.make(case)
+        found = cases.ours(case, sample, layout=LAYOUTS[layout])
+        cases.assert_answers(case, found, cases.plain(case, sample), cases.truth(case, sample))
 
 
 ODD_SIZES = [  # one row has no other negatives in its batch: an error, tested with the errors
