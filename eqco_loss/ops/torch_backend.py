@@ -391,7 +391,7 @@ def _attend_flash(logits: Tensor, keys: Tensor, pairs: Pairs, ratio: float | Ten
 
 def _flash(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax-weighted mean of the keys (N, D) and log-sum-exp (N,)."""
-    q, k = logits[None, None], keys[None, None]
+    q, k = logits.contiguous()[None, None], keys[None, None]  # of a transposed query it is silently wrong
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, scale=_LN2)
     return out[0, 0], lse[0, 0]
 
