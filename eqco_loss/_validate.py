@@ -11,7 +11,7 @@ from torch import Tensor
 from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
 from .queue import MomentumQueue
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("none", "mean", "sum")
 SAMPLINGS = ("rolled", "random")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -185,8 +185,8 @@ def compute_loss(
 ) -> Tensor:
     """The reduced loss."""
     passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    rows = [_row_losses(settings, one)[0] for one in passes]
-    return _reduce(rows, settings.reduction, ranks)
+    share = _share(settings, passes, ranks)
+    return _reduce([_row_losses(settings, one, share)[0] for one in passes], settings.reduction)
 
 
 def compute_metrics(
@@ -199,7 +199,8 @@ def compute_metrics(
 ) -> LossMetrics:
     """The reduced loss and what to log beside it."""
     passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    outputs = [_row_losses(settings, one, need_statistics=True) for one in passes]
+    share = _share(settings, passes, ranks)
+    outputs = [_row_losses(settings, one, share, need_statistics=True) for one in passes]
     stats = torch.cat([stats for _, stats in outputs], 1)  # (len(Stat), N) or, of both directions, (len(Stat), 2N)
     alpha = stats[Stat.COUNT] if settings.alpha is None else torch.full_like(stats[Stat.COUNT], settings.alpha)
     t = settings.temperature.detach() if isinstance(settings.temperature, Tensor) else settings.temperature
@@ -217,7 +218,7 @@ def compute_metrics(
         ]
     )
     means = rows.mean(1) if ranks is None else ranks.sum(rows.sum(1)) / (ranks.total * len(passes))
-    return LossMetrics(_reduce([loss for loss, _ in outputs], settings.reduction, ranks), *means.unbind())
+    return LossMetrics(_reduce([loss for loss, _ in outputs], settings.reduction), *means.unbind())
 
 
 class _Pass(NamedTuple):
@@ -240,11 +241,14 @@ class _Given(NamedTuple):
     filled: Tensor | None  # (): how many of them are there, where only the device knows
 
 
-def _row_losses(settings: Settings, one: _Pass, need_statistics: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss per row (N,) and the rows of ``Stat`` (detached)."""
+def _row_losses(
+    settings: Settings, one: _Pass, share: list[int], need_statistics: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``share`` of the loss per row (N,), and the rows of ``Stat`` (detached)."""
     query, positive, keys, normalize_keys, pairs, extra = one
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
     grad = torch.is_grad_enabled()
+    backend, _ = _backend(settings.backend, query, keys, None if extra is None else extra.keys)
     loss, *_, stats = ops.row_losses(
         query,
         positive,
@@ -264,8 +268,15 @@ def _row_losses(settings: Settings, one: _Pass, need_statistics: bool = False) -
         grad and positive.requires_grad,
         # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
         # finding that out would wait for the device.
-        grad and keys.requires_grad and settings.reduction != "none" and keys.device.type == "cpu",
+        grad
+        and keys.requires_grad
+        and settings.reduction != "none"
+        and keys.device.type == "cpu"
+        and backend == "torch",
         need_statistics,
+        share,
+        _autocast_dtype(query.device),
+        backend,
     )
     return loss, stats
 
@@ -326,15 +337,24 @@ def _given(
     return _Given(negative_keys, settings.normalize, negative_ids, None)
 
 
-def _reduce(rows: list[Tensor], reduction: str, ranks: Ranks | None) -> Tensor:
-    """Mean of the directions, then over the rows, so scaled that DDP's mean of the gradients is the global one's."""
-    loss = rows[0] if len(rows) == 1 else (rows[0] + rows[1]) / 2
-    if reduction == "none":
-        return loss
-    if ranks is None:
-        return loss.mean() if reduction == "mean" else loss.sum()
-    world = len(ranks.sizes)
-    return loss.sum() * (world / ranks.total if reduction == "mean" else world)
+def _share(settings: Settings, passes: list[_Pass], ranks: Ranks | None) -> list[int]:
+    """What of a row's loss is added up, [numerator, denominator]; DDP's mean of the gradients is then the global one.
+
+    The operator multiplies by it: a mean of its own would be two more kernels on a GPU.
+    """
+    if settings.reduction == "none":
+        return [1, len(passes)]
+    world, total = (1, len(passes[0].query)) if ranks is None else (len(ranks.sizes), ranks.total)
+    return [world, len(passes) * (total if settings.reduction == "mean" else 1)]
+
+
+def _reduce(rows: list[Tensor], reduction: str) -> Tensor:
+    loss = rows[0] if len(rows) == 1 else rows[0] + rows[1]
+    return loss if reduction == "none" else loss.sum()
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def random_negatives(
@@ -403,17 +423,34 @@ def negatives_logsumexp(
     learned = temperature if isinstance(temperature, Tensor) else None
     need_mean_key = torch.is_grad_enabled() and (query.requires_grad or (learned is not None and learned.requires_grad))
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    chosen = _autocast_dtype(query.device), _backend("auto", query, keys)[0]
     lse: Tensor = ops.negatives_logsumexp(
-        query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key
+        query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key, *chosen
     )[0]
     return lse
 
 
-def chosen_backend(settings: Settings, query: Tensor, negative_keys: Negatives = None) -> tuple[str, str]:
+def chosen_backend(
+    settings: Settings, query: Tensor, positive_key: Tensor | None = None, negative_keys: Negatives = None
+) -> tuple[str, str]:
     """The backend that serves this call, and why."""
-    if query.device.type == "cpu":
-        return "torch", "CPU tensors: torch's flash attention where nothing is left out, tiles elsewhere"
-    return "torch", f"{query.device.type} tensors: tiles in plain torch"
+    given = _given(settings, negative_keys, None, None)
+    keys = [positive_key if given is None or settings.in_batch else None, None if given is None else given.keys]
+    return _backend(settings.backend, query, *keys)
+
+
+def _backend(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, str]:
+    if requested == "torch":
+        return "torch", "asked for by name"
+    refused = ops.triton_refusal(query, *keys)
+    if refused is None:
+        return "triton", "fused kernels"
+    if requested == "triton":
+        raise ValueError(
+            f"backend: expected tensors that 'triton' serves, got {refused}. Give backend='auto', which takes 'torch' "
+            "for these."
+        )
+    return "torch", refused
 
 
 def cosine_momentum(step: int, total_steps: int, base: float = 0.996, final: float = 1.0) -> float:

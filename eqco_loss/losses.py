@@ -60,7 +60,7 @@ class _Criterion(nn.Module):
         negative_ids: Tensor | None = None,
     ) -> tuple[str, str]:
         """The backend that would serve this call, and why."""
-        return functional.chosen_backend(self.settings, query, negative_keys)
+        return functional.chosen_backend(self.settings, query, positive_key, negative_keys)
 
     def extra_repr(self) -> str:
         shown = self.settings._asdict()

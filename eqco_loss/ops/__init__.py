@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import torch_backend, triton_backend
 from .tiles import Pairs
 from .torch_backend import Stat, compute_dtype
+from .triton_backend import refusal as triton_refusal
 
-__all__ = ["Pairs", "Stat", "negatives_logsumexp", "row_losses"]
+__all__ = ["Pairs", "Stat", "negatives_logsumexp", "row_losses", "triton_refusal"]
 
 _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picked, SymInt[] band"
 
@@ -36,7 +37,8 @@ _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picke
     schema="(Tensor query, Tensor positive, Tensor keys, Tensor? extra_keys, Tensor? learned_temperature, "
     f"{_PAIRS}, Tensor? extra_key_ids, Tensor? extra_valid_count, float temperature, float? inter_temperature, "
     "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool need_query_gradient, "
-    "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics) -> "
+    "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics, SymInt[] share, "
+    "ScalarType? autocast, str backend) -> "
     "(Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor keys_gradient, Tensor stats)",
 )
 def row_losses(
@@ -62,35 +64,36 @@ def row_losses(
     need_positive_gradient: bool,
     need_keys_gradient: bool,
     need_statistics: bool,
+    share: list[int],  # [numerator, denominator]: what loss and gradients are multiplied by, as a mean does
+    autocast: torch.dtype | None,  # what the kernels multiply in
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss per row (N,) with its gradients for the raw query (N, D) and positive (N, D), and ``stats`` (len(Stat), N).
 
     ``keys_gradient`` has the keys' shape and is that of the sum over rows: backward scales it where all rows weigh the
     same, as after a mean or a sum. What is not needed comes back empty.
     """
+    t = temperature if learned_temperature is None else learned_temperature
+    sets = query, positive, keys, extra_keys
+    pairs = Pairs(query_ids, key_ids, valid_count, picked, band), Pairs(query_ids, extra_key_ids, extra_valid_count)
+    flags = normalize, normalize_keys, normalize_extra, need_query_gradient, need_positive_gradient
+    if backend == "triton":
+        loss, query_gradient, positive_gradient, stats = triton_backend.row_losses(
+            *sets, *pairs, t, inter_temperature, alpha, *flags, need_statistics, _ratio(share), autocast
+        )
+        return loss, query_gradient, positive_gradient, loss.new_empty(0), stats
     return torch_backend.row_losses(
-        query,
-        positive,
-        keys,
-        extra_keys,
-        Pairs(query_ids, key_ids, valid_count, picked, band),
-        Pairs(query_ids, extra_key_ids, extra_valid_count),
-        temperature if learned_temperature is None else learned_temperature,
-        inter_temperature,
-        alpha,
-        normalize,
-        normalize_keys,
-        normalize_extra,
-        need_query_gradient,
-        need_positive_gradient,
-        need_keys_gradient,
-        need_statistics,
+        *sets, *pairs, t, inter_temperature, alpha, *flags, need_keys_gradient, need_statistics, _ratio(share)
     )
+
+
+def _ratio(share: list[int]) -> float:
+    return share[0] / share[1] if share else 1.0
 
 
 @row_losses.register_fake
 def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_query, need_positive, need_keys, _ = rest[-4:]
+    need_query, need_positive, need_keys = rest[-7:-4]
     (n, _), dtype = query.shape, compute_dtype(query)
     return (
         query.new_empty((n,), dtype=dtype),
@@ -112,12 +115,14 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         return (None,) * len(ctx.inputs)
     query, positive, keys, extra_keys, learned, *pairs = ctx.inputs[:10]
     extra_ids, extra_count, temperature, *settings = ctx.inputs[10:18]
+    chosen = ctx.inputs[-3:]  # share, autocast, backend
     extra_pairs = [pairs[0], extra_ids, extra_count, None, []]
     normalize, normalize_keys, normalize_extra = settings[-3:]
 
     def formula(q: Tensor, p: Tensor, k: Tensor, extra: Tensor | None, t: Tensor | None) -> Tensor:
         t_ = temperature if t is None else t
-        return torch_backend.dense_row_losses(q, p, k, extra, Pairs(*pairs), Pairs(*extra_pairs), t_, *settings)
+        rows = torch_backend.dense_row_losses(q, p, k, extra, Pairs(*pairs), Pairs(*extra_pairs), t_, *settings)
+        return rows * _ratio(chosen[0])
 
     if torch.is_grad_enabled():  # create_graph
         return _dense_gradients(ctx, grad, formula, 5)
@@ -133,11 +138,13 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         _check_unchanged(ctx, query, keys, learned, *pairs[:-1])
         unit = unit_keys_gradient if unit_keys_gradient.dim() == keys.dim() else None
         flags = normalize, normalize_keys
-        out[2] = keys_gradient(query, keys, grad, weight, lse, unit, learned, *pairs, temperature, *flags)
+        out[2] = keys_gradient(query, keys, grad, weight, lse, unit, learned, *pairs, temperature, *flags, *chosen)
     if need_extra:
         _check_unchanged(ctx, query, extra_keys, learned, *extra_pairs[:-1])
         flags = normalize, normalize_extra
-        out[3] = keys_gradient(query, extra_keys, grad, weight, lse, None, learned, *extra_pairs, temperature, *flags)
+        out[3] = keys_gradient(
+            query, extra_keys, grad, weight, lse, None, learned, *extra_pairs, temperature, *flags, *chosen
+        )
     if need_temperature:
         out[4] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
     return tuple(out)
@@ -153,7 +160,7 @@ row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_con
     "eqco_loss::negatives_logsumexp",
     mutates_args=(),
     schema=f"(Tensor query, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, "
-    "bool need_query_gradient) -> (Tensor lse, Tensor mean_key)",
+    "bool need_query_gradient, ScalarType? autocast, str backend) -> (Tensor lse, Tensor mean_key)",
 )
 def negatives_logsumexp(
     query: Tensor,  # (N, D)
@@ -166,17 +173,21 @@ def negatives_logsumexp(
     band: list[int],
     temperature: float,
     need_query_gradient: bool,
+    autocast: torch.dtype | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """log sum_j exp(q_i . n_j / t) per row (N,), and the softmax-weighted mean key (N, D): t times its gradient."""
     t = temperature if learned_temperature is None else learned_temperature
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
+    if backend == "triton":
+        return triton_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient, autocast)
     return torch_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient)
 
 
 @negatives_logsumexp.register_fake
 def _(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(query)
-    mean_key = query.new_empty(query.shape if rest[-1] else (0,), dtype=dtype)
+    mean_key = query.new_empty(query.shape if rest[-3] else (0,), dtype=dtype)
     return query.new_empty((query.shape[0],), dtype=dtype), mean_key
 
 
@@ -207,7 +218,8 @@ def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
     if need_keys:
         _check_unchanged(ctx, keys, *pairs[:-1])
         one = torch.ones_like(lse)
-        out[1] = keys_gradient(query, keys, grad, one, lse, None, learned, *pairs, temperature, False, False)
+        flags = False, False, [], *ctx.inputs[-2:]
+        out[1] = keys_gradient(query, keys, grad, one, lse, None, learned, *pairs, temperature, *flags)
     if need_temperature:
         out[2] = (-(grad * (query * mean_key).sum(1)).sum() / t**2).to(learned.dtype)
     return tuple(out)
@@ -223,7 +235,8 @@ negatives_logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsum
     "eqco_loss::keys_gradient",
     mutates_args=(),
     schema="(Tensor query, Tensor keys, Tensor grad, Tensor weight, Tensor lse, Tensor? unit, "
-    f"Tensor? learned_temperature, {_PAIRS}, float temperature, bool normalize, bool normalize_keys) -> Tensor",
+    f"Tensor? learned_temperature, {_PAIRS}, float temperature, bool normalize, bool normalize_keys, SymInt[] share, "
+    "ScalarType? autocast, str backend) -> Tensor",
 )
 def keys_gradient(
     query: Tensor,
@@ -241,14 +254,22 @@ def keys_gradient(
     temperature: float,
     normalize: bool,
     normalize_keys: bool,
+    share: list[int],
+    autocast: torch.dtype | None,
+    backend: str,
 ) -> Tensor:
-    """Gradient of sum_i grad_i weight_i lse_i with respect to the raw keys, in their shape and dtype."""
+    """Gradient of share * sum_i grad_i weight_i lse_i with respect to the raw keys, in their shape and dtype."""
     if unit is not None and bool((grad == grad[0]).all()):
         return (unit * grad[0]).to(keys.dtype)
     t = temperature if learned_temperature is None else learned_temperature
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
+    if backend == "triton":
+        return triton_backend.logsumexp_keys_gradient(
+            query, keys, grad, weight, lse, pairs, t, normalize, normalize_keys, _ratio(share), autocast
+        )
+    row_weight = grad * weight * _ratio(share)
     return torch_backend.logsumexp_keys_gradient(
-        query, keys, grad * weight, lse, pairs, t, normalize, normalize_keys, keys.dtype
+        query, keys, row_weight, lse, pairs, t, normalize, normalize_keys, keys.dtype
     )
 
 

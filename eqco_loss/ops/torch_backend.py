@@ -33,7 +33,7 @@ class Stat(IntEnum):
     POSITIVE = 2  # s(q, k)
     COUNT = 3  # K_i
     LOG_WEIGHT = 4  # of the dual temperature; 0 for EqCo
-    TEMPERATURE_GRADIENT = 5
+    TEMPERATURE_GRADIENT = 5  # of the loss as returned
     INTRA_LOSS = 6  # softplus(log(alpha / K_i) - gap(t)): what estimates the mutual information
     RANK = 7  # negatives more similar than the positive (need_statistics)
     NEGATIVE = 8  # mean similarity of the negatives (need_statistics)
@@ -59,6 +59,7 @@ def row_losses(
     need_positive_gradient: bool,
     need_keys_gradient: bool,
     need_statistics: bool,
+    share: float = 1.0,  # of the loss and its gradients
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         t, dtype = temperature, compute_dtype(query)
@@ -93,12 +94,14 @@ def row_losses(
             intra_loss = torch.logaddexp(zero, -gap)
             if inter_temperature is None:
                 weight, log_weight = torch.sigmoid(-gap), zero
-                loss[rows] = intra_loss
+                row_loss = intra_loss
             else:
                 inter_gap = s / inter_temperature - seen.inter_lse - shift
                 weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap): the vanishing factor cancels
                 log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
-                loss[rows] = weight * _softplus_over_sigmoid(gap)
+                row_loss = weight * _softplus_over_sigmoid(gap)
+            loss[rows] = row_loss * share
+            factor = weight * (share / t)
             stats[Stat.LSE, rows], stats[Stat.WEIGHT, rows] = lse, weight
             stats[Stat.POSITIVE, rows], stats[Stat.COUNT, rows] = s, seen.negatives
             stats[Stat.LOG_WEIGHT, rows], stats[Stat.INTRA_LOSS, rows] = log_weight, intra_loss
@@ -106,20 +109,20 @@ def row_losses(
                 stats[Stat.RANK, rows] = seen.rank
                 stats[Stat.NEGATIVE, rows] = seen.logit_sum * (t * _LN2) / seen.negatives
             if need_query_gradient:
-                change = (seen.mean_key - p[rows]) * (weight / t)[:, None]
+                change = (seen.mean_key - p[rows]) * factor[:, None]
                 query_gradient[rows] = _through_unit(change, q[rows], q_norm, rows)
-                stats[Stat.TEMPERATURE_GRADIENT, rows] = weight * (s - (q[rows] * seen.mean_key).sum(1)) / t**2
+                stats[Stat.TEMPERATURE_GRADIENT, rows] = factor / t * (s - (q[rows] * seen.mean_key).sum(1))
             if need_positive_gradient:
-                change = q[rows] * (-weight / t)[:, None]
+                change = q[rows] * -factor[:, None]
                 positive_gradient[rows] = _through_unit(change, p[rows], p_norm, rows)
             if need_keys_gradient and only is not None:
-                only.tile.add_transposed(keys_gradient, only.exponentials, q[rows] * (weight * seen.unit / t)[:, None])
+                only.tile.add_transposed(keys_gradient, only.exponentials, q[rows] * (factor * seen.unit)[:, None])
                 fused = True
         if fused:
             _keys_through_unit(keys_gradient, keys, normalize_keys)
         elif need_keys_gradient:
             keys_gradient = logsumexp_keys_gradient(
-                q, keys, stats[Stat.WEIGHT], stats[Stat.LSE], pairs, t, False, normalize_keys, dtype
+                q, keys, stats[Stat.WEIGHT] * share, stats[Stat.LSE], pairs, t, False, normalize_keys, dtype
             )
     return loss, query_gradient, positive_gradient, keys_gradient, stats
 
@@ -419,9 +422,14 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def norm_eps(dtype: torch.dtype) -> float:
+    """The least length a row is divided by."""
+    return torch.finfo(torch.float16).tiny if dtype == torch.float16 else 1e-12
+
+
 def _unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Rows of unit length in ``dtype`` and their lengths, at least an eps the input's dtype can hold 1 / eps of."""
-    eps = torch.finfo(torch.float16).tiny if x.dtype == torch.float16 else 1e-12
+    eps = norm_eps(x.dtype)
     x = x.to(dtype)
     if not normalize:
         return x, None

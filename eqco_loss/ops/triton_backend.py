@@ -1,0 +1,408 @@
+"""The operators by Triton kernels: the same functions of tensors as ``torch_backend``, and what they cannot serve."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiles import Pairs
+from .torch_backend import Stat, norm_eps
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_D, LARGEST_K = 512, 2**24
+_COLUMNS_AT_ONCE = 1024  # up to so many, a block of rows finishes on its own
+
+
+class Config(NamedTuple):
+    """A kernel's tile: rows resident and rows streamed, warps, stages of the pipeline."""
+
+    resident: int
+    streamed: int
+    warps: int
+    stages: int
+
+
+# ------------------------------------------------------------------------------------------------------ what is served
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The only import of Triton."""
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors, as TRITON_INTERPRET=1 asks at the first use."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
+    """Why this backend cannot serve these tensors; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (it comes with torch on Linux)"
+    device = query.device
+    if device.type == "cpu" and not interpreted():
+        return (
+            "CPU tensors (only with TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter, to test them)"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"{device.type} tensors: the kernels are for CUDA"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "ROCm: the kernels are made for NVIDIA"
+        major, minor = _capability(device.index)
+        if major < 8:
+            return f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
+    for x in (query, *keys):
+        if x is not None and x.dtype not in DTYPES:
+            return f"{str(x.dtype).removeprefix('torch.')}: the kernels take float16, bfloat16 and float32"
+        if x is not None and x.shape[-2] > LARGEST_K:
+            return f"K = {x.shape[-2]}: the kernels take up to 2^24"
+    if query.shape[1] > LARGEST_D:
+        return f"D = {query.shape[1]}: the kernels take up to {LARGEST_D}"
+    return None
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def dot_dtype(query: Tensor, keys: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """What is multiplied: autocast's dtype, or the one that holds both."""
+    return torch.promote_types(query.dtype, keys.dtype) if autocast is None else autocast
+
+
+# ------------------------------------------------------------------------------------------------------- static tables
+
+
+def forward_config(dtype: torch.dtype, block_d: int, n: int, capability: int = 90) -> Config:
+    """Tile of ``attend`` for a large number of keys: rows of the query are resident, keys streamed."""
+    rows = max(16, min(128, _power_of_two(n)))
+    if dtype == torch.float32:
+        if block_d <= 64:
+            return Config(min(rows, 64), 32, 4, 2)
+        return Config(min(rows, 64), 32, 8, 1) if block_d <= 128 else Config(min(rows, 32), 16, 8, 1)
+    if block_d <= 128:
+        return Config(rows, 64, 8 if rows == 128 else 4, 3)
+    if block_d <= 256:
+        return Config(rows, 64, 8 if rows >= 64 else 4, 2)
+    return Config(min(rows, 64), 32, 8, 2)
+
+
+def keys_config(dtype: torch.dtype, block_d: int, k: int, capability: int = 90) -> Config:
+    """Tile of ``keys_gradient``: keys are resident, rows of the query streamed."""
+    keys = max(16, min(64, _power_of_two(k)))
+    if dtype == torch.float32:
+        return Config(min(keys, 32), 32, 4, 1) if block_d <= 128 else Config(min(keys, 16), 16, 4, 1)
+    if block_d <= 128:
+        return Config(keys, 64, 4, 3)
+    if block_d <= 256:
+        return Config(keys, 32, 8 if keys == 64 else 4, 2)
+    return Config(min(keys, 32), 32, 8, 2)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, as torch.set_float32_matmul_precision says: "highest" in three products of tf32."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+
+class _Set(NamedTuple):
+    """One set of negatives as the kernels take it."""
+
+    keys: Tensor
+    pairs: Pairs
+    normalize: bool
+    config: Config
+    columns: int  # per view
+    views: int
+    chunk: int
+    splits: int  # of all views
+
+    @property
+    def own(self) -> bool:
+        return self.keys.dim() == 3 or self.pairs.picked is not None
+
+
+def row_losses(
+    query: Tensor,  # (N, D)
+    positive: Tensor,  # (N, D)
+    keys: Tensor,  # (K, D) or (N, K, D)
+    extra_keys: Tensor | None,
+    pairs: Pairs,
+    extra_pairs: Pairs,
+    temperature: float | Tensor,
+    inter_temperature: float | None,
+    alpha: float | None,
+    normalize: bool,
+    normalize_keys: bool,
+    normalize_extra: bool,
+    need_query_gradient: bool,
+    need_positive_gradient: bool,
+    need_statistics: bool,
+    share: float = 1.0,
+    autocast: torch.dtype | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, d = query.shape
+    sets = [_set(query, keys, pairs, normalize_keys, autocast, config)]
+    if extra_keys is not None:
+        sets.append(_set(query, extra_keys, extra_pairs, normalize_extra, autocast, config))
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    loss, stats = new(n), new(len(Stat), n)
+    query_gradient = new((n, d) if need_query_gradient else (0,))
+    positive_gradient = new((n, d) if need_positive_gradient else (0,))
+    options = {
+        "LEARNED": isinstance(temperature, Tensor),
+        "NORMALIZE": normalize,
+        "ALPHA": alpha is not None,
+        "DUAL": inter_temperature is not None,
+        "QUERY_GRADIENT": need_query_gradient,
+        "POSITIVE_GRADIENT": need_positive_gradient,
+        "STATISTICS": need_statistics,
+    }
+    numbers = (1.0 if inter_temperature is None else inter_temperature, 1.0 if alpha is None else alpha, share)
+    out = (loss, query_gradient, positive_gradient, stats)
+    finish = len(sets) == 1 and sets[0].splits == 1 and (sets[0].own or sets[0].config.resident * d <= 8192)
+    _attend(query, positive, sets, temperature, numbers, out, autocast, options, finish)
+    return loss, query_gradient, positive_gradient, stats
+
+
+def negatives_logsumexp(
+    query: Tensor,
+    keys: Tensor,
+    pairs: Pairs,
+    temperature: float | Tensor,
+    need_query_gradient: bool,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    n, d = query.shape
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    lse, mean_key = new(n), new((n, d) if need_query_gradient else (0,))
+    options = dict.fromkeys(("NORMALIZE", "ALPHA", "DUAL", "POSITIVE_GRADIENT", "STATISTICS"), False)
+    options |= {"LEARNED": isinstance(temperature, Tensor), "QUERY_GRADIENT": need_query_gradient}
+    sets = [_set(query, keys, pairs, False, autocast, None)]
+    out = (lse, mean_key, mean_key, lse)
+    _attend(query, query, sets, temperature, (1.0, 1.0, 1.0), out, autocast, options, None)
+    return lse, mean_key
+
+
+def logsumexp_keys_gradient(
+    query: Tensor,
+    keys: Tensor,
+    grad: Tensor,  # (N,)
+    weight: Tensor,  # (N,)
+    lse: Tensor,
+    pairs: Pairs,
+    temperature: float | Tensor,
+    normalize: bool,
+    normalize_keys: bool,
+    share: float = 1.0,
+    autocast: torch.dtype | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Gradient of share * sum_i grad_i weight_i lse_i with respect to the raw keys, in their shape and dtype."""
+    (n, d), device = query.shape, query.device
+    block_d = _block_d(d)
+    dtype = dot_dtype(query, keys, autocast)
+    own = keys.dim() == 3 or pairs.picked is not None
+    convert = not own and query.dtype != dtype
+    per_row = torch.empty((3, n), dtype=torch.float32, device=device)
+    prepared = torch.empty((n, d), dtype=dtype, device=device) if convert else query
+    number, tensor = _temperature(temperature, query)
+    kernels().row_weights[(_blocks(n, 16),)](
+        query, *query.stride(), grad, grad.stride(0), weight.contiguous(), lse.contiguous(), tensor, per_row, prepared,
+        n, number, share, norm_eps(query.dtype),
+        D=d, BLOCK_D=block_d, BLOCK=16, NORMALIZE=normalize, LEARNED=isinstance(temperature, Tensor), CONVERT=convert,
+    )  # fmt: skip
+    out = torch.empty(keys.shape, dtype=keys.dtype, device=device)
+    query_ids, key_ids, ids, ids_strides = _ids(pairs, query)
+    common = (per_row, query_ids, key_ids, *ids_strides)
+    eps = norm_eps(keys.dtype)
+    if keys.dim() == 3:
+        k, block = keys.shape[1], 32
+        kernels().keys_gradient_own[(n, _blocks(k, block))](
+            query, *query.stride(), keys, *keys.stride(), *common, out, n, k, norm_eps(query.dtype), eps,
+            D=d, BLOCK_KEYS=block, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys,
+        )  # fmt: skip
+    elif pairs.picked is not None:
+        by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
+        starts = torch.searchsorted(by_key, torch.arange(len(keys) + 1, device=device))
+        kernels().keys_gradient_picked[(len(keys),)](
+            query, *query.stride(), keys, *keys.stride(), per_row, order, starts, *common[1:], out,
+            n, len(keys), pairs.picked.shape[1], eps,
+            D=d, BLOCK_ROWS=32, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys,
+        )  # fmt: skip
+    else:
+        offset, width, modulus = pairs.band or (0, 0, 1)
+        per_view = modulus if pairs.band else len(keys)
+        tile = config or keys_config(dtype, block_d, per_view, _arch(query))
+        band = 0
+        if pairs.band:
+            band = 1 if n == modulus or width + tile.resident < n else 2
+        prescale = dtype == torch.float16
+        blocks_per_view = _blocks(per_view, tile.resident)
+        kernels().keys_gradient[(blocks_per_view * (len(keys) // per_view),)](
+            prepared, *prepared.stride(), keys, *keys.stride(), per_row,
+            per_row[2].abs().amax() if prescale else per_row, *common[1:], *_count(pairs, query), out,
+            n, len(keys), offset, width, modulus, blocks_per_view, eps,
+            D=d, BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BLOCK_D=block_d, BAND=band, WHOLE=n == modulus,
+            SMALL=modulus < tile.streamed, IDS=ids, NORM=normalize_keys, COUNTED=pairs.valid_count is not None,
+            PRESCALE=prescale, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def _set(
+    query: Tensor, keys: Tensor, pairs: Pairs, normalize: bool, autocast: torch.dtype | None, config: Config | None
+) -> _Set:
+    n, d = query.shape
+    if keys.dim() == 3 or pairs.picked is not None:
+        columns = keys.shape[1] if pairs.picked is None else pairs.picked.shape[1]
+        return _Set(keys, pairs, normalize, Config(1, 32 if d <= 256 else 16, 4, 1), columns, 1, columns, 1)
+    dtype = dot_dtype(query, keys, autocast)
+    views = len(keys) // pairs.band[2] if pairs.band else 1
+    width = pairs.band[1] if pairs.band else len(keys)
+    small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
+    tile = config or (
+        Config(16, 32 if d > 128 else 64, 4, 2) if small else forward_config(dtype, _block_d(d), n, _arch(query))
+    )
+    columns = width + (tile.resident - 1 if pairs.band else 0)
+    wanted = 1 if small else max(1, _blocks(2 * _parallel(query), _blocks(n, tile.resident) * views))
+    per_split = _blocks(_blocks(columns, tile.streamed), wanted)
+    chunk = max(per_split, 1 if small else 2) * tile.streamed
+    return _Set(keys, pairs, normalize, tile, columns, views, chunk, views * _blocks(columns, chunk))
+
+
+def _attend(
+    query: Tensor,
+    positive: Tensor,
+    sets: list[_Set],
+    temperature: float | Tensor,
+    numbers: tuple[float, float, float],  # inter temperature, alpha, share
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    autocast: torch.dtype | None,
+    options: dict[str, bool],
+    finish: bool | None,  # None: log-sum-exp only
+) -> None:
+    (n, d), device = query.shape, query.device
+    splits = sum(one.splits for one in sets)
+    parts, outs = query, query
+    if not finish:
+        parts = torch.empty((7, splits, n), dtype=torch.float32, device=device)
+        outs = torch.empty((splits, n, d) if options["QUERY_GRADIENT"] else (0,), dtype=torch.float32, device=device)
+    number, tensor = _temperature(temperature, query)
+    rows = (query, *query.stride(), positive, *positive.stride())
+    epsilons = (norm_eps(query.dtype), norm_eps(positive.dtype))
+    shape = {"D": d, "BLOCK_D": _block_d(d)}
+    first = 0
+    for one in sets:
+        keys, pairs, tile = one.keys, one.pairs, one.config
+        query_ids, key_ids, ids, ids_strides = _ids(pairs, query)
+        end = (tensor, parts, outs, *out)
+        eps = norm_eps(keys.dtype)
+        if one.own:
+            picked = query if pairs.picked is None else pairs.picked
+            strides = keys.stride() if pairs.picked is None else (0, *keys.stride())
+            kernels().attend_own[(n, 1)](
+                *rows, keys, *strides, picked, *picked.stride(), query_ids, key_ids, *ids_strides, *end,
+                n, one.columns, first, splits, number, *numbers, *epsilons, eps,
+                BLOCK_KEYS=tile.streamed, PICKED=pairs.picked is not None, IDS=ids != 0, NORM=int(one.normalize),
+                FINISH=bool(finish), num_warps=tile.warps, **shape, **options,
+            )  # fmt: skip
+        else:
+            norm, inverse = int(one.normalize) * (2 if tile.resident == 16 else 1), query
+            if norm == 1:
+                inverse = torch.empty(len(keys), dtype=torch.float32, device=device)
+                kernels().inverse_norms[(_blocks(len(keys), 16),)](
+                    keys, *keys.stride(), inverse, len(keys), eps, BLOCK=16, **shape
+                )
+            offset, width, modulus = pairs.band or (0, 0, 1)
+            dtype = dot_dtype(query, keys, autocast)
+            kernels().attend[(_blocks(n, tile.resident), one.splits)](
+                *rows, keys, *keys.stride(), inverse, query_ids, key_ids, *ids_strides, *_count(pairs, query), *end,
+                n, len(keys), offset, width, modulus, one.chunk, one.splits // one.views, first, splits,
+                number, *numbers, *epsilons, eps,
+                BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=_triton_dtype(dtype),
+                PRECISION=precision(dtype), STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed,
+                IDS=ids, NORM=norm, COUNTED=pairs.valid_count is not None, FINISH=bool(finish),
+                WIDE=_wide(keys),
+                num_warps=tile.warps, num_stages=tile.stages, **shape, **options,
+            )  # fmt: skip
+        first += one.splits
+    if not finish:
+        kernels().combine[(n,)](
+            *rows, tensor, parts, outs, *out, n, splits, number, *numbers, *epsilons,
+            BLOCK_SPLITS=_power_of_two(splits), CHUNK=16, LOSS=finish is not None, num_warps=4, **shape, **options,
+        )  # fmt: skip
+
+
+def _ids(pairs: Pairs, unused: Tensor) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
+    """Query ids, key ids, 0 (none), 1 (K,) or 2 (N, K), and the strides of the key ids."""
+    if pairs.query_ids is None or pairs.key_ids is None:
+        return unused, unused, 0, (0, 0)
+    key_ids = pairs.key_ids
+    if key_ids.dim() == 1:
+        return pairs.query_ids.contiguous(), key_ids, 1, (0, key_ids.stride(0))
+    return pairs.query_ids.contiguous(), key_ids, 2, (key_ids.stride(0), key_ids.stride(1))
+
+
+def _count(pairs: Pairs, unused: Tensor) -> tuple[Tensor]:
+    return (unused if pairs.valid_count is None else pairs.valid_count,)
+
+
+def _temperature(temperature: float | Tensor, unused: Tensor) -> tuple[float, Tensor]:
+    return (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, unused)
+
+
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    tl = kernels().tl
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+def _wide(x: Tensor) -> bool:
+    """Whether offsets into it need 64 bits."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
+
+
+def _parallel(x: Tensor) -> int:
+    return _multiprocessors(x.device.index) if x.device.type == "cuda" else 4
+
+
+def _arch(x: Tensor) -> int:
+    major, minor = _capability(x.device.index) if x.device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def _block_d(d: int) -> int:
+    return max(16, _power_of_two(d))
+
+
+def _power_of_two(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
