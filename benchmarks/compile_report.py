@@ -66,7 +66,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def forward(
-    n: int, k: int, *, band: bool = False, dual: bool = False, ids: bool = False, metrics: bool = False, own: bool = False
+    n: int,
+    k: int,
+    *,
+    band: bool = False,
+    dual: bool = False,
+    ids: bool = False,
+    metrics: bool = False,
+    own: bool = False,
 ) -> Callable[[torch.dtype, int], object]:
     def launch(dtype: torch.dtype, d: int) -> object:
         q = empty(n, d, dtype=dtype)
@@ -96,10 +103,15 @@ def picked(dtype: torch.dtype, d: int) -> object:
     return triton_backend.logsumexp_keys_gradient(q, q, row, row, row, pairs, 0.2, True, True)
 
 
+def both_roles(dtype: torch.dtype, d: int) -> object:
+    z, row = empty(8192, d, dtype=dtype), empty(8192)
+    return triton_backend.both_roles_gradient(z, row, row, row, 0.2, True)
+
+
 QUEUE, BATCH = (256, 65536), (4096, 4096)
 CASES = [
-    *(Case("queue", dtype, d, forward(*QUEUE)) for dtype in DTYPES for d in (128, 256)),
-    Case("queue", "bf16", 64, forward(*QUEUE)),
+    *(Case("queue", dtype, 128, forward(*QUEUE)) for dtype in DTYPES),
+    Case("queue", "bf16", 256, forward(*QUEUE)),
     Case("queue", "bf16", 512, forward(*QUEUE)),
     Case("queue, two temperatures", "bf16", 128, forward(*QUEUE, dual=True)),
     Case("queue, ids", "bf16", 128, forward(*QUEUE, ids=True)),
@@ -109,6 +121,7 @@ CASES = [
     Case("own keys", "bf16", 128, forward(256, 16, own=True)),
     *(Case("batch, keys' gradient", dtype, 128, backward(*BATCH, band=True)) for dtype in DTYPES),
     Case("batch, keys' gradient", "bf16", 256, backward(*BATCH, band=True)),
+    Case("NT-Xent, gradient", "bf16", 128, both_roles),
     Case("own keys' gradient", "bf16", 128, backward(256, 16, own=True)),
     Case("picked", "bf16", 128, picked),
 ]
@@ -121,7 +134,7 @@ class NoGpu:
         self.target = target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target  # Triton keeps what it has built by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -186,7 +199,7 @@ def main(args: Args) -> int:
         print("  ".join(COLUMNS), flush=True)
         for rows in pool.imap(build, work):
             for row in rows:
-                if row.kernel in ("attend", "keys_gradient") or (row.target, row.kernel) not in seen:
+                if row.kernel in ("attend", "keys_gradient", "both_roles") or (row.target, row.kernel) not in seen:
                     note = "  <- SPILLS" if row.fails else "  (spills)" if row.spilled else ""
                     print(
                         f"sm_{row.target:<4} {row.kernel:22} {row.case:26} {row.dtype:10} {row.d:4} {row.registers:4} "

@@ -89,29 +89,36 @@ def dot_dtype(query: Tensor, keys: Tensor, autocast: torch.dtype | None) -> torc
 # ------------------------------------------------------------------------------------------------------- static tables
 
 
-def forward_config(dtype: torch.dtype, block_d: int, n: int, capability: int = 90) -> Config:
-    """Tile of ``attend`` for a large number of keys: rows of the query are resident, keys streamed."""
-    rows = max(16, min(128, _power_of_two(n)))
-    if dtype == torch.float32:
+def forward_config(dtype: torch.dtype, block_d: int, n: int, arch: int, ids: bool) -> Config:
+    """Tile of ``attend`` for many keys: rows of the query are resident, keys streamed."""
+    rows = max(16, _power_of_two(n))
+    if precision(dtype) == "tf32x3":
         if block_d <= 64:
             return Config(min(rows, 64), 32, 4, 2)
-        return Config(min(rows, 64), 32, 8, 1) if block_d <= 128 else Config(min(rows, 32), 16, 8, 1)
+        if block_d <= 128:
+            return {9: Config(min(rows, 64), 16, 4, 1), 10: Config(min(rows, 64), 32, 8, 1)}.get(
+                arch // 10, Config(min(rows, 32), 16, 4, 1)
+            )
+        return Config(16, 16 if block_d > 256 else 32, 8, 1)
+    if precision(dtype) == "tf32":
+        if block_d <= 128:
+            return Config(min(rows, 64), 32, 4, 2)
+        return Config(min(rows, 32), 32, 8, 1) if block_d <= 256 else Config(16, 16, 8, 1)
+    narrow = ids or arch < 90  # fewer registers
     if block_d <= 128:
-        return Config(rows, 64, 8 if rows == 128 else 4, 3)
+        return Config(min(rows, 128), 32 if narrow else 64, 8 if rows >= 64 else 4, 3)
     if block_d <= 256:
-        return Config(rows, 64, 8 if rows >= 64 else 4, 2)
+        return Config(min(rows, 64 if narrow else 128), 32 if narrow else 64, 8 if rows >= 64 else 4, 2)
     return Config(min(rows, 64), 32, 8, 2)
 
 
-def keys_config(dtype: torch.dtype, block_d: int, k: int, capability: int = 90) -> Config:
+def keys_config(dtype: torch.dtype, block_d: int, k: int) -> Config:
     """Tile of ``keys_gradient``: keys are resident, rows of the query streamed."""
-    keys = max(16, min(64, _power_of_two(k)))
+    keys = max(16, _power_of_two(k))
     if dtype == torch.float32:
-        return Config(min(keys, 32), 32, 4, 1) if block_d <= 128 else Config(min(keys, 16), 16, 4, 1)
-    if block_d <= 128:
-        return Config(keys, 64, 4, 3)
+        return Config(min(keys, 32), 16, 4, 1) if block_d <= 128 else Config(16, 16, 8, 1)
     if block_d <= 256:
-        return Config(keys, 32, 8 if keys == 64 else 4, 2)
+        return Config(min(keys, 64), 64 if block_d <= 128 else 32, 8 if keys >= 64 else 4, 3 if block_d <= 128 else 2)
     return Config(min(keys, 32), 32, 8, 2)
 
 
@@ -224,15 +231,8 @@ def logsumexp_keys_gradient(
     block_d = _block_d(d)
     dtype = dot_dtype(query, keys, autocast)
     own = keys.dim() == 3 or pairs.picked is not None
-    convert = not own and query.dtype != dtype
-    per_row = torch.empty((3, n), dtype=torch.float32, device=device)
-    prepared = torch.empty((n, d), dtype=dtype, device=device) if convert else query
-    number, tensor = _temperature(temperature, query)
-    kernels().row_weights[(_blocks(n, 16),)](
-        query, *query.stride(), grad, grad.stride(0), weight.contiguous(), lse.contiguous(), tensor, per_row, prepared,
-        n, number, share, norm_eps(query.dtype),
-        D=d, BLOCK_D=block_d, BLOCK=16, NORMALIZE=normalize, LEARNED=isinstance(temperature, Tensor), CONVERT=convert,
-    )  # fmt: skip
+    wanted = query.dtype if own else dtype
+    per_row, prepared = _row_weights(query, grad, weight, lse, temperature, normalize, share, wanted)
     out = torch.empty(keys.shape, dtype=keys.dtype, device=device)
     query_ids, key_ids, ids, ids_strides = _ids(pairs, query)
     common = (per_row, query_ids, key_ids, *ids_strides)
@@ -241,7 +241,7 @@ def logsumexp_keys_gradient(
         k, block = keys.shape[1], 32
         kernels().keys_gradient_own[(n, _blocks(k, block))](
             query, *query.stride(), keys, *keys.stride(), *common, out, n, k, norm_eps(query.dtype), eps,
-            D=d, BLOCK_KEYS=block, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys,
+            D=d, BLOCK_KEYS=block, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys, enable_fp_fusion=True,
         )  # fmt: skip
     elif pairs.picked is not None:
         by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
@@ -249,30 +249,87 @@ def logsumexp_keys_gradient(
         kernels().keys_gradient_picked[(len(keys),)](
             query, *query.stride(), keys, *keys.stride(), per_row, order, starts, *common[1:], out,
             n, len(keys), pairs.picked.shape[1], eps,
-            D=d, BLOCK_ROWS=32, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys,
+            D=d, BLOCK_ROWS=32, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys, enable_fp_fusion=True,
         )  # fmt: skip
     else:
         offset, width, modulus = pairs.band or (0, 0, 1)
         per_view = modulus if pairs.band else len(keys)
-        tile = config or keys_config(dtype, block_d, per_view, _arch(query))
+        tile = config or keys_config(dtype, block_d, per_view)
         band = 0
         if pairs.band:
             band = 1 if n == modulus or width + tile.resident < n else 2
-        prescale = dtype == torch.float16
         blocks_per_view = _blocks(per_view, tile.resident)
         kernels().keys_gradient[(blocks_per_view * (len(keys) // per_view),)](
-            prepared, *prepared.stride(), keys, *keys.stride(), per_row,
-            per_row[2].abs().amax() if prescale else per_row, *common[1:], *_count(pairs, query), out,
+            prepared, *prepared.stride(), keys, *keys.stride(), per_row, _largest(per_row, dtype),
+            *common[1:], *_count(pairs, query), out,
             n, len(keys), offset, width, modulus, blocks_per_view, eps,
             D=d, BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BLOCK_D=block_d, BAND=band, WHOLE=n == modulus,
             SMALL=modulus < tile.streamed, IDS=ids, NORM=normalize_keys, COUNTED=pairs.valid_count is not None,
-            PRESCALE=prescale, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
-            num_warps=tile.warps, num_stages=tile.stages,
+            PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
+def both_roles_gradient(
+    z: Tensor,  # (2M, D): rows i and i + M are one image's views
+    grad: Tensor,  # (2M,)
+    weight: Tensor,
+    lse: Tensor,
+    temperature: float,
+    normalize: bool,
+    share: float = 1.0,
+    autocast: torch.dtype | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Gradient of share * sum_i grad_i loss_i of NT-Xent in both directions, every role of every row in one pass."""
+    n, d = z.shape
+    dtype = z.dtype if autocast is None else autocast
+    per_row, prepared = _row_weights(z, grad, weight, lse, temperature, normalize, share, dtype)
+    tile = config or keys_config(dtype, _block_d(d), n)
+    out, number_and_tensor = torch.empty((n, d), dtype=z.dtype, device=z.device), _temperature(temperature, z)
+    kernels().both_roles[(_blocks(n, tile.resident),)](
+        prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), number_and_tensor[1], out,
+        n, n // 2, number_and_tensor[0], norm_eps(z.dtype),
+        D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=_block_d(d), NORMALIZE=normalize,
+        LEARNED=False, ONE_EXP=normalize and temperature >= 0.05, SMALL=n // 2 < tile.streamed,
+        PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------------ launches
+
+
+def _row_weights(
+    query: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    lse: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    share: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What a backward kernel needs of each row, (4, N), and the rows in ``dtype``: the same, or unit ones rounded."""
+    n, d = query.shape
+    convert = query.dtype != dtype
+    per_row = torch.empty((4, n), dtype=torch.float32, device=query.device)
+    prepared = torch.empty((n, d), dtype=dtype, device=query.device) if convert else query
+    number, tensor = _temperature(temperature, query)
+    kernels().row_weights[(_blocks(n, 16),)](
+        query, *query.stride(), grad, grad.stride(0), weight.contiguous(), lse.contiguous(), tensor, per_row, prepared,
+        n, number, share, norm_eps(query.dtype),
+        D=d, BLOCK_D=_block_d(d), BLOCK=16, NORMALIZE=normalize, LEARNED=isinstance(temperature, Tensor),
+        CONVERT=convert, enable_fp_fusion=True,
+    )  # fmt: skip
+    return per_row, prepared
+
+
+def _largest(per_row: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the rows' weights, what float16 is scaled by; of no use to other dtypes."""
+    return per_row[2].abs().amax() if dtype == torch.float16 else per_row
 
 
 def _set(
@@ -285,9 +342,10 @@ def _set(
     dtype = dot_dtype(query, keys, autocast)
     views = len(keys) // pairs.band[2] if pairs.band else 1
     width = pairs.band[1] if pairs.band else len(keys)
+    ids = pairs.query_ids is not None and pairs.key_ids is not None
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
     tile = config or (
-        Config(16, 32 if d > 128 else 64, 4, 2) if small else forward_config(dtype, _block_d(d), n, _arch(query))
+        Config(16, 32 if d > 128 else 64, 4, 2) if small else forward_config(dtype, _block_d(d), n, _arch(query), ids)
     )
     columns = width + (tile.resident - 1 if pairs.band else 0)
     wanted = 1 if small else max(1, _blocks(2 * _parallel(query), _blocks(n, tile.resident) * views))
@@ -330,14 +388,14 @@ def _attend(
                 *rows, keys, *strides, picked, *picked.stride(), query_ids, key_ids, *ids_strides, *end,
                 n, one.columns, first, splits, number, *numbers, *epsilons, eps,
                 BLOCK_KEYS=tile.streamed, PICKED=pairs.picked is not None, IDS=ids != 0, NORM=int(one.normalize),
-                FINISH=bool(finish), num_warps=tile.warps, **shape, **options,
+                FINISH=bool(finish), num_warps=tile.warps, enable_fp_fusion=True, **shape, **options,
             )  # fmt: skip
         else:
             norm, inverse = int(one.normalize) * (2 if tile.resident == 16 else 1), query
             if norm == 1:
                 inverse = torch.empty(len(keys), dtype=torch.float32, device=device)
                 kernels().inverse_norms[(_blocks(len(keys), 16),)](
-                    keys, *keys.stride(), inverse, len(keys), eps, BLOCK=16, **shape
+                    keys, *keys.stride(), inverse, len(keys), eps, BLOCK=16, enable_fp_fusion=True, **shape
                 )
             offset, width, modulus = pairs.band or (0, 0, 1)
             dtype = dot_dtype(query, keys, autocast)
@@ -349,13 +407,13 @@ def _attend(
                 PRECISION=precision(dtype), STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed,
                 IDS=ids, NORM=norm, COUNTED=pairs.valid_count is not None, FINISH=bool(finish),
                 WIDE=_wide(keys),
-                num_warps=tile.warps, num_stages=tile.stages, **shape, **options,
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **shape, **options,
             )  # fmt: skip
         first += one.splits
     if not finish:
         kernels().combine[(n,)](
             *rows, tensor, parts, outs, *out, n, splits, number, *numbers, *epsilons,
-            BLOCK_SPLITS=_power_of_two(splits), CHUNK=16, LOSS=finish is not None, num_warps=4, **shape, **options,
+            BLOCK_SPLITS=_power_of_two(splits), CHUNK=16, LOSS=finish is not None, num_warps=4, enable_fp_fusion=True, **shape, **options,
         )  # fmt: skip
 
 

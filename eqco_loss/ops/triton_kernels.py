@@ -16,7 +16,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NOTHING, TAIL, PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a tile masks
+TAIL, ENDS, PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what is masked
 MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
 
@@ -238,7 +238,7 @@ def visit(
     """Columns lo .. hi, by whole tiles."""
     for c in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
         place = key_places(c, first, view_start, modulus, BLOCK_KEYS, BAND, SMALL)
-        if MASK != NOTHING and not BAND:  # a key there is instead of a mask: registers
+        if not BAND:  # a key there is instead of a mask: registers
             place = tl.minimum(place, limit - 1)
         k = load_rows(keys, place, stride_k, stride_d, limit, D, BLOCK_D, False, WIDE)
         raw: tl.constexpr = k.dtype == q.dtype
@@ -258,11 +258,10 @@ def visit(
         if MASK == TAIL:
             bias = tl.where(column < limit, 0.0, float("-inf"))
         if MASK == PAIRS:
+            keep = (column < limit)[None, :] & (rows >= 0)[:, None]
             if BAND:
                 ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
                 keep = (ahead >= 0) & (ahead < width)
-            else:
-                keep = (column < limit)[None, :] & (rows >= 0)[:, None]
             if IDS == 1:
                 ids = tl.load(key_ids + place.to(tl.int64) * ids_stride_k)
                 keep = keep & (query_ids[:, None] != ids[None, :])
@@ -271,6 +270,9 @@ def visit(
                 keep = keep & (query_ids[:, None] != tl.load(at, mask=(rows < n)[:, None], other=0))
             s = tl.where(keep, s, float("-inf"))
             count += tl.sum(keep.to(tl.float32), 1)
+        if MASK == ENDS and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
+            ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+            s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
         if STATISTICS:
             logits = s * row_scale[:, None] + bias[None, :]
             logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
@@ -284,8 +286,11 @@ def visit(
             if raw and NORM != 0:
                 x = x * inverse[None, :]
             mean_key = tl.dot(x.to(q.dtype), k, acc=mean_key * shrink[:, None], input_precision=PRECISION)
-    if MASK != PAIRS:
+    if MASK == TAIL:
         count += hi - lo
+    if MASK == ENDS:  # columns r .. r + width - 1 are row r's
+        r = tl.arange(0, BLOCK_ROWS)
+        count += tl.maximum(tl.minimum(hi, r + width) - tl.maximum(lo, r), 0).to(tl.float32)
     return maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum
 
 
@@ -348,37 +353,15 @@ def attend(
     lo = split % splits_per_view * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     ratio = t / inter_t
-    MASK: tl.constexpr = PAIRS if IDS != 0 else NOTHING if BAND else TAIL
-    plain_from, plain_to = lo, hi
-    if BAND and IDS == 0:  # where no column needs a mask
-        plain_from = tl.minimum(tl.maximum(tl.cdiv(BLOCK_ROWS - 1, BLOCK_KEYS) * BLOCK_KEYS, lo), hi)
-        plain_to = tl.maximum(plain_from, tl.minimum(width // BLOCK_KEYS * BLOCK_KEYS, hi))
-    if BAND and IDS == 0:
-        maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
-            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            q, row_scale, positive_logit, ids, rows,
-            keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
-            first, view_start, modulus, width, limit, lo, plain_from, ratio, key_eps, n,
-            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PAIRS, BAND, SMALL, IDS, NORM, DUAL, QUERY_GRADIENT, STATISTICS,
-            PRECISION, STAGES, WIDE,
-        )  # fmt: skip
+    MASK: tl.constexpr = PAIRS if IDS != 0 else ENDS if BAND else TAIL
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
         maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
         q, row_scale, positive_logit, ids, rows,
         keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
-        first, view_start, modulus, width, limit, plain_from, plain_to, ratio, key_eps, n,
+        first, view_start, modulus, width, limit, lo, hi, ratio, key_eps, n,
         D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, MASK, BAND, SMALL, IDS, NORM, DUAL, QUERY_GRADIENT, STATISTICS,
         PRECISION, STAGES, WIDE,
     )  # fmt: skip
-    if BAND and IDS == 0:
-        maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
-            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            q, row_scale, positive_logit, ids, rows,
-            keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
-            first, view_start, modulus, width, limit, plain_to, hi, ratio, key_eps, n,
-            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PAIRS, BAND, SMALL, IDS, NORM, DUAL, QUERY_GRADIENT, STATISTICS,
-            PRECISION, STAGES, WIDE,
-        )  # fmt: skip
     if FINISH:
         finish(
             raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
@@ -551,7 +534,7 @@ def row_weights(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, LEARNED: tl.constexpr,
     CONVERT: tl.constexpr,
 ):  # fmt: skip
-    """What a row's softmax needs again, (3, N): logits' scale, log-sum-exp in base 2, weight in the keys' gradient.
+    """What a row's softmax needs again, (4, N): logits' scale, log-sum-exp in base 2, weight * inverse norm, that norm.
 
     With CONVERT also the unit rows in the dtype of the products, which are then not raw.
     """
@@ -575,6 +558,7 @@ def row_weights(
     tl.store(out + rows, inverse * (LOG2E / t), mask=valid)
     tl.store(out + plane + rows, tl.load(lse + rows, mask=valid, other=0.0) * LOG2E, mask=valid)
     tl.store(out + 2 * plane + rows, w * inverse, mask=valid)
+    tl.store(out + 3 * plane + rows, inverse, mask=valid)
 
 
 @triton.jit
@@ -594,8 +578,7 @@ def collect(
             row = key_places(c, first, 0, modulus, BLOCK_ROWS, True, SMALL) - offset
             row = tl.where(row < 0, row + modulus, row)
         present = row < n
-        if MASK != NOTHING:  # a row there is instead of a mask: registers
-            row = tl.minimum(row, n - 1)
+        row = tl.minimum(row, n - 1)  # a row there is instead of a mask: registers
         q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
         scale, base = tl.load(per_row + row), tl.load(per_row + plane + row)
         weight = tl.load(per_row + 2 * plane + row) * prescale
@@ -624,6 +607,9 @@ def collect(
                 ids = tl.load(at, mask=(keys_at < k_limit)[:, None], other=0)
                 keep = keep & (ids != own[None, :])
             x = tl.where(keep, x, 0.0)
+        if MASK == ENDS and (c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width):
+            ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
+            x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
         acc = tl.dot(x.to(k.dtype), q, acc=acc, input_precision=PRECISION)
     return acc
 
@@ -658,35 +644,19 @@ def keys_gradient(
         most = tl.load(largest)
         prescale = 4096.0 / tl.where(most > 0, most, 1.0)
     acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    SPLIT: tl.constexpr = BAND == 1 and WHOLE and IDS == 0  # then most rows need no mask
-    MASK: tl.constexpr = NOTHING if SPLIT else PAIRS if BAND != 0 or IDS != 0 else TAIL
+    MASK: tl.constexpr = ENDS if BAND == 1 and WHOLE and IDS == 0 else PAIRS if BAND != 0 or IDS != 0 else TAIL
     columns, first = n, 0
     if BAND == 1:
         columns, first = width + BLOCK_KEYS - 1, start - width + modulus
-    plain_from, plain_to = 0, columns
-    if SPLIT:
-        plain_from = tl.minimum(tl.cdiv(BLOCK_KEYS - 1, BLOCK_ROWS) * BLOCK_ROWS, columns)
-        plain_to = tl.maximum(plain_from, tl.minimum(width // BLOCK_ROWS * BLOCK_ROWS, columns))
-    if SPLIT:
-        acc = collect(
-            acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, per_row, prescale,
-            query_ids, key_ids, ids_stride_n, ids_stride_k, n, first, modulus, width, offset, k, 0, plain_from,
-            D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, PAIRS, BAND, SMALL, IDS, NORM and raw, PRECISION, STAGES, WIDE,
-        )  # fmt: skip
     acc = collect(
         acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, per_row, prescale,
-        query_ids, key_ids, ids_stride_n, ids_stride_k, n, first, modulus, width, offset, k, plain_from, plain_to,
+        query_ids, key_ids, ids_stride_n, ids_stride_k, n, first, modulus, width, offset, k, 0, columns,
         D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, MASK, BAND, SMALL, IDS, NORM and raw, PRECISION, STAGES, WIDE,
     )  # fmt: skip
-    if SPLIT:
-        acc = collect(
-            acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, per_row, prescale,
-            query_ids, key_ids, ids_stride_n, ids_stride_k, n, first, modulus, width, offset, k, plain_to, columns,
-            D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, PAIRS, BAND, SMALL, IDS, NORM and raw, PRECISION, STAGES, WIDE,
-        )  # fmt: skip
     if PRESCALE:
         acc = acc / prescale
     if NORM:
+        raw_k = load_rows(base, key_row, stride_k, key_stride_d, limit, D, BLOCK_D, True, True)  # again: registers
         unit = raw_k.to(tl.float32) * inverse[:, None]
         acc = (acc - unit * tl.sum(unit * acc, 1)[:, None]) * inverse[:, None]
     if COUNTED:
@@ -765,3 +735,78 @@ def keys_gradient_picked(
     d = tl.arange(0, BLOCK_D)
     at = out + key.to(tl.int64) * D + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(d < D)[None, :])
+
+
+# ----------------------------------------------------------------------------------------- both roles of the same rows
+
+
+@triton.jit(do_not_specialize=["n", "modulus"])
+def both_roles(
+    z, stride_n, stride_d, raw_z, raw_stride_n, raw_stride_d, per_row, largest, temperature_tensor, out,
+    n, modulus, temperature, eps,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, LEARNED: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr,
+    PRESCALE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Symmetric NT-Xent: the gradient of rows z (2M, D), as anchors, as positives and as keys, in one pass.
+
+    sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p, with p the row's other view, a = weight * grad / t, P the softmax.
+    ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M.
+    """
+    t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
+    block = tl.program_id(0)
+    rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = rows < n
+    plane = n.to(tl.int64)
+    q = load_rows(z, rows, stride_n, stride_d, n, D, BLOCK_D, True, True)
+    scale = tl.load(per_row + rows, mask=valid, other=0.0)
+    base = tl.load(per_row + plane + rows, mask=valid, other=0.0)
+    weighted = tl.load(per_row + 2 * plane + rows, mask=valid, other=0.0)
+    inverse = tl.load(per_row + 3 * plane + rows, mask=valid, other=1.0)
+    prescale = 1.0
+    if PRESCALE:  # float16 would lose what is small
+        most = tl.load(largest)
+        prescale = 2048.0 / tl.where(most > 0, most, 1.0)
+    a = weighted / inverse * prescale
+    highest = LOG2E / t  # a logit's bound: with ONE_EXP no power of two leaves float32
+    if ONE_EXP:
+        a = a * tl.exp2(highest - base)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    width = modulus - 1
+    per_view = tl.cdiv(BLOCK_ROWS - 1 + width, BLOCK_KEYS) * BLOCK_KEYS
+    for start in tl.range(0, 2 * per_view, BLOCK_KEYS, num_stages=STAGES):
+        view = start // per_view
+        c = start - view * per_view
+        place = key_places(c, block * BLOCK_ROWS + 1, view * modulus, modulus, BLOCK_KEYS, True, SMALL)
+        k = load_rows(z, place, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
+        key_base = tl.load(per_row + plane + place)
+        key_weighted = tl.load(per_row + 2 * plane + place) * prescale
+        key_inverse = tl.load(per_row + 3 * plane + place)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None] * key_inverse[None, :]
+        if ONE_EXP:
+            key_weighted = key_weighted * tl.exp2(highest - key_base)
+            x = tl.exp2(logits - highest) * (a[:, None] * key_inverse[None, :] + key_weighted[None, :])
+        else:
+            x = tl.exp2(logits - base[:, None]) * (a[:, None] * key_inverse[None, :])
+            x += tl.exp2(logits - key_base[None, :]) * key_weighted[None, :]
+        if c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width:
+            ahead = c + tl.arange(0, BLOCK_KEYS)[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+            x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+        acc = tl.dot(x.to(k.dtype), k, acc=acc, input_precision=PRECISION)
+    other = tl.where(rows < modulus, rows + modulus, rows - modulus)
+    other_weighted = tl.load(per_row + 2 * plane + other, mask=valid, other=0.0)
+    other_inverse = tl.load(per_row + 3 * plane + other, mask=valid, other=1.0)
+    unit = load_rows(raw_z, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+    partner = load_rows(raw_z, tl.where(valid, other, n), raw_stride_n, raw_stride_d, n, D, BLOCK_D, True, True)
+    partner = partner.to(tl.float32)
+    length = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    if NORMALIZE:
+        length = inverse_norm(unit, eps)
+        unit = unit * length[:, None]
+        partner = partner * inverse_norm(partner, eps)[:, None]
+    change = acc / prescale - (weighted / inverse + other_weighted / other_inverse)[:, None] * partner
+    if NORMALIZE:
+        change = (change - unit * tl.sum(unit * change, 1)[:, None]) * length[:, None]
+    d = tl.arange(0, BLOCK_D)
+    at = out + rows.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, change.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
