@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import tyro
@@ -78,8 +79,8 @@ def forward(
     def launch(dtype: torch.dtype, d: int) -> object:
         q = empty(n, d, dtype=dtype)
         keys = empty(n, k, d, dtype=dtype) if own else empty(k, d, dtype=dtype)
-        some = empty(n, dtype=torch.int64), empty(k, dtype=torch.int64)
-        pairs = Pairs(*(some if ids else (None, None)), None, None, [0, k - 1, k] if band else [])
+        query_ids, key_ids = (empty(x, dtype=torch.int64) if ids else None for x in (n, k))
+        pairs = Pairs(query_ids, key_ids, None, None, [0, k - 1, k] if band else [])
         inter, flags = 1.0 if dual else None, (band, False, True, band, metrics)
         return triton_backend.row_losses(q, q, keys, None, pairs, Pairs(), 0.2, inter, 65536.0, True, *flags)
 
@@ -165,14 +166,12 @@ def compiling(target: int, built: Callable[[str, str, int, float], None]) -> Ite
     triton.runtime.driver.set_active(NoGpu(target))
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
-    saved = triton_backend._arch, triton_backend._parallel
-    triton_backend._arch, triton_backend._parallel = lambda _: target, lambda _: 132
-    JITFunction.run = compile_only
-    try:
+    with (
+        mock.patch.object(triton_backend, "_arch", return_value=target),
+        mock.patch.object(triton_backend, "_parallel", return_value=132),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
         yield
-    finally:
-        JITFunction.run = run
-        triton_backend._arch, triton_backend._parallel = saved
 
 
 def build(work: tuple[int, int]) -> list[Built]:

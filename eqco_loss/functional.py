@@ -230,6 +230,7 @@ class _Pass(NamedTuple):
     normalize_keys: bool
     pairs: Pairs
     extra: _Given | None = None  # a second set
+    both_roles: bool = False  # keys and positives are the query's rows, and the gradient is all its
 
 
 class _Given(NamedTuple):
@@ -245,7 +246,7 @@ def _row_losses(
     settings: Settings, one: _Pass, share: list[int], need_statistics: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``share`` of the loss per row (N,), and the rows of ``Stat`` (detached)."""
-    query, positive, keys, normalize_keys, pairs, extra = one
+    query, positive, keys, normalize_keys, pairs, extra, both_roles = one
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
     grad = torch.is_grad_enabled()
     backend, _ = _backend(settings.backend, query, keys, None if extra is None else extra.keys)
@@ -264,7 +265,7 @@ def _row_losses(
         settings.normalize,
         normalize_keys,
         extra is not None and extra.normalize,
-        grad and (query.requires_grad or (learned is not None and learned.requires_grad)),
+        grad and not both_roles and (query.requires_grad or (learned is not None and learned.requires_grad)),
         grad and positive.requires_grad,
         # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
         # finding that out would wait for the device.
@@ -277,6 +278,7 @@ def _row_losses(
         share,
         _autocast_dtype(query.device),
         backend,
+        both_roles,
     )
     return loss, stats
 
@@ -319,11 +321,27 @@ def _passes(
             return Pairs(query_ids, key_ids, None, picked, [])
         return Pairs(query_ids, key_ids, None, None, [offset, k // views, n])
 
+    if ranks is None and given is None and _in_both_roles(settings, both, query_ids):
+        partners = both.detach().roll(n, 0)
+        return [_Pass(both, partners, both.detach(), settings.normalize, pairs(), None, True)], None
     passes = [_Pass(query, positive_key, both, settings.normalize, pairs(), given)]
     if settings.symmetric:
         other = both if views == 2 else all_queries
         passes.append(_Pass(positive_key, query, other, settings.normalize, pairs(), given))
     return passes, ranks
+
+
+def _in_both_roles(settings: Settings, both: Tensor, query_ids: Tensor | None) -> bool:
+    """Whether this is symmetric NT-Xent, whose gradients a kernel takes in one pass over both views."""
+    return (
+        settings.symmetric
+        and settings.in_batch == "views"
+        and settings.num_negatives is None
+        and settings.reduction != "none"
+        and query_ids is None
+        and not isinstance(settings.temperature, Tensor)
+        and _backend(settings.backend, both)[0] == "triton"
+    )
 
 
 def _given(
@@ -442,6 +460,8 @@ def chosen_backend(
 def _backend(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, str]:
     if requested == "torch":
         return "torch", "asked for by name"
+    if requested == "auto" and query.is_cpu:
+        return "torch", "CPU tensors: torch's flash attention where nothing is left out, tiles elsewhere"
     refused = ops.triton_refusal(query, *keys)
     if refused is None:
         return "triton", "fused kernels"

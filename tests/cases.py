@@ -16,6 +16,7 @@ from tests.tolerance import assert_as_exact_as_eager
 Negatives = Tensor | MomentumQueue | None
 Criterion = EqCoLoss | DualTempInfoNCE
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the kernels; on CPU they are interpreted
 LOSSES = ("eqco", "dual")
 MODES = ("in_batch", "rolled", "shared", "per_query", "queue")
 MODES_AND_IDS = [  # (mode, ids): only a tensor of negatives can have ids per query
@@ -43,6 +44,7 @@ class Case:
     normalize: bool = True
     ids: str = "none"
     seed: int = 0
+    backend: str = "auto"
 
     def but(self, **changes: object) -> "Case":
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -110,6 +112,7 @@ def criterion(
         "sampling": sampling,
         "normalize": case.normalize,
         "reduction": reduction,
+        "backend": case.backend,
     }
     if case.loss == "eqco":
         return EqCoLoss(t, case.alpha, **shared)
@@ -197,9 +200,9 @@ def answer(function: Callable[[dict[str, Tensor]], Tensor], leaves: dict[str, Te
         name: leaf.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, leaf in leaves.items()
     }
     loss = function(fresh)
-    weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype) if loss.ndim else 1.0
+    weight = torch.linspace(0.5, 1.5, len(loss), dtype=loss.dtype, device=loss.device) if loss.ndim else 1.0
     gradients = torch.autograd.grad((loss * weight).sum(), list(fresh.values()))
-    return Answer(loss.detach(), dict(zip(fresh, gradients, strict=True)))
+    return Answer(loss.detach().cpu(), {name: x.cpu() for name, x in zip(fresh, gradients, strict=True)})
 
 
 def leaves_of(sample: Sample, *, temperature: Tensor | None = None) -> dict[str, Tensor]:
@@ -228,7 +231,8 @@ def ours(
         )
         return loss
 
-    return answer(call, leaves_of(sample, temperature=temperature_leaf(case) if learn_temperature else None))
+    temperature = temperature_leaf(case).to(sample.query.device) if learn_temperature else None
+    return answer(call, leaves_of(sample, temperature=temperature))
 
 
 def temperature_leaf(case: Case) -> Tensor:

@@ -67,7 +67,7 @@ def criterion(choice: Choice, **more: Any) -> EqCoLoss | DualTempInfoNCE:
 def call_arguments(choice: Choice, d: Data, given: Tensor) -> tuple[Any, dict[str, Tensor | None]]:
     ids: dict[str, Tensor | None] = {"query_ids": d.ids if choice.ids else None}
     if choice.given == "queue":
-        queue = MomentumQueue(K + 4, D, dtype=torch.float64, store_ids=choice.ids)
+        queue = MomentumQueue(K + 4, D, dtype=given.dtype, device=given.device, store_ids=choice.ids)
         queue.enqueue(given, d.given_ids if choice.ids else None)
         return queue, ids
     if choice.given is None:
@@ -127,21 +127,16 @@ def leaves(choice: Choice, d: Data) -> dict[str, Tensor]:
     return {"query": d.query, "key": d.key, **given}
 
 
-def ours(choice: Choice, d: Data, reduction: str) -> Answer:
+def ours(choice: Choice, d: Data, reduction: str, **more: Any) -> Answer:
     def call(leaf: dict[str, Tensor]) -> Tensor:
         negatives, ids = call_arguments(choice, d, leaf.get("given", d.given))
-        loss: Tensor = criterion(choice, reduction=reduction)(leaf["query"], leaf["key"], negatives, **ids)
+        loss: Tensor = criterion(choice, reduction=reduction, **more)(leaf["query"], leaf["key"], negatives, **ids)
         return loss
 
     return answer(call, leaves(choice, d))
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_value_and_gradients(choice: Choice, reduction: str) -> None:
-    """float64, every combination; "none" weighs the rows apart, "mean" takes the keys' gradient from the same pass."""
-    d = data(choice)
-
+def assert_choice(choice: Choice, d: Data, got: Answer, reduction: str) -> None:
     def exact(leaf: dict[str, Tensor]) -> Tensor:
         rows = [one.loss for one in truth_rows(choice, d, leaf)]
         return oracle.reduce(sum(rows[1:], rows[0]) / len(rows), reduction)
@@ -160,14 +155,19 @@ def test_value_and_gradients(choice: Choice, reduction: str) -> None:
         ]
         return oracle.reduce(sum(rows[1:], rows[0]) / len(rows), reduction)
 
-    got, expected, usual = (
-        ours(choice, d, reduction),
-        answer(exact, leaves(choice, d)),
-        answer(plain, leaves(choice, d)),
-    )
+    doubles = {name: x.double() for name, x in leaves(choice, d).items()}
+    expected, usual = answer(exact, doubles), answer(plain, leaves(choice, d))
     assert_as_exact_as_eager(got.loss, usual.loss, expected.loss, "loss", temperature=T)
     for name, gradient in got.gradients.items():
         assert_as_exact_as_eager(gradient, usual.gradients[name], expected.gradients[name], name, temperature=T)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_value_and_gradients(choice: Choice, reduction: str) -> None:
+    """float64, every combination; "none" weighs the rows apart, "mean" takes the keys' gradient from the same pass."""
+    d = data(choice)
+    assert_choice(choice, d, ours(choice, d, reduction), reduction)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)

@@ -38,7 +38,7 @@ _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picke
     f"{_PAIRS}, Tensor? extra_key_ids, Tensor? extra_valid_count, float temperature, float? inter_temperature, "
     "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool need_query_gradient, "
     "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics, SymInt[] share, "
-    "ScalarType? autocast, str backend) -> "
+    "ScalarType? autocast, str backend, bool both_roles) -> "
     "(Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor keys_gradient, Tensor stats)",
 )
 def row_losses(
@@ -67,6 +67,7 @@ def row_losses(
     share: list[int],  # [numerator, denominator]: what loss and gradients are multiplied by, as a mean does
     autocast: torch.dtype | None,  # what the kernels multiply in
     backend: str,
+    both_roles: bool,  # positive and keys are rows of query, NT-Xent's two views, and query has the whole gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss per row (N,) with its gradients for the raw query (N, D) and positive (N, D), and ``stats`` (len(Stat), N).
 
@@ -93,7 +94,7 @@ def _ratio(share: list[int]) -> float:
 
 @row_losses.register_fake
 def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_query, need_positive, need_keys = rest[-7:-4]
+    need_query, need_positive, need_keys = rest[-8:-5]
     (n, _), dtype = query.shape, compute_dtype(query)
     return (
         query.new_empty((n,), dtype=dtype),
@@ -115,12 +116,14 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         return (None,) * len(ctx.inputs)
     query, positive, keys, extra_keys, learned, *pairs = ctx.inputs[:10]
     extra_ids, extra_count, temperature, *settings = ctx.inputs[10:18]
-    chosen = ctx.inputs[-3:]  # share, autocast, backend
+    *chosen, both_roles = ctx.inputs[-4:]  # share, autocast, backend
     extra_pairs = [pairs[0], extra_ids, extra_count, None, []]
     normalize, normalize_keys, normalize_extra = settings[-3:]
 
     def formula(q: Tensor, p: Tensor, k: Tensor, extra: Tensor | None, t: Tensor | None) -> Tensor:
         t_ = temperature if t is None else t
+        if both_roles:
+            p, k = q.roll(len(q) // 2, 0), q
         rows = torch_backend.dense_row_losses(q, p, k, extra, Pairs(*pairs), Pairs(*extra_pairs), t_, *settings)
         return rows * _ratio(chosen[0])
 
@@ -130,10 +133,14 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     need_query, need_positive, need_keys, need_extra, need_temperature = ctx.needs_input_grad[:5]
     weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
-    if need_query:
-        out[0] = (query_gradient * grad[:, None]).to(query.dtype)
+    if need_query and both_roles:
+        _check_unchanged(ctx, query)
+        share, autocast, _ = chosen
+        out[0] = both_roles_gradient(query, grad, weight, lse, temperature, normalize, share, autocast)
+    elif need_query:
+        out[0] = _times(query_gradient, grad, query.dtype)
     if need_positive:
-        out[1] = (positive_gradient * grad[:, None]).to(positive.dtype)
+        out[1] = _times(positive_gradient, grad, positive.dtype)
     if need_keys:
         _check_unchanged(ctx, query, keys, learned, *pairs[:-1])
         unit = unit_keys_gradient if unit_keys_gradient.dim() == keys.dim() else None
@@ -148,6 +155,11 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     if need_temperature:
         out[4] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
     return tuple(out)
+
+
+def _times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """unit (N, D) times grad (N,), rounded by the same kernel."""
+    return torch.mul(unit, grad[:, None], out=torch.empty_like(unit, dtype=dtype))
 
 
 row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_context)
@@ -276,6 +288,32 @@ def keys_gradient(
 @keys_gradient.register_fake
 def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
     return keys.new_empty(keys.shape)
+
+
+@torch.library.custom_op(
+    "eqco_loss::both_roles_gradient",
+    mutates_args=(),
+    schema="(Tensor query, Tensor grad, Tensor weight, Tensor lse, float temperature, bool normalize, SymInt[] share, "
+    "ScalarType? autocast) -> Tensor",
+)
+def both_roles_gradient(
+    query: Tensor,  # (2M, D)
+    grad: Tensor,  # (2M,)
+    weight: Tensor,  # (2M,)
+    lse: Tensor,  # (2M,)
+    temperature: float,
+    normalize: bool,
+    share: list[int],
+    autocast: torch.dtype | None,
+) -> Tensor:
+    """Gradient of the rows of symmetric NT-Xent, which are anchors, positives and keys, in their shape and dtype."""
+    settings = temperature, normalize, _ratio(share), autocast
+    return triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
+
+
+@both_roles_gradient.register_fake
+def _(query: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:

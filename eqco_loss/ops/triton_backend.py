@@ -413,7 +413,8 @@ def _attend(
     if not finish:
         kernels().combine[(n,)](
             *rows, tensor, parts, outs, *out, n, splits, number, *numbers, *epsilons,
-            BLOCK_SPLITS=_power_of_two(splits), CHUNK=16, LOSS=finish is not None, num_warps=4, enable_fp_fusion=True, **shape, **options,
+            BLOCK_SPLITS=_power_of_two(splits), CHUNK=16, LOSS=finish is not None, num_warps=4,
+            enable_fp_fusion=True, **shape, **options,
         )  # fmt: skip
 
 

@@ -50,6 +50,12 @@ def inverse_norm(x, eps):
 
 
 @triton.jit
+def logsumexp(maximum, total):
+    """In base e; NaN where nothing was added."""
+    return tl.where(total == 0.0, float("nan"), (maximum + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN2)
+
+
+@triton.jit
 def softplus(x):
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
@@ -120,16 +126,16 @@ def finish(
         q_inverse, p_inverse = inverse_norm(q, query_eps), inverse_norm(p, positive_eps)
         q, p = q * q_inverse[:, None], p * p_inverse[:, None]
     s = tl.sum(q * p, 1)
-    lse = tl.where(total == 0.0, float("nan"), (maximum + tl.log2(total)) * LN2)
+    lse = logsumexp(maximum, total)
     zero = tl.zeros(rows.shape, tl.float32)
     shift = zero
     if ALPHA:
-        shift = tl.log(alpha / count)
+        shift = tl.log(alpha / tl.maximum(count, 1.0))
     gap = s / t - lse - shift
     intra_loss = softplus(-gap)
     weight, log_weight, row_loss = sigmoid(-gap), zero, intra_loss
     if DUAL:
-        inter_lse = tl.where(inter_total == 0.0, float("nan"), (inter_maximum + tl.log2(inter_total)) * LN2)
+        inter_lse = logsumexp(inter_maximum, inter_total)
         inter_gap = s / inter_t - inter_lse - shift
         weight = sigmoid(-inter_gap)  # = W * sigmoid(-gap): the vanishing factor cancels
         log_weight = softplus(gap) - softplus(inter_gap)
@@ -147,7 +153,7 @@ def finish(
     inside = valid[:, None] & (d < D)[None, :]
     factor = weight * share / t
     if QUERY_GRADIENT:
-        mean_key = mean_key / total[:, None]
+        mean_key = mean_key / tl.where(total == 0.0, float("nan"), total)[:, None]
         change = (mean_key - p) * factor[:, None]
         if NORMALIZE:
             change = (change - q * tl.sum(q * change, 1)[:, None]) * q_inverse[:, None]
@@ -518,9 +524,9 @@ def combine(
             D, BLOCK_D, NORMALIZE, ALPHA, DUAL, QUERY_GRADIENT, POSITIVE_GRADIENT, STATISTICS,
         )  # fmt: skip
     else:
-        tl.store(loss + rows, tl.where(total == 0.0, float("nan"), (maximum + tl.log2(total)) * LN2))
+        tl.store(loss + rows, logsumexp(maximum, total))
         if QUERY_GRADIENT:
-            out = mean_key / total[:, None]
+            out = mean_key / tl.where(total == 0.0, float("nan"), total)[:, None]
             tl.store(query_gradient + row.to(tl.int64) * D + d[None, :], out, mask=(d < D)[None, :])
 
 
@@ -610,6 +616,8 @@ def collect(
         if MASK == ENDS and (c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width):
             ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+        if k.dtype == tl.float16:  # rows and keys that are padding
+            x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = tl.dot(x.to(k.dtype), q, acc=acc, input_precision=PRECISION)
     return acc
 
@@ -630,7 +638,8 @@ def keys_gradient(
     start = block * BLOCK_KEYS
     key_row = start + tl.arange(0, BLOCK_KEYS)
     base = keys + tl.cast(view_start, tl.int64) * stride_k
-    raw_k = load_rows(base, key_row, stride_k, key_stride_d, limit, D, BLOCK_D, True, True)
+    there = tl.minimum(key_row, limit - 1)  # a key there is instead of none: zeros would overflow float16
+    raw_k = load_rows(base, there, stride_k, key_stride_d, limit, D, BLOCK_D, False, True)
     dot: tl.constexpr = query.dtype.element_ty
     raw: tl.constexpr = raw_k.dtype == dot
     inverse = tl.full([BLOCK_KEYS], 1.0, tl.float32)
@@ -656,7 +665,7 @@ def keys_gradient(
     if PRESCALE:
         acc = acc / prescale
     if NORM:
-        raw_k = load_rows(base, key_row, stride_k, key_stride_d, limit, D, BLOCK_D, True, True)  # again: registers
+        raw_k = load_rows(base, there, stride_k, key_stride_d, limit, D, BLOCK_D, False, True)  # again: registers
         unit = raw_k.to(tl.float32) * inverse[:, None]
         acc = (acc - unit * tl.sum(unit * acc, 1)[:, None]) * inverse[:, None]
     if COUNTED:
@@ -750,7 +759,7 @@ def both_roles(
 ):  # fmt: skip
     """Symmetric NT-Xent: the gradient of rows z (2M, D), as anchors, as positives and as keys, in one pass.
 
-    sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p, with p the row's other view, a = weight * grad / t, P the softmax.
+    sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a = weight * grad / t, P the softmax.
     ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M.
     """
     t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
@@ -758,11 +767,10 @@ def both_roles(
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = rows < n
     plane = n.to(tl.int64)
-    q = load_rows(z, rows, stride_n, stride_d, n, D, BLOCK_D, True, True)
-    scale = tl.load(per_row + rows, mask=valid, other=0.0)
-    base = tl.load(per_row + plane + rows, mask=valid, other=0.0)
-    weighted = tl.load(per_row + 2 * plane + rows, mask=valid, other=0.0)
-    inverse = tl.load(per_row + 3 * plane + rows, mask=valid, other=1.0)
+    rows = tl.minimum(rows, n - 1)  # a row there is instead of none
+    q = load_rows(z, rows, stride_n, stride_d, n, D, BLOCK_D, False, True)
+    scale, base = tl.load(per_row + rows), tl.load(per_row + plane + rows)
+    weighted, inverse = tl.load(per_row + 2 * plane + rows), tl.load(per_row + 3 * plane + rows)
     prescale = 1.0
     if PRESCALE:  # float16 would lose what is small
         most = tl.load(largest)
@@ -792,13 +800,13 @@ def both_roles(
         if c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width:
             ahead = c + tl.arange(0, BLOCK_KEYS)[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+        if k.dtype == tl.float16:  # rows that are padding
+            x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = tl.dot(x.to(k.dtype), k, acc=acc, input_precision=PRECISION)
     other = tl.where(rows < modulus, rows + modulus, rows - modulus)
-    other_weighted = tl.load(per_row + 2 * plane + other, mask=valid, other=0.0)
-    other_inverse = tl.load(per_row + 3 * plane + other, mask=valid, other=1.0)
-    unit = load_rows(raw_z, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-    partner = load_rows(raw_z, tl.where(valid, other, n), raw_stride_n, raw_stride_d, n, D, BLOCK_D, True, True)
-    partner = partner.to(tl.float32)
+    other_weighted, other_inverse = tl.load(per_row + 2 * plane + other), tl.load(per_row + 3 * plane + other)
+    unit = load_rows(raw_z, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
+    partner = load_rows(raw_z, other, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
     length = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if NORMALIZE:
         length = inverse_norm(unit, eps)

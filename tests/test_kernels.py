@@ -1,0 +1,363 @@
+"""The Triton kernels against the oracle: on a GPU where there is one, else in Triton's interpreter on CPU tensors.
+
+python -m pytest tests/test_kernels.py
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eqco_loss import EqCoLoss, MomentumQueue, functional
+from eqco_loss.ops import Pairs, Stat, torch_backend, triton_backend
+from tests import cases, test_negatives
+from tests.cases import DEVICE, LOSSES, MODES_AND_IDS, Answer, Case, Sample
+from tests.strategies import LAYOUTS
+from tests.test_negatives import CHOICES, Choice
+from tests.tolerance import assert_as_exact_as_eager
+
+pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
+GPU = DEVICE.type == "cuda"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if GPU else (torch.float32, torch.float16)
+
+
+def moved(sample: Sample) -> Sample:
+    def move(x: Any) -> Any:
+        return x if x is None else x.to(DEVICE)
+
+    return Sample(*(move(x) for x in (sample.query, sample.positive, sample.negatives, *sample.ids().values())))
+
+
+def assert_kernels(case: Case, **how: Any) -> None:
+    """Loss and gradients by the suite's one tolerance."""
+    sample = cases.make(case)
+    truth, plain = cases.truth(case, sample), cases.plain(case, sample)  # before the sample's queue is moved
+    got = cases.ours(replace(case, backend="triton"), moved(sample), **how)
+    cases.assert_answers(case, got, plain, truth)
+
+
+# ------------------------------------------------------------------------------------------- against the oracle
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("mode", "ids"), MODES_AND_IDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_kind_of_negatives(loss: str, mode: str, ids: str, dtype: torch.dtype) -> None:
+    assert_kernels(Case(loss, mode, ids=ids, dtype=dtype, n=5, seed=1))
+
+
+SIZES = [(1, 1, 1), (2, 70, 16), (17, 64, 33), (3, 129, 100), (33, 5, 130), (2, 3, 300), (2, 9, 512)]
+
+
+@pytest.mark.parametrize(("n", "k", "d"), SIZES)
+def test_odd_sizes(n: int, k: int, d: int) -> None:
+    assert_kernels(Case("eqco", "shared", n=n, k=k, d=d))
+    if n > 1:
+        assert_kernels(Case("dual", "in_batch", n=n, d=d, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("choice", CHOICES[::7], ids=str)
+def test_every_choice(choice: Choice) -> None:
+    """Views, both directions, two sets at once, ids, few of the batch; means and weighted rows."""
+    d = test_negatives.data(choice, torch.float32)
+    on_device = test_negatives.Data(*(x.to(DEVICE) for x in d))
+    reduction = "mean" if choice.symmetric else "none"
+    got = test_negatives.ours(choice, on_device, reduction, backend="triton")
+    test_negatives.assert_choice(choice, d, got, reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("n", [2, 17])
+def test_nt_xent_in_one_pass(n: int, dual: bool, dtype: torch.dtype) -> None:
+    """Both views as anchors, positives and keys; a mean goes through the kernel of both roles."""
+    for normalize, t in ((True, 0.2), (True, 0.03), (False, 0.5))[: 3 if n == 2 else 2]:
+        q, k = (torch.randn(n, 20) for _ in range(2))
+        q, k = ((F.normalize(x) if not normalize else 3 * x).to(dtype) for x in (q, k))
+
+        def loss(leaf: dict[str, Tensor], backend: str, normalize: bool = normalize, t: float = t) -> Tensor:
+            how: dict[str, Any] = {"in_batch": "views", "symmetric": True, "normalize": normalize, "backend": backend}
+            one = functional.dual_temp_infonce if dual else functional.eqco_loss
+            return one(leaf["q"], leaf["k"], temperature=t, **how)
+
+        leaves = {"q": q, "k": k}
+        got = cases.answer(lambda leaf: loss(leaf, "triton"), {name: x.to(DEVICE) for name, x in leaves.items()})
+        truth = cases.answer(lambda leaf: loss(leaf, "torch"), {name: x.double() for name, x in leaves.items()})
+        plain = cases.answer(lambda leaf: loss(leaf, "torch"), leaves)
+        for ours, usual, exact, what in (
+            (got.loss, plain.loss, truth.loss, "loss"),
+            *((got.gradients[x], plain.gradients[x], truth.gradients[x], x) for x in leaves),
+        ):
+            if dtype == torch.float32:
+                assert_as_exact_as_eager(ours, usual, exact, what, temperature=t)
+            else:  # the plain backend upcasts: the products' rounding is the kernels' own
+                scale = exact.abs().max().item()
+                assert (ours.double() - exact).abs().max().item() <= 2e-3 * scale, what
+
+
+def attend(q: Tensor, p: Tensor, keys: Tensor, t: float, alpha: float = 2.0**20) -> tuple[Tensor, ...]:
+    flags: Any = (t, None, alpha, False, False, False, True, True, False)
+    return triton_backend.row_losses(q.to(DEVICE), p.to(DEVICE), keys.to(DEVICE), None, Pairs(), Pairs(), *flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("t", [0.02, 0.07, 0.2, 1.0])
+def test_accuracy_targets(t: float, dtype: torch.dtype) -> None:
+    """PERFORMANCE: float32 2e-6 or twice eager's error; half 5e-4 for the mean key and 2e-3 for the keys' gradient."""
+    n, k, d = 24, 300, 64
+    q, p, keys = (F.normalize(torch.randn(x, d)).to(dtype) for x in (n, n, k))
+    loss, query_gradient, _, stats = (x.double().cpu() for x in attend(q, p, keys, t))
+    exact = [x.double() for x in (q, p, keys)]
+    logits = exact[0] @ exact[2].T / t
+    lse, softmax = logits.logsumexp(1), logits.softmax(1)
+    shift = math.log(2.0**20 / k)
+    weight = torch.sigmoid(shift - ((exact[0] * exact[1]).sum(1) / t - lse))
+    assert (stats[Stat.LSE] - lse).abs().max() <= 2e-6 * lse.abs().max().clamp_min(1.0)
+    row_loss = F.softplus(shift - ((exact[0] * exact[1]).sum(1) / t - lse))
+    assert (loss - row_loss).abs().max() <= 2e-6 * row_loss.max().clamp_min(1.0)
+    mean_key = query_gradient * t / weight[:, None] + exact[1]
+    limit = 2e-6 if dtype == torch.float32 else 5e-4
+    assert (mean_key - softmax @ exact[2]).abs().max() <= limit * max(1.0, 1 / t * (dtype == torch.float32))
+    grad = torch.rand(n) / n
+    rows = grad.to(DEVICE), weight.float().to(DEVICE), lse.float().to(DEVICE)
+    got = triton_backend.logsumexp_keys_gradient(q.to(DEVICE), keys.to(DEVICE), *rows, Pairs(), t, False, False)
+    expected = (softmax * (grad.double() * weight / t)[:, None]).T @ exact[0]
+    limit = 1e-5 if dtype == torch.float32 else 2e-3
+    difference = got.double().cpu() - expected
+    assert difference.abs().max() <= limit * expected.abs().max() + torch.finfo(dtype).smallest_normal * 2**-9
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_strides(layout: str) -> None:
+    for mode in ("in_batch", "shared", "per_query"):
+        assert_kernels(Case("eqco", mode, n=6), layout=LAYOUTS[layout])
+
+
+def test_moco_queue_layout() -> None:
+    """MoCo keeps (D, K): its transpose goes in as it is."""
+    q, p, stored = (torch.randn(*shape, device=DEVICE) for shape in ((5, 12), (5, 12), (12, 90)))
+    same = EqCoLoss(backend="triton")
+    torch.testing.assert_close(same(q, p, stored.T), same(q, p, stored.T.contiguous()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["shared", "in_batch", "per_query"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_learned_temperature(loss: str, mode: str) -> None:
+    case = Case(loss, mode, n=6)
+    sample = cases.make(case)
+    got = cases.ours(replace(case, backend="triton"), moved(sample), learn_temperature=True)
+    truth = cases.truth(case, sample, learn_temperature=True)
+    cases.assert_answers(case, got, cases.plain(case, sample, learn_temperature=True), truth)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("shape", [(40, 12), (6, 40, 12)], ids=str)
+def test_logsumexp(shape: tuple[int, ...], ids: bool) -> None:
+    q, keys = torch.randn(6, 12), torch.randn(*shape)
+    query_ids, key_ids = (torch.arange(6) % 3, torch.arange(40) % 5) if ids else (None, None)
+    on_device = [None if x is None else x.to(DEVICE) for x in (query_ids, key_ids, None, None)]
+    leaves = [x.to(DEVICE).requires_grad_() for x in (q, keys)]
+    from eqco_loss import ops
+
+    lse = ops.negatives_logsumexp(*leaves, None, *on_device, [], 0.5, True, None, "triton")[0]
+    exact = q.double().requires_grad_(), keys.double().requires_grad_()
+    pairs = Pairs(query_ids, key_ids)
+    expected = torch_backend.dense_logsumexp(*exact, pairs, 0.5)
+    weight = torch.linspace(0.5, 1.5, 6)
+    got = torch.autograd.grad((lse * weight.to(DEVICE)).sum(), leaves)
+    truth = torch.autograd.grad((expected * weight).sum(), exact)
+    torch.testing.assert_close(lse.double().cpu(), expected, atol=1e-5, rtol=1e-6)
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=1e-6, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- bands of several ranks
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(
+    ("n", "offset", "modulus", "width"), [(5, 3, 40, 39), (5, 36, 41, 7), (18, 0, 18, 17), (18, 0, 18, 3)]
+)
+def test_bands(n: int, offset: int, modulus: int, width: int, views: int) -> None:
+    """Rows of one rank against the keys of all: own place out, or the next few, cyclic."""
+    q, p, keys = torch.randn(n, 8), torch.randn(n, 8), torch.randn(views * modulus, 8)
+    pairs = Pairs(band=[offset, width, modulus])
+    grad = torch.rand(n)
+    flags = (None, pairs, Pairs(), 0.3, None, 64.0, True, True, False, True, True)
+    plain: Any = (q.double(), p.double(), keys.double(), *flags, False, True)
+    exact = torch_backend.row_losses(*plain)
+    device = q.to(DEVICE), p.to(DEVICE), keys.to(DEVICE)
+    fused: Any = (*device, *flags, True)
+    got = triton_backend.row_losses(*fused)
+    for name, a, b in zip(("loss", "query", "positive", "stats"), got, (*exact[:3], exact[4]), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, atol=3e-6, rtol=1e-5, msg=name)
+    weight, lse = exact[4][Stat.WEIGHT], exact[4][Stat.LSE]
+    rows = grad.to(DEVICE), weight.float().to(DEVICE), lse.float().to(DEVICE)
+    keys_gradient = triton_backend.logsumexp_keys_gradient(device[0], device[2], *rows, pairs, 0.3, True, True)
+    expected = torch_backend.logsumexp_keys_gradient(
+        q.double(), keys.double(), grad * weight, lse, pairs, 0.3, True, True, torch.float64
+    )
+    torch.testing.assert_close(keys_gradient.double().cpu(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("filled", [1, 16, 63, 64, 65, 200])
+def test_valid_count_on_the_device(filled: int) -> None:
+    """A queue that fills: whole splits without a key."""
+    q, p = torch.randn(3, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE)
+    queue = MomentumQueue(200, 8, device=DEVICE)
+    queue.enqueue(torch.randn(filled, 8, device=DEVICE))
+    criterion = EqCoLoss(backend="triton")
+    torch.testing.assert_close(criterion(q, p, queue), criterion(q, p, queue.keys), atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- what must not matter
+
+
+def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("dual", "shared", n=18, k=150, d=24)
+    sample = cases.make(case)
+
+    def under(config: triton_backend.Config | None, parallel: int) -> Answer:
+        if config is not None:
+            monkeypatch.setattr(triton_backend, "_COLUMNS_AT_ONCE", 0)
+            monkeypatch.setattr(triton_backend, "forward_config", lambda *_: config)
+            monkeypatch.setattr(triton_backend, "keys_config", lambda *_: config)
+            monkeypatch.setattr(triton_backend, "_parallel", lambda _: parallel)
+        return cases.ours(replace(case, backend="triton"), moved(sample))
+
+    usual = under(None, 1)
+    for config, parallel in itertools.product(
+        (triton_backend.Config(16, 16, 4, 1), triton_backend.Config(32, 64, 4, 2)), (1, 3)
+    ):
+        other = under(config, parallel)
+        torch.testing.assert_close(other.loss, usual.loss, atol=1e-6, rtol=2e-6)
+        torch.testing.assert_close(other.gradients, usual.gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_bit_for_bit() -> None:
+    case = Case("eqco", "in_batch", n=18, d=20, dtype=torch.float16, backend="triton")
+    sample = moved(cases.make(case))
+    first, second = cases.ours(case, sample), cases.ours(case, sample)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(first.gradients[x], second.gradients[x]) for x in first.gradients)
+
+
+def test_metrics() -> None:
+    case = Case("dual", "shared", n=7, k=40)
+    sample = moved(cases.make(case))
+    assert isinstance(sample.negatives, Tensor)
+    got, expected = (
+        cases.criterion(replace(case, backend=backend)).with_metrics(sample.query, sample.positive, sample.negatives)
+        for backend in ("triton", "torch")
+    )
+    for name, a, b in zip(got._fields, got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_second_derivatives() -> None:
+    q, p, keys = (torch.randn(n, 6, device=DEVICE, requires_grad=True) for n in (4, 4, 9))
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        loss = EqCoLoss(backend=backend)(q, p, keys)
+        first = torch.autograd.grad(loss, (q, p, keys), create_graph=True)
+        return torch.autograd.grad(torch.cat([g.flatten() for g in first]).square().sum(), (q, p, keys))
+
+    for a, b in zip(second("triton"), second("torch"), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "positive", "keys"])
+def test_nan_and_inf_come_out_as_nan(where: str, bad: float) -> None:
+    tensors = {"query": torch.randn(20, 8), "positive": torch.randn(20, 8), "keys": torch.randn(70, 8)}
+    tensors[where][3, 2] = bad
+    q, p, keys = (x.to(DEVICE) for x in tensors.values())
+    loss = EqCoLoss(backend="triton", reduction="none")(q, p, keys)
+    hit = torch.ones(20, dtype=torch.bool) if where == "keys" else torch.arange(20) == 3
+    assert torch.equal(loss.isnan().cpu(), hit)
+
+
+def test_a_row_without_negatives_is_nan() -> None:
+    q, p, keys = (torch.randn(n, 8, device=DEVICE, requires_grad=True) for n in (4, 4, 20))
+    ids = torch.tensor([0, 1, 2, 7], device=DEVICE)
+    key_ids = torch.full((20,), 7, device=DEVICE)
+    loss = EqCoLoss(backend="triton", reduction="none")(q, p, keys, query_ids=ids, negative_ids=key_ids)
+    assert loss.isnan().tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "reason"),
+    [
+        (torch.randn(3, 600), torch.randn(5, 600), "D = 600: the kernels take up to 512"),
+        (torch.randn(3, 8).double(), torch.randn(5, 8).double(), "float64: the kernels take float16, bfloat16"),
+    ],
+    ids=["wide", "float64"],
+)
+def test_refusals_name_the_reason_and_the_way_out(query: Tensor, keys: Tensor, reason: str) -> None:
+    query, keys = query.to(DEVICE), keys.to(DEVICE)
+    with pytest.raises(ValueError, match=rf"backend: expected.*{reason}.*backend='auto'"):
+        EqCoLoss(backend="triton")(query, query, keys)
+    assert EqCoLoss(backend="auto")(query, query, keys).isfinite()
+    assert EqCoLoss(backend="auto").backend(query, query, keys)[0] == "torch"
+
+
+@pytest.mark.skipif(GPU, reason="CPU tensors without the interpreter")
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="backend: expected tensors that 'triton' serves, got CPU tensors"):
+        EqCoLoss(backend="triton")(torch.randn(3, 8), torch.randn(3, 8))
+
+
+# --------------------------------------------------------------------------------------------------- how many kernels
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the operations that start a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "eqco_loss" or not (func.is_view or "empty" in func.name() or "detach" in func.name()):
+            self.names.append(func.name().split("::")[1].split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_simo_step_is_three_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward with detached keys: our kernel, the sum over rows, and one multiplication."""
+    launches: list[str] = []
+    kernels = triton_backend.kernels()
+    for name in ("attend", "combine", "inverse_norms", "attend_own"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, counting(kernel, name, launches))
+    q, k = torch.randn(32, 16, device=DEVICE, requires_grad=True), torch.randn(32, 16, device=DEVICE)
+    with Operations() as operations:
+        loss = EqCoLoss(num_negatives=15, backend="triton")(q, k)
+        forward = operations.names[:]
+        operations.names.clear()
+        torch.autograd.grad(loss, q, grad_outputs=torch.ones((), device=DEVICE))
+    assert launches == ["attend"]
+    assert [x for x in forward if x not in ("row_losses", "ones")] == ["sum"]
+    assert [x for x in operations.names if x != "ones"] == ["mul"]
+
+
+def counting(kernel: Any, name: str, launches: list[str]) -> Any:
+    class Counting:
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            launches.append(name)
+            launch: Callable[..., Any] = kernel[grid]
+            return launch
+
+    return Counting()
