@@ -199,7 +199,7 @@ TABLE = [
     Row("backend", loss(Q, Q, backend="cuda"), ValueError, "backend", "'auto'", "'torch'", "'cuda'"),
     Row(
         "backend that cannot serve",
-        loss(Q, Q, backend="triton"),
+        loss(Q.double(), Q.double(), backend="triton"),
         ValueError,
         "backend",
         "'auto'",

@@ -46,21 +46,9 @@ def interpreted() -> bool:
 
 def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     """Why this backend cannot serve these tensors; None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (it comes with torch on Linux)"
-    device = query.device
-    if device.type == "cpu" and not interpreted():
-        return (
-            "CPU tensors (only with TRITON_INTERPRET=1, which runs the kernels in Triton's interpreter, to test them)"
-        )
-    if device.type not in ("cpu", "cuda"):
-        return f"{device.type} tensors: the kernels are for CUDA"
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            return "ROCm: the kernels are made for NVIDIA"
-        major, minor = _capability(device.index)
-        if major < 8:
-            return f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
+    refused: str | None = _refusal_of(query.device.type, query.device.index)
+    if refused is not None:
+        return refused
     for x in (query, *keys):
         if x is not None and x.dtype not in DTYPES:
             return f"{str(x.dtype).removeprefix('torch.')}: the kernels take float16, bfloat16 and float32"
@@ -69,6 +57,22 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     if query.shape[1] > LARGEST_D:
         return f"D = {query.shape[1]}: the kernels take up to {LARGEST_D}"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refusal_of(device: str, index: int | None) -> str | None:
+    """The same of a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (it comes with torch on Linux)"
+    if device == "cpu":
+        reason = "CPU tensors (TRITON_INTERPRET=1 runs the kernels on them, in Triton's interpreter, to test)"
+        return None if interpreted() else reason
+    if device != "cuda":
+        return f"{device} tensors: the kernels are for CUDA"
+    if torch.version.hip is not None:
+        return "ROCm: the kernels are made for NVIDIA"
+    major, minor = _capability(index)
+    return None if major >= 8 else f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
 
 
 @functools.cache
