@@ -107,9 +107,9 @@ class EqCoLoss(_Criterion):
             return to the rank that owns the key, and each rank's value is scaled (world size / rows of all ranks) such
             that after DDP's averaging values and gradients are those of one process with the whole batch.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, or by name ``"torch"`` or ``"triton"`` (fused CUDA kernels: float16, bfloat16 or float32, D up
-            to 512, compute capability 8.0 or newer), which obeys or raises; ``criterion.backend(...)`` tells what serves
-            a call and why.
+        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``criterion.backend(...)``
+            tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512,
+            on NVIDIA GPUs of compute capability 8.0 or newer.
 
     Shape:
         - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or
