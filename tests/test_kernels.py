@@ -241,6 +241,23 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(other.gradients, usual.gradients, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("copies", [0, 16])
+def test_autocast(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 tensors are multiplied in autocast's dtype: tile by tile, or, for many blocks of rows, from one copy."""
+    monkeypatch.setattr(triton_backend, "_CONVERSIONS", copies)
+    for mode in ("in_batch", "shared"):
+        case = Case("eqco", mode, n=18, k=40, d=24)
+        sample = cases.make(case)
+        truth = cases.truth(case, sample)
+        with torch.autocast(DEVICE.type, torch.float16):
+            got = cases.ours(replace(case, backend="triton"), moved(sample))
+        assert got.loss.dtype == torch.float32
+        pairs = [(got.loss, truth.loss), *((got.gradients[x], truth.gradients[x]) for x in truth.gradients)]
+        for ours, exact in pairs:
+            error = (ours.double() - exact).norm() / exact.norm()
+            assert 1e-6 < error < 2e-3  # of half products, not of float32's
+
+
 def test_bit_for_bit() -> None:
     case = Case("eqco", "in_batch", n=18, d=20, dtype=torch.float16, backend="triton")
     sample = moved(cases.make(case))

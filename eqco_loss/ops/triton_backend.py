@@ -16,6 +16,7 @@ from .torch_backend import Stat, norm_eps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D, LARGEST_K = 512, 2**24
+_CONVERSIONS = 16  # more blocks of rows than these do not convert the keys each for itself: a copy costs less
 _COLUMNS_AT_ONCE = 1024  # up to so many, a block of rows finishes on its own
 
 
@@ -395,15 +396,22 @@ def _attend(
                 FINISH=bool(finish), num_warps=tile.warps, enable_fp_fusion=True, **shape, **options,
             )  # fmt: skip
         else:
+            dtype, row_blocks = dot_dtype(query, keys, autocast), _blocks(n, tile.resident)
             norm, inverse = int(one.normalize) * (2 if tile.resident == 16 else 1), query
-            if norm == 1:
+            if keys.dtype != dtype and row_blocks > _CONVERSIONS:
+                converted = torch.empty(keys.shape, dtype=dtype, device=device)
+                kernels().converted_rows[(_blocks(len(keys), 16),)](
+                    keys, *keys.stride(), converted, len(keys), eps,
+                    BLOCK=16, NORM=norm != 0, enable_fp_fusion=True, **shape,
+                )  # fmt: skip
+                keys, norm = converted, 0
+            elif norm == 1:
                 inverse = torch.empty(len(keys), dtype=torch.float32, device=device)
                 kernels().inverse_norms[(_blocks(len(keys), 16),)](
                     keys, *keys.stride(), inverse, len(keys), eps, BLOCK=16, enable_fp_fusion=True, **shape
                 )
             offset, width, modulus = pairs.band or (0, 0, 1)
-            dtype = dot_dtype(query, keys, autocast)
-            kernels().attend[(_blocks(n, tile.resident), one.splits)](
+            kernels().attend[(row_blocks, one.splits)](
                 *rows, keys, *keys.stride(), inverse, query_ids, key_ids, *ids_strides, *_count(pairs, query), *end,
                 n, len(keys), offset, width, modulus, one.chunk, one.splits // one.views, first, splits,
                 number, *numbers, *epsilons, eps,

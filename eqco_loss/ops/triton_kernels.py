@@ -392,6 +392,21 @@ def inverse_norms(
     tl.store(out + rows, inverse, mask=rows < count)
 
 
+@triton.jit(do_not_specialize=["count"])
+def converted_rows(
+    x, stride_row, stride_d, out, count, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Rows, of unit length with NORM, in the dtype of ``out`` (count, D)."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = load_rows(x, rows, stride_row, stride_d, count, D, BLOCK_D, True, True).to(tl.float32)
+    if NORM:
+        values = values * inverse_norm(values, eps)[:, None]
+    d = tl.arange(0, BLOCK_D)
+    at = out + rows.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=(rows < count)[:, None] & (d < D)[None, :])
+
+
 # ----------------------------------------------------------------------------------------- forward, keys of each query
 
 
