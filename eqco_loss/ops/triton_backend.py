@@ -264,15 +264,25 @@ def logsumexp_keys_gradient(
         if pairs.band:
             band = 1 if n == modulus or width + tile.resident < n else 2
         blocks_per_view = _blocks(per_view, tile.resident)
-        kernels().keys_gradient[(blocks_per_view * (len(keys) // per_view),)](
+        blocks = blocks_per_view * (len(keys) // per_view)
+        columns = _blocks(width + tile.resident - 1 if band == 1 else n, tile.streamed)
+        per_split = _blocks(columns, max(1, min(8, _parallel(query) // blocks)))
+        splits = _blocks(columns, per_split)
+        parts = out if splits == 1 else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
+        kernels().keys_gradient[(blocks, splits)](
             prepared, *prepared.stride(), keys, *keys.stride(), per_row, _largest(per_row, dtype),
-            *common[1:], *_count(pairs, query), out,
-            n, len(keys), offset, width, modulus, blocks_per_view, eps,
+            *common[1:], *_count(pairs, query), parts,
+            n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed, eps,
             D=d, BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BLOCK_D=block_d, BAND=band, WHOLE=n == modulus,
             SMALL=modulus < tile.streamed, IDS=ids, NORM=normalize_keys, COUNTED=pairs.valid_count is not None,
             PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
+        if splits > 1:
+            kernels().merge_keys_gradient[(_blocks(len(keys), 8),)](
+                parts, keys, *keys.stride(), out, len(keys), splits, eps,
+                D=d, BLOCK_D=block_d, BLOCK=8, NORM=normalize_keys, enable_fp_fusion=True,
+            )  # fmt: skip
     return out
 
 
@@ -353,7 +363,7 @@ def _set(
         Config(16, 32 if d > 128 else 64, 4, 2) if small else forward_config(dtype, _block_d(d), n, _arch(query), ids)
     )
     columns = width + (tile.resident - 1 if pairs.band else 0)
-    wanted = 1 if small else max(1, _blocks(2 * _parallel(query), _blocks(n, tile.resident) * views))
+    wanted = 1 if small else max(1, _parallel(query) // (_blocks(n, tile.resident) * views))  # of splits: one wave
     per_split = _blocks(_blocks(columns, tile.streamed), wanted)
     chunk = max(per_split, 1 if small else 2) * tile.streamed
     return _Set(keys, pairs, normalize, tile, columns, views, chunk, views * _blocks(columns, chunk))

@@ -637,16 +637,19 @@ def collect(
     return acc
 
 
-@triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view"])
+@triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "chunk"])
 def keys_gradient(
     query, stride_n, stride_d, keys, stride_k, key_stride_d, per_row, largest, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, valid_count, out, n, k, offset, width, modulus, blocks_per_view, key_eps,
+    ids_stride_n, ids_stride_k, valid_count, out, n, k, offset, width, modulus, blocks_per_view, chunk, key_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
     COUNTED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys against every row; ``query`` is in the dtype of the products."""
+    """A block of keys against one split of the rows; ``query`` is in the dtype of the products.
+
+    ``out`` is the gradient, or, without WHOLE_GRADIENT, (splits, K, D) shares of it for ``merge_keys_gradient``.
+    """
     block, view_start, limit = tl.program_id(0), 0, k
     if BAND != 0:
         view_start, block, limit = block // blocks_per_view * modulus, block % blocks_per_view, modulus
@@ -672,22 +675,54 @@ def keys_gradient(
     columns, first = n, 0
     if BAND == 1:
         columns, first = width + BLOCK_KEYS - 1, start - width + modulus
+    lo = tl.program_id(1) * chunk
+    hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     acc = collect(
         acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, per_row, prescale,
-        query_ids, key_ids, ids_stride_n, ids_stride_k, n, first, modulus, width, offset, k, 0, columns,
+        query_ids, key_ids, ids_stride_n, ids_stride_k, n, first, modulus, width, offset, k, lo, hi,
         D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, MASK, BAND, SMALL, IDS, NORM and raw, PRECISION, STAGES, WIDE,
     )  # fmt: skip
     if PRESCALE:
         acc = acc / prescale
-    if NORM:
-        raw_k = load_rows(base, there, stride_k, key_stride_d, limit, D, BLOCK_D, False, True)  # again: registers
-        unit = raw_k.to(tl.float32) * inverse[:, None]
-        acc = (acc - unit * tl.sum(unit * acc, 1)[:, None]) * inverse[:, None]
+    key = (view_start + key_row).to(tl.int64)
+    if WHOLE_GRADIENT:
+        if NORM:
+            again = load_rows(base, there, stride_k, key_stride_d, limit, D, BLOCK_D, False, True)  # registers
+            acc = through_unit(acc, again, key_eps)
+    else:
+        key += tl.program_id(1).to(tl.int64) * k
     if COUNTED:
         acc = tl.where((key_row < tl.load(valid_count))[:, None], acc, 0.0)
     d = tl.arange(0, BLOCK_D)
-    at = out + (view_start + key_row).to(tl.int64)[:, None] * D + d[None, :]
+    at = out + key[:, None] * D + d[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(key_row < limit)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def through_unit(gradient, raw, eps):
+    """From the gradient of unit rows (R, D) to that of the raw ones."""
+    raw = raw.to(tl.float32)
+    inverse = inverse_norm(raw, eps)[:, None]
+    unit = raw * inverse
+    return (gradient - unit * tl.sum(unit * gradient, 1)[:, None]) * inverse
+
+
+@triton.jit(do_not_specialize=["k", "splits"])
+def merge_keys_gradient(
+    parts, keys, stride_k, key_stride_d, out, k, splits, key_eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """The splits' shares in a fixed order."""
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    inside = (key < k)[:, None] & (d < D)[None, :]
+    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    at = key.to(tl.int64)[:, None] * D + d[None, :]
+    for split in range(0, splits):
+        acc += tl.load(parts + tl.cast(split, tl.int64) * k * D + at, mask=inside, other=0.0)
+    if NORM:
+        acc = through_unit(acc, load_rows(keys, key, stride_k, key_stride_d, k, D, BLOCK_D, True, True), key_eps)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "k"])
