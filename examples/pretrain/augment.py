@@ -179,7 +179,7 @@ def resized_crop(pixels: Tensor, drawn: Draws, size: int, bicubic: bool) -> Tens
 
 
 def resampling(start: Tensor, length: Tensor, side: int, size: int, bicubic: bool) -> Tensor:
-    """(N, size, side): the weight of each pixel in each of ``size``, into which ``length`` from ``start`` are resized."""
+    """(N, size, side): what each pixel weighs in each of ``size``, into which ``length`` from ``start`` are resized."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / size
     pixel = torch.arange(side, device=start.device, dtype=start.dtype) - start  # (N, 1, side), in the crop
