@@ -48,7 +48,7 @@ def main(args: Args) -> None:
         queries, keys = model(batch.query_view), model(batch.key_view)  # (N, D)
         with training.loss_timer():
             metrics = criterion.with_metrics(queries, keys)  # both directions, gradient to both
-        training.step(metrics, queries)
+        training.step(metrics, queries, keys)
 
 
 if __name__ == "__main__":

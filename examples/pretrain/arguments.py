@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import tyro
 
@@ -111,9 +111,9 @@ def dataset_of(words: list[str]) -> str:
 def parse(words: list[str], defaults: dict[str, Args], description: str | None) -> Args:
     """``defaults`` of each data set; the description is the script's docstring."""
     dataset = dataset_of(words)
-    default = defaults.get(dataset, defaults["digits"])  # an unknown one is tyro's to refuse
-    if dataset in defaults:
-        default = dataclasses.replace(default, dataset=dataset)
+    default = defaults["digits"]  # of an unknown one, which is tyro's to refuse
+    if dataset in get_args(Dataset):
+        default = dataclasses.replace(defaults[dataset], dataset=cast(Dataset, dataset))
     return tyro.cli(type(default), args=words, description=description, default=default)
 
 

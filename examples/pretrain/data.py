@@ -137,7 +137,7 @@ class PlacedDigits:
         generator = generator_of(EVALUATION, placement, int(split == "test"))  # the same placements for every run
         placed, labels = place(self.images[split], generator, self.image_size), self.labels[split]
         mine = part(len(labels), rank, ranks)
-        for rows in torch.arange(mine.start, mine.stop).split(256):
+        for rows in torch.split(torch.arange(mine.start, mine.stop), 256):
             yield placed[rows.to(placed.device)], labels[rows]
 
 
@@ -189,14 +189,8 @@ class ImageData:
         note: str = "",
         fingerprint: str = "",
     ) -> None:
-        self.name, self.splits, self.classes, self.seed, self.recipe, self.note = (
-            name,
-            splits,
-            classes,
-            seed,
-            recipe,
-            note,
-        )
+        self.name, self.splits, self.classes, self.note = name, splits, classes, note
+        self.seed, self.recipe = seed, recipe
         if image_size is None:  # that of the first image, 224 at most
             image_size = min(224, *splits["views"].open(0).size)
         self.image_size, self.workers, self.device = image_size, workers, on_device
@@ -231,7 +225,7 @@ class ImageData:
             yield from self._load(images, batch_size=256)
             return
         labels = torch.tensor(self.splits[split].labels)
-        for rows in torch.tensor(mine).split(1024):
+        for rows in torch.split(torch.arange(mine.start, mine.stop), 1024):
             yield transform(self._pixels[split][rows.to(self.device)]), labels[rows]
 
     def _load(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
@@ -361,11 +355,12 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None) -> tuple[Spl
     from torchvision import datasets  # type: ignore[import-untyped]
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[dataset]
-    names = ("views", "train", "test")
-    if dataset == "stl10":  # the views are of the unlabelled images, too
-        ways = dict(zip(names, ({"split": split} for split in ("train+unlabeled", "train", "test")), strict=True))
-    else:
-        ways = dict(zip(names, ({"train": train} for train in (True, True, False)), strict=True))
+    stl10 = dataset == "stl10"  # its views are of the unlabelled images, too
+    ways: dict[str, dict[str, Any]] = {
+        "views": {"split": "train+unlabeled"} if stl10 else {"train": True},
+        "train": {"split": "train"} if stl10 else {"train": True},
+        "test": {"split": "test"} if stl10 else {"train": False},
+    }
     try:
         found = {split: kind(root, download=True, **how) for split, how in ways.items()}
     except (OSError, RuntimeError) as error:
@@ -375,8 +370,8 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None) -> tuple[Spl
         ) from None
     splits: Splits = {}
     for split, one in found.items():
-        pixels = one.data.transpose(0, 2, 3, 1) if dataset == "stl10" else one.data
-        labels = one.labels if dataset == "stl10" else one.targets
+        pixels = one.data.transpose(0, 2, 3, 1) if stl10 else one.data
+        labels = one.labels if stl10 else one.targets
         splits[split] = Arrays(pixels[:limit], [int(label) for label in labels[:limit]])
     return splits, len(found["train"].classes)
 

@@ -1,6 +1,7 @@
-"""What surrounds a method's loop: devices and ranks, data, resuming, learning rate, evaluation, and what a person sees."""
+"""What surrounds a method's loop: devices and ranks, data, resuming, evaluation, and what a person sees."""
 
 import dataclasses
+import inspect
 import math
 import os
 import signal
@@ -10,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -94,14 +95,16 @@ class Training(Generic[Args]):
         """
         self.encoder_, self.modules = encoder, {"encoder": encoder, **others}
         optimizer = make_optimizer(self.args, encoder)
-        for name, module in self.modules.items() if self.state else ():
-            module.load_state_dict(self.state[name])
+        if self.state is not None:
+            for name, module in self.modules.items():
+                module.load_state_dict(self.state[name])
         for module in others.values():
             self.fabric.to_device(module)
         if self.args.compile:
             for module in self.modules.values():
                 if isinstance(module, Encoder):
-                    module.compile()  # type: ignore[no-untyped-call]
+                    module.compile()
+        self.model: Any
         self.model, self.optimizer = self.fabric.setup(encoder, optimizer)
         self.plain_optimizer = optimizer
         if self.state is not None:
@@ -112,7 +115,8 @@ class Training(Generic[Args]):
             self.state = None
         queue = next((module for module in others.values() if isinstance(module, MomentumQueue)), None)
         self._print_header(criterion, loss, queue)
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.fabric.autocast()
@@ -172,11 +176,12 @@ class Training(Generic[Args]):
         """Around the loss, so that its share of a step can be told."""
         return self.clock.loss()
 
-    def step(self, metrics: LossMetrics, queries: Tensor) -> None:
-        """Backward, and with the last piece of a batch the optimiser's step."""
-        self.clock.begin_backward(queries)
+    def step(self, metrics: LossMetrics, *embeddings: Tensor) -> None:
+        """Backward, and with the last piece of a batch the optimiser's step. ``embeddings`` (N, D) are the model's."""
+        self.clock.begin_backward(*embeddings)
         self.fabric.backward(metrics.loss / self.args.accumulate)
-        self.sums += torch.stack([metrics.loss.detach(), metrics.top1_accuracy, feature_std(queries.detach())])
+        std = feature_std(embeddings[0].detach())
+        self.sums += torch.stack([metrics.loss.detach(), metrics.top1_accuracy, std])
         if self.last:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -225,7 +230,7 @@ class Training(Generic[Args]):
         rows = self.run.rows
         self.run.result = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]}
         if self.args.probe:
-            self.run.result["linear_probe"] = linear_probe(self.encoder_, self.data, self.fabric)
+            self.run.result["linear_probe"] = linear_probe(self.encoder_, self.data)
         self._save(self.args.epochs, 0)
         self.say(f"{summary(self.run.result)} Results are in {self.run.directory}")
 
@@ -242,7 +247,7 @@ class Training(Generic[Args]):
         if self.ranks > 1:
             for buffer in self.encoder_.buffers():  # running statistics are each rank's own while training
                 dist.broadcast(buffer, 0)
-        return knn_accuracy(self.encoder_, self.data, self.args.knn_k, ranks=self.fabric)
+        return knn_accuracy(self.encoder_, self.data, self.args.knn_k)
 
     def _mean_over_ranks(self, sums: Tensor) -> Tensor:
         if self.ranks == 1:
@@ -313,7 +318,8 @@ class Training(Generic[Args]):
 
     def _print_header(self, criterion: EqCoLoss | DualTempInfoNCE, loss: str, queue: MomentumQueue | None) -> None:
         args, fabric, data, run = self.args, self.fabric, self.data, self.run
-        backend, reason = criterion.backend(*torch.zeros(2, self.rows, args.dim, device=fabric.device), queue)
+        rows = torch.zeros(self.rows, args.dim, device=fabric.device)
+        backend, reason = criterion.backend(rows, rows, queue)
         run.write_config(
             device=str(fabric.device),
             threads=torch.get_num_threads(),
@@ -354,17 +360,19 @@ class Training(Generic[Args]):
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(self.run.directory / "tensorboard") as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(self.run.directory / "tensorboard") as writer:
             for name, value in row.items():
                 if value is not None:
-                    writer.add_scalar(name, value, row["epoch"])  # type: ignore[no-untyped-call]
+                    writer.add_scalar(name, value, row["epoch"])
 
 
 def launch(args: Common) -> Fabric:
     """Lightning Fabric for one process, or for those that torchrun started."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Of the buffers only running statistics differ between ranks; training does not read them.
-    strategy = DDPStrategy(broadcast_buffers=False) if ranks() > 1 else "auto"
+    # Of the buffers only running statistics differ between ranks, and training does not read them.
+    renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    strategy = DDPStrategy(**buffers) if ranks() > 1 else "auto"
     try:
         fabric = Fabric(
             accelerator=args.device,
@@ -440,10 +448,15 @@ class Clock:
         yield
         self._mark("loss end")
 
-    def begin_backward(self, queries: Tensor) -> None:
+    def begin_backward(self, *embeddings: Tensor) -> None:
         self._mark("backward")
-        if self.marks is not None:
-            queries.register_hook(lambda gradient: self._mark("backward end"))  # the loss's part of it is done
+        for embedding in embeddings if self.marks is not None else ():
+            embedding.register_hook(self._end_backward)  # type: ignore[no-untyped-call]
+
+    def _end_backward(self, gradient: Tensor) -> None:
+        """The loss's part of it is done where the first embedding has its gradient."""
+        if self.marks is not None and "backward end" not in self.marks:
+            self._mark("backward end")
 
     def end_piece(self) -> None:
         self._mark("end")
@@ -465,7 +478,7 @@ class Clock:
         if self.marks is None:
             return
         if self.cuda:
-            self.marks[name] = torch.cuda.Event(enable_timing=True)
+            self.marks[name] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self.marks[name].record()
         else:
             self.marks[name] = time.perf_counter()
