@@ -118,7 +118,8 @@ def main(args: Args) -> None:
     with results.interruptible():
         test = list(test_features(encoder, data, fabric))  # nothing about them changes
         training = Training(args, data, encoder, fabric)
-        bar = tqdm(total=epochs, initial=results.epoch, unit="epoch", disable=not sys.stderr.isatty())
+        quiet = not (fabric.is_global_zero and sys.stderr.isatty())
+        bar = tqdm(total=epochs, initial=results.epoch, unit="epoch", disable=quiet)
         for epoch in range(results.epoch, epochs):
             rate = PROTOCOLS[args.protocol].learning_rate(epoch, epochs, peak)
             set_learning_rate(optimizer, rate)

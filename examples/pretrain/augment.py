@@ -171,7 +171,10 @@ def draw_crop(
 
 
 def resized_crop(pixels: Tensor, drawn: Draws, size: int, bicubic: bool) -> Tensor:
-    """torchvision's resized_crop with antialias=True, then the flip."""
+    """torchvision's resized_crop of floats with antialias=True, then the flip.
+
+    Of 8-bit images torchvision's differs by at most 1/255 (bilinear), or a few where a cubic overshoots.
+    """
     rows = resampling(drawn.top, drawn.height, pixels.shape[2], size, bicubic)
     columns = resampling(drawn.left, drawn.width, pixels.shape[3], size, bicubic)
     columns = torch.where(drawn.flip[:, None, None], columns.flip(1), columns)
