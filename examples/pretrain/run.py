@@ -169,7 +169,7 @@ class Run:
 
     def save(self, epoch: int, state: dict[str, Any], step: int = 0) -> None:
         """Write the checkpoint, ``step`` steps after a whole epoch; keep the one before; then metrics.csv."""
-        self.epoch, at = epoch, f"epoch {epoch}" + (f" and {step} steps" if step else "")
+        self.epoch, at = epoch, f"epoch {epoch}" + (f" and step {step}" if step else "")
         if not self.writes:
             return
         content = {

@@ -368,6 +368,8 @@ class Training(Generic[Args]):
 
 def launch(args: Common) -> Fabric:
     """Lightning Fabric for one process, or for those that torchrun started."""
+    if args.precision == "16-mixed" and (args.device in ("cpu", "mps") or not torch.cuda.is_available()):
+        fail("precision: 16-mixed needs a GPU. Give --precision bf16-mixed, or leave it out.")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Of the buffers only running statistics differ between ranks, and training does not read them.
     renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -384,8 +386,6 @@ def launch(args: Common) -> Fabric:
         fabric.launch()
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         fail(f"device: {args.device} cannot be used ({error}). Leave --device out to take what there is.")
-    if args.precision == "16-mixed" and fabric.device.type == "cpu":
-        fail("precision: 16-mixed needs a GPU. Give --precision bf16-mixed, or leave it out.")
     return fabric
 
 
