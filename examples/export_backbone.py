@@ -6,7 +6,7 @@
 
 There is no classifier in the file: load it with strict=False, or into a model without one (timm: num_classes=0).
 --verify loads the file into the real torchvision and timm models, and into the backbone of torchvision's Faster R-CNN,
-and compares features bit for bit. detectron2's layout is mapped back and compared instead.
+and compares features bit for bit. Of detectron2's layout it compares names and tensors.
 """
 
 import copy
@@ -150,9 +150,10 @@ def how_to_load(args: Args, arch: str) -> str:
 @torch.no_grad()
 def verify(args: Args, arch: str, encoder: Encoder) -> list[str]:
     """What was compared with success; anything that differs ends the program."""
+    state = verified_state(args, backbone_state(encoder))
+    lines = [f"all {len(state)} tensors of the file are the checkpoint's"]
     if args.format == "detectron2":
-        return [verify_detectron2(args.out, backbone_state(encoder))]
-    state: State = torch.load(args.out, weights_only=True)
+        return lines
     side = 32 if args.small_stem else 64
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     # The same kernels as in those models, or the last bits differ
@@ -161,7 +162,7 @@ def verify(args: Args, arch: str, encoder: Encoder) -> list[str]:
     load(model, state, args.small_stem)
     if not torch.equal(model(images), backbone(images)):
         fail(f"{args.out}: the features of {args.format}'s {arch} differ from those of the checkpoint.")
-    lines = [f"the features of {args.format}'s {arch} are bit-identical"]
+    lines.append(f"the features of {args.format}'s {arch} are bit-identical")
     if args.format == "torchvision":
         body = faster_rcnn_body(arch)
         load(body, state, args.small_stem)
@@ -220,14 +221,22 @@ def stages(backbone: nn.Module, images: Tensor) -> list[Tensor]:
     return maps
 
 
-def verify_detectron2(path: Path, state: State) -> str:
-    """Every name is one of detectron2's ResNet, and mapped back the tensors are the checkpoint's."""
-    content = pickle.loads(path.read_bytes()) if path.suffix == ".pkl" else torch.load(path, weights_only=True)
-    back = {renamed(name, RENAMED_BACK): torch.as_tensor(value) for name, value in content["model"].items()}
-    strange = [name for name in content["model"] if not DETECTRON2_NAME.fullmatch(name)]
-    if strange or back.keys() != state.keys() or not all(torch.equal(back[name], state[name]) for name in state):
-        fail(f"{path}: it is not what was exported ({', '.join(strange[:3]) or 'tensors differ'}).")
-    return f"{len(back)} tensors, mapped back from detectron2's names, are the checkpoint's"
+def verified_state(args: Args, state: State) -> State:
+    """The file's tensors, under torchvision's names."""
+    path, name = args.out, re.compile(r".*")
+    if args.format == "detectron2":
+        name = DETECTRON2_NAME
+        content = pickle.loads(path.read_bytes()) if path.suffix == ".pkl" else torch.load(path, weights_only=True)
+        written = {key: torch.as_tensor(value) for key, value in content["model"].items()}
+        found = {renamed(key, RENAMED_BACK): value for key, value in written.items()}
+    else:
+        found = written = torch.load(path, weights_only=True)
+    wrong = [key for key in written if not name.fullmatch(key)]
+    wrong += sorted(found.keys() ^ state.keys())
+    wrong += [key for key in found.keys() & state.keys() if not torch.equal(found[key], state[key])]
+    if wrong:
+        fail(f"{path}: it is not what was exported ({', '.join(wrong[:3])}).")
+    return found
 
 
 if __name__ == "__main__":

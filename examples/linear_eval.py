@@ -235,7 +235,7 @@ class Training:
         self.cached: list[Tensor] = []  # of each placement, (M, width)
         if args.cache_features:
             with torch.no_grad(), fabric.autocast():
-                self.cached = [features_of(encoder, data, "train", p, fabric)[0] for p in range(data.placements)]
+                self.cached = [features_of(encoder, data, "train", p)[0] for p in range(data.placements)]
         elif isinstance(data, ImageData):
             if args.augment == "device":
                 self.pixels = decoded(data.splits["train"], fabric.device)

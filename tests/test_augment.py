@@ -27,7 +27,8 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     smooth = V.resize(coarse, [height, width], antialias=True) * 1.4 - 0.2
     noisy = smooth + 0.1 * torch.randn(count, 3, height, width, generator=generator)
     noisy[:, :, :2] = noisy[:, :1, :2]
-    return (noisy.clamp(0, 1) * 255).round().byte()
+    found: Tensor = (noisy.clamp(0, 1) * 255).round().byte()
+    return found
 
 
 def draws_of(recipe: Recipe, count: int, height: int = 32, width: int = 32, **key: Any) -> Draws:
@@ -87,7 +88,8 @@ def test_a_view_belongs_to_its_sample(name: str) -> None:
         part = transform(images[rows], seed=1, epoch=2, samples=samples[rows], view=0)
         torch.testing.assert_close(part, whole[rows], atol=1e-5, rtol=0)
     for other in ({"seed": 2}, {"epoch": 3}, {"view": 1}, {"samples": samples + 1}):
-        changed = transform(images, **{"seed": 1, "epoch": 2, "samples": samples, "view": 0, **other})
+        key: dict[str, Any] = {"seed": 1, "epoch": 2, "samples": samples, "view": 0}
+        changed = transform(images, **{**key, **other})
         assert bool(((changed - whole).abs().amax((1, 2, 3)) > 0.05).all())
 
 
@@ -99,7 +101,7 @@ def test_the_images_of_a_batch_get_views_of_their_own() -> None:
         assert float(distances.min()) > 1
     drawn = draws_of(RECIPES["mocov2"], 64)
     crops = torch.stack([drawn.top, drawn.left, drawn.height, drawn.width], 1)
-    assert len(crops.unique(dim=0)) > 55
+    assert len(torch.unique(crops, dim=0)) > 55
 
 
 # ------------------------------------------------------------------------------------------------ the distributions
@@ -108,7 +110,7 @@ def test_the_images_of_a_batch_get_views_of_their_own() -> None:
 def close_distributions(ours: Tensor, theirs: Tensor) -> bool:
     """Kolmogorov and Smirnov's test of two samples, at a level of 1e-4."""
     ours, theirs = ours.double().sort().values, theirs.double().sort().values
-    points = torch.cat([ours, theirs]).unique()
+    points = torch.cat([ours, theirs]).sort().values
     gap = (torch.searchsorted(ours, points, right=True) / len(ours)) - (
         torch.searchsorted(theirs, points, right=True) / len(theirs)
     )
@@ -155,7 +157,7 @@ def test_the_rest_is_drawn_as_torchvision_does(name: str) -> None:
     names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
     for key, ours in zip(names, drawn.factors[jittered].unbind(1), strict=True):
         assert close_distributions(ours, torch.tensor([p[key] for p in params])), key
-    orders = drawn.order.unique(dim=0, return_counts=True)[1]
+    orders = torch.unique(drawn.order, dim=0, return_counts=True)[1]
     assert len(orders) == 24
     assert float((orders - count / 24).abs().max()) < 4.5 * math.sqrt(count / 24)
     if recipe.blur_p:
