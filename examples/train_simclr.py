@@ -31,12 +31,10 @@ class Args(Common):
     eqco: bool = True  # --no-eqco is NT-Xent: alpha = K
 
 
-RECIPE = {"recipe": "simclr", "schedule": "cosine", "warmup_epochs": 10}
-SMALL = Args(**{**CIFAR, **RECIPE, "temperature": 0.2})
-LARGE = Args(
-    **{**IMAGENET, **RECIPE, "temperature": 0.1, "base_lr": 0.3, "weight_decay": 1e-6},
-    norm="sync" if ranks() > 1 else "batch",
-)
+NORM = "sync" if ranks() > 1 else "batch"
+RECIPE = {"recipe": "simclr", "schedule": "cosine", "warmup_epochs": 10, "norm": NORM}
+SMALL = Args(**{**CIFAR, **RECIPE})
+LARGE = Args(**{**IMAGENET, **RECIPE, "temperature": 0.1, "base_lr": 0.3, "weight_decay": 1e-6})
 DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
 

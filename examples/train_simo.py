@@ -35,9 +35,9 @@ class Args(Common):
     symmetric: bool = False  # the mean of both directions, for twice the time
 
 
-WARMED = {"schedule": "simo", "warmup_epochs": 10}
-SMALL = Args(**{**CIFAR, **WARMED}, key_momentum=0.99)
-LARGE = Args(**{**IMAGENET, **WARMED}, norm="sync" if ranks() > 1 else "batch", key_momentum=0.999)
+RECIPE = {"schedule": "simo", "warmup_epochs": 10, "norm": "sync" if ranks() > 1 else "batch"}
+SMALL = Args(**{**CIFAR, **RECIPE}, key_momentum=0.99)
+LARGE = Args(**{**IMAGENET, **RECIPE}, key_momentum=0.999)
 DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
 
