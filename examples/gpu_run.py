@@ -5,8 +5,8 @@
     python examples/gpu_run.py --data-dir DIR --epochs 1 2 --arch small --limit 100 --batch-size 32 --out /tmp/out
 
 Two runs of train_simo.py, one after the other. The targets are five minutes for the first and a kNN of 85 % for the
-second, on an H200; the last line is a try on a CPU. Their metrics.csv and config.json, summary.csv and a figure go to --out. Run the same command again
-to resume: a finished run only prints its result.
+second, on an H200; the last line is a try on a CPU. Their metrics.csv and config.json, summary.csv and a figure go to
+--out. Run the same command again to resume: a finished run only prints its result.
 """
 
 import csv
