@@ -61,13 +61,16 @@ def main(args: Args) -> None:
         with torch.no_grad(), training.autocast():
             keys = key_encoder(batch.key_view).float()  # (N, D)
         queries = model(batch.query_view)
+        embeddings: tuple[torch.Tensor, ...] = (queries,)
         with training.loss_timer():
             metrics = criterion.with_metrics(queries, keys)  # the negatives: K other rows of keys
         if args.symmetric:
             with torch.no_grad(), training.autocast():
                 keys = key_encoder(batch.query_view).float()
-            metrics = mean_of(metrics, criterion.with_metrics(model(batch.key_view), keys))
-        training.step(metrics, queries)
+            swapped = model(batch.key_view)
+            metrics = mean_of(metrics, criterion.with_metrics(swapped, keys))
+            embeddings += (swapped,)
+        training.step(metrics, *embeddings)
 
 
 if __name__ == "__main__":

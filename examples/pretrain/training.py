@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 import math
 import os
 import signal
@@ -370,6 +371,7 @@ def launch(args: Common) -> Fabric:
     """Lightning Fabric for one process, or for those that torchrun started."""
     if args.precision == "16-mixed" and (args.device in ("cpu", "mps") or not torch.cuda.is_available()):
         fail("precision: 16-mixed needs a GPU. Give --precision bf16-mixed, or leave it out.")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the header says it all
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Of the buffers only running statistics differ between ranks, and training does not read them.
     renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
