@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets  # type: ignore[import-untyped]
+from PIL import Image
 from torch import Tensor
 
+from eqco_loss import EqCoLoss
 from eqco_loss.functional import LossMetrics
 
 from .scripts import Script, assert_same_run, make_images, rows, wait_for
@@ -168,7 +170,7 @@ def trained(folder: Path, pieces: int) -> dict[str, Tensor]:
     )  # fmt: skip
     training = Training("rows", args, "")
     encoder = training.encoder("mocov2")
-    model = training.start(encoder, train_simo.EqCoLoss(), "K = 0")
+    model = training.start(encoder, EqCoLoss(), "K = 0")
     firsts = []
     for batch in training.batches():
         firsts.append(batch.first)
@@ -234,7 +236,7 @@ def test_device_and_workers_show_the_same_samples(images: Path) -> None:
 def test_images_of_several_sizes_need_workers(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "images")
     small = np.zeros((8, 8, 3), np.uint8)
-    data.Image.fromarray(small).save(tmp_path / "images" / "train" / "cat" / "small.png")
+    Image.fromarray(small).save(tmp_path / "images" / "train" / "cat" / "small.png")
     with pytest.raises(data.DataError, match=r"images of one size, these have 2\. Give --augment workers"):
         open_images(tmp_path / "images", "device")
 
@@ -296,7 +298,7 @@ def test_defaults_of_every_data_set_pass_the_checks(method: str, dataset: str) -
     arguments.check(args)
 
 
-PAPERS = {
+PAPERS: dict[tuple[str, ...], dict[str, object]] = {
     ("moco", "--data-dir=d", "--version=v1"): {
         "arch": "resnet50", "temperature": 0.07, "queue_size": 65536, "key_momentum": 0.999, "base_lr": 0.03,
         "weight_decay": 1e-4, "batch_size": 256, "schedule": "drops", "recipe": "mocov1", "epochs": 200, "dim": 128,
@@ -342,7 +344,7 @@ def test_defaults_are_the_papers(words: tuple[str, ...]) -> None:
         (["--augment=device"], 1, "augment: the digits are placed"),
         (["--precision=16-mixed", "--device=cpu"], 1, "precision: 16-mixed needs a GPU"),
         (["--dataset=imagefolder", "--device=cpu"], 1, "data_dir: imagefolder needs one"),
-        (["--splits=3", "--device=cpu"], 1, "splits: a batch of 128 on each process cannot be split into 3"),
+        (["--splits=3", "--device=cpu"], 1, "splits: a batch of 64 on each process cannot be split into 3"),
         (["--norm=shuffle", "--device=cpu"], 1, "norm: shuffle needs several processes"),
         (["--queue-size=0", "--device=cpu"], 1, "size: expected an integer >= 1"),
         (["--temperature=0", "--device=cpu"], 1, "temperature"),
