@@ -144,6 +144,7 @@ class PlacedDigits:
 # ---------------------------------------------------------------------------------------------- images
 
 Sample = tuple[Path, int]
+Once = Callable[[Callable[[], Any]], Any]
 Splits = dict[str, "Pictures"]
 
 
@@ -333,24 +334,28 @@ def open_data(
     workers: int = 0,
     recipe: str = "mocov2",
     augment: str = "workers",
+    once: Once = lambda work: work(),
 ) -> Data:
-    """The data set by its name. A folder with train/<class>/* in it serves for cifar10, cifar100 and stl10, too."""
+    """The data set by its name. A folder with train/<class>/* in it serves for cifar10, cifar100 and stl10, too.
+
+    ``once`` does what one of several ranks is to do for all: downloads, and opening every file.
+    """
     if dataset == "digits":
         return PlacedDigits(seed, device, limit)
     if dataset == "imagefolder" and data_dir is None:
         raise DataError("data_dir: imagefolder needs one. Give --data-dir DIR, with DIR/train/<class>/* in it.")
     root = Path("data") if data_dir is None else data_dir
     if dataset == "imagefolder" or (root / "train").is_dir():
-        splits, classes, note, digest = image_files(root, limit)
+        splits, classes, note, digest = image_files(root, limit, once)
         name = root.resolve().name if dataset == "imagefolder" else dataset
     else:
-        splits, classes = torchvision_arrays(dataset, root, limit)
+        splits, classes = torchvision_arrays(dataset, root, limit, once)
         name, note, digest = dataset, "", ""
     on_device = device if augment == "device" else None
     return ImageData(name, splits, classes, seed, image_size, RECIPES[recipe], workers, on_device, note, digest)
 
 
-def torchvision_arrays(dataset: str, root: Path, limit: int | None) -> tuple[Splits, int]:
+def torchvision_arrays(dataset: str, root: Path, limit: int | None, once: Once) -> tuple[Splits, int]:
     """torchvision's CIFAR and STL-10, from files in ``root``; downloaded if they are not there."""
     from torchvision import datasets  # type: ignore[import-untyped]
 
@@ -362,7 +367,8 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None) -> tuple[Spl
         "test": {"split": "test"} if stl10 else {"train": False},
     }
     try:
-        found = {split: kind(root, download=True, **how) for split, how in ways.items()}
+        once(lambda: [kind(root, download=True, **how) for how in ways.values()] and None)
+        found = {split: kind(root, **how) for split, how in ways.items()}
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"data_dir: {root} does not hold {dataset}, and it cannot be downloaded ({error}). Give --data-dir with "
@@ -376,12 +382,13 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None) -> tuple[Spl
     return splits, len(found["train"].classes)
 
 
-def image_files(root: Path, limit: int | None) -> tuple[Splits, int, str, str]:
+def image_files(root: Path, limit: int | None, once: Once) -> tuple[Splits, int, str, str]:
     """``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``); or ``root/<class>/*``, every tenth to test."""
     train, test, class_names = find_images(root)
     asked = {"train": train[:limit], "test": test[:limit]}
-    samples = {split: readable(found) for split, found in asked.items()}
-    broken = [path for split in asked for path, _ in set(asked[split]) - set(samples[split])]
+    unreadable = once(lambda: {split: set(broken_files(found)) for split, found in asked.items()})
+    samples = {split: [sample for sample in asked[split] if sample[0] not in unreadable[split]] for split in asked}
+    broken = [path for split in asked for path in unreadable[split]]
     every = sum(map(len, asked.values()))
     note = (
         f"{len(broken)} of {every} images cannot be read and are left out, the first is {min(broken)}" if broken else ""
@@ -448,8 +455,8 @@ def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return train, test
 
 
-def readable(samples: list[Sample]) -> list[Sample]:
-    """Those whose header can be read. A truncated image is found when it is used."""
+def broken_files(samples: list[Sample]) -> list[Path]:
+    """Those whose header cannot be read. A truncated image is found when it is used."""
 
     def opens(sample: Sample) -> bool:
         try:
@@ -459,4 +466,4 @@ def readable(samples: list[Sample]) -> list[Sample]:
             return False
 
     with ThreadPoolExecutor(16) as pool:
-        return [sample for sample, good in zip(samples, pool.map(opens, samples), strict=True) if good]
+        return [path for (path, _), good in zip(samples, pool.map(opens, samples), strict=True) if not good]

@@ -27,7 +27,7 @@ from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
 from eqco_loss.functional import LossMetrics
 
 from .arguments import FREE, Args, Common, check, ranks
-from .data import INIT, SHUFFLE, STEP, DataError, Share, generator_of, open_data, seed_of
+from .data import INIT, SHUFFLE, STEP, Data, DataError, Share, generator_of, open_data, seed_of
 from .encoders import Encoder, Head, make_encoder
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
@@ -279,20 +279,20 @@ class Training(Generic[Args]):
 
     # ----------------------------------------------------------------------------------------------- before the loop
 
-    def _open_data(self) -> Any:
-        args = self.args
-        with self.fabric.rank_zero_first(local=True):  # who downloads
-            data = open_data(
-                args.dataset,
-                args.data_dir,
-                seed=args.seed,
-                device=self.fabric.device,
-                image_size=args.image_size,
-                limit=args.limit,
-                workers=args.workers,
-                recipe=args.recipe,
-                augment=args.augment,
-            )
+    def _open_data(self) -> Data:
+        args, fabric = self.args, self.fabric
+        data = open_data(
+            args.dataset,
+            args.data_dir,
+            seed=args.seed,
+            device=fabric.device,
+            image_size=args.image_size,
+            limit=args.limit,
+            workers=args.workers,
+            recipe=args.recipe,
+            augment=args.augment,
+            once=lambda work: fabric.broadcast(work() if fabric.is_global_zero else None),
+        )
         if args.batch_size > data.train_size:
             raise DataError(
                 f"batch_size: expected at most the number of training images, {data.train_size}, got "
