@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import mutual_information as mi
 from mutual_information import Args, Cell
 
-TINY: dict[str, Any] = {"quick": True, "steps": 100, "batches": 5, "workers": 0}
+TINY: dict[str, Any] = {"quick": True, "steps": 50, "batches": 5, "workers": 0}
 
 
 def test_the_table_is_the_papers() -> None:
