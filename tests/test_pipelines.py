@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 from eqco_loss import EqCoLoss
 from eqco_loss.functional import LossMetrics
 
-from .scripts import Script, assert_same_run, make_images, rows, wait_for
+from .scripts import EXAMPLES, Script, assert_same_run, make_images, rows, wait_for
 
 import train_moco  # isort: skip
 import train_simclr  # isort: skip
@@ -358,6 +359,14 @@ def test_bad_arguments(
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         train_moco.main(parsed("moco", *words))
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    text = (EXAMPLES / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"examples/train_(\w+)\.py([^\n`#]*)", text)
+    assert len(commands) > 10
+    for method, words in commands:
+        arguments.check(parsed(method, *words.split()))
 
 
 def test_a_queue_longer_than_the_data_is_told(tmp_path: Path) -> None:

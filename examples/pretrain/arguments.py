@@ -96,7 +96,7 @@ IMAGENET = {**CIFAR, "arch": "resnet50", "batch_size": 256, "weight_decay": 1e-4
 def given(words: list[str], name: str) -> str | None:
     """The value of ``--name`` among a command's words; the last counts."""
     value = None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):  # no words, no pairs
         flag, equals, rest = word.partition("=")
         if flag.replace("_", "-") == f"--{name}":
             value = rest if equals else following

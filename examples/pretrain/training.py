@@ -73,6 +73,7 @@ class Training(Generic[Args]):
         self.done = 0  # optimiser steps
         self.sums = torch.zeros(3, device=self.fabric.device)  # loss, top-1 accuracy and feature std of this epoch
         self.signal = 0  # that asked to stop
+        self.writer: Any = None  # of TensorBoard
 
     def say(self, text: str) -> None:
         if self.fabric.is_global_zero:
@@ -359,12 +360,14 @@ class Training(Generic[Args]):
     def _write_tensorboard(self, row: Row) -> None:
         if not (self.args.tensorboard and self.fabric.is_global_zero):
             return
-        from torch.utils.tensorboard import SummaryWriter
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(self.run.directory / "tensorboard") as writer:
-            for name, value in row.items():
-                if value is not None:
-                    writer.add_scalar(name, value, row["epoch"])
+            self.writer = SummaryWriter(self.run.directory / "tensorboard", purge_step=row["epoch"])
+        for name, value in row.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, row["epoch"])
+        self.writer.flush()
 
 
 def launch(args: Common) -> Fabric:
