@@ -264,6 +264,7 @@ def draw_table(path: Path, estimates: dict[Cell, float]) -> None:
             axes.plot(x, [estimates[cell] for cell in mine], f"C{number}-o", markersize=4, label=f"{loss}, ours")
             axes.plot(x, [cell.paper for cell in mine], f"C{number}x", markersize=9, label=f"{loss}, paper")
         axes.set_xscale("log", base=2)
+        axes.set_xticks(NEGATIVES, [str(k) for k in NEGATIVES])
         axes.set(xlabel="K", title=f"I = {truth}")
     finish(figure, panels, path)
 
@@ -278,7 +279,7 @@ def draw_curves(path: Path, curves: list[Row]) -> None:
         for cell in sorted({cell_of(row) for row in curves if int(row["truth"]) == truth}):
             points = [(int(row["step"]), float(row["estimate"])) for row in curves if cell_of(row) == cell]
             colour = "C0" if cell.loss == "infonce" else "C1"
-            label = f"{cell.loss}, K = {cell.negatives}"
+            label = f"{'both' if cell.alpha == cell.negatives == ALPHA else cell.loss}, K = {cell.negatives}"
             axes.plot(*zip(*points, strict=True), color=colour, alpha=shades[cell.negatives], label=label)
         axes.set(xlabel="step", title=f"I = {truth}")
     finish(figure, panels, path)

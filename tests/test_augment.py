@@ -244,7 +244,7 @@ def test_a_recipe_that_does_nothing_only_normalises() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_both_paths_make_the_same_pictures_on_average(name: str) -> None:
     """Means, spreads and edges of many views of one picture."""
-    image, count = pictures(1, 40, 36)[0], 600
+    image, count = pictures(1, 40, 36)[0], 300
 
     def statistics(views: Tensor) -> Tensor:
         edges = (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3))
