@@ -122,6 +122,8 @@ def renamed(name: str, rules: tuple[Any, ...]) -> str:
 
 
 def how_to_load(args: Args, arch: str) -> str:
+    if args.small_stem and args.format != "detectron2":
+        return "Before you load it, set conv1 to Conv2d(3, 64, 3, padding=1, bias=False), and maxpool to Identity()."
     if args.format == "torchvision":
         return f"torchvision.models.{arch}().load_state_dict(torch.load(...), strict=False)"
     if args.format == "timm":
