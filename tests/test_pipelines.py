@@ -382,6 +382,21 @@ def test_tensorboard_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
         arguments.check(train_simo.Args(tensorboard=True))
 
 
+def test_a_damaged_checkpoint_never_replaces_the_one_before(tmp_path: Path) -> None:
+    run = Run(tmp_path, ("epoch",), {}, {})
+    for epoch in (1, 2):
+        run.save(epoch, {"epoch": epoch})
+    assert run.previous.exists()
+    run.checkpoint.write_bytes(b"half a checkpoint")
+    del run
+    again = Run(tmp_path, ("epoch",), {}, {})
+    assert again.resume() == {"epoch": 1}
+    again.save(2, {"epoch": 2})
+    assert torch.load(again.previous, weights_only=True)["epoch"] == 1
+    again.save(3, {"epoch": 3})
+    assert torch.load(again.previous, weights_only=True)["epoch"] == 2
+
+
 def test_the_other_ranks_write_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", ("epoch",), {}, {}, rank=1)
     run.rows = [{"epoch": 0}]

@@ -45,8 +45,8 @@ class Share(NamedTuple):
         return rows[start:, :, self.rank].flatten(0, 1)
 
 
-class Batch(NamedTuple):
-    views: tuple[Tensor, Tensor]  # of the same images, each (N, C, H, W)
+class Views(NamedTuple):
+    views: tuple[Tensor, Tensor]  # two of each image, (N, C, H, W)
     samples: Tensor  # (N,), the images' numbers
 
 
@@ -66,7 +66,7 @@ class Data(Protocol):
     placements: int  # how many versions of each image the evaluation averages over
     note: str  # what a person should know about it
 
-    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         """This rank's pieces of every shuffled batch from the ``start``-th on; an incomplete last one is left out."""
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,10 +128,10 @@ class PlacedDigits:
         """Every training image as one epoch sees it."""
         return place(self.images["train"], generator_of(VIEW, self.seed, epoch, view), self.image_size)
 
-    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         first, second = self.view(epoch, 0), self.view(epoch, 1)
         for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(first.device):
-            yield Batch((first[rows], second[rows]), rows)
+            yield Views((first[rows], second[rows]), rows)
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         generator = generator_of(EVALUATION, placement, int(split == "test"))  # the same placements for every run
@@ -200,7 +200,7 @@ class ImageData:
         self._loader: DataLoader[tuple[Tensor, Tensor, int]] | None = None
         self._pixels = {split: decoded(pictures, on_device) for split, pictures in splits.items()} if on_device else {}
 
-    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Batch]:
+    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         if self.device is not None:
             augment = OnDevice(self.recipe, self.image_size)
             for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(self.device):
@@ -208,7 +208,7 @@ class ImageData:
                 first, second = (
                     augment(images, seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1)
                 )
-                yield Batch((first, second), rows)
+                yield Views((first, second), rows)
             return
         if self._loader is None:  # one set of workers for the whole run
             views = TwoViews(self.splits["views"], self.seed, per_image(self.recipe, self.image_size))
@@ -216,7 +216,7 @@ class ImageData:
             self._loader = self._load(views, persistent_workers=self.workers > 0, batch_sampler=self._sampler)
         self._sampler.epoch, self._sampler.start = epoch, start
         for first, second, samples in self._loader:
-            yield Batch((first, second), samples)
+            yield Views((first, second), samples)
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         mine = part(len(self.splits[split].labels), rank, ranks)

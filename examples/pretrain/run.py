@@ -94,6 +94,7 @@ class Run:
         self.rows: list[Row] = []
         self.epoch = 0  # whole epochs that the checkpoint holds
         self.saved = ""  # where the newest checkpoint stands
+        self.damaged = False  # the newest checkpoint could not be read
         self.result: Row | None = None
         if not self.writes:
             return
@@ -125,47 +126,55 @@ class Run:
         found = [path for path in (self.checkpoint, self.previous) if path.exists()]
         if not found:
             return None
-        path, damage, saved = found[0], "", None
+        path, saved = self._newest(found)
+        self._check_arguments(path, saved["fixed"])
+        self.rows, self.epoch, self.saved = saved["rows"], saved["epoch"], saved["at"]
+        self.result = saved["result"]
+        self.write_metrics()
+        for name, then in saved["environment"].items():
+            if then != (now := self.environment()[name]):
+                self._say(f"note     {name} was {then} and is {now}: the run goes on, but not bit for bit.")
+        return dict(saved["state"])
+
+    def _newest(self, found: list[Path]) -> tuple[Path, dict[str, Any]]:
+        """The first that can be read, and what is in it."""
         for path in found:
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                state, fixed, environment = saved["state"], saved["fixed"], saved["environment"]
-                self.rows, self.epoch, self.saved = saved["rows"], saved["epoch"], saved["at"]
-                self.result = saved["result"]
-                break
+                if missing := {"fixed", "environment", "rows", "epoch", "at", "result", "state"} - saved.keys():
+                    raise ValueError(f"without {', '.join(sorted(missing))}")
             except Exception as error:  # whatever a damaged file makes of the reader
-                saved, reason = None, (str(error).splitlines() or [""])[0][:120]
+                reason = (str(error).splitlines() or [""])[0][:120]
                 damage = (
                     f"{path} cannot be read ({type(error).__name__}: {reason}): it is damaged, or not from this script"
                 )
-                if path != found[-1]:
-                    self._say(f"note     {damage}. Going on from {found[-1].name}.")
-        if saved is None:
-            fail(f"{damage}. Delete it to start over, or give another --run-dir.")
-        if path == self.previous and damage == "":
-            self._say(f"note     {self.checkpoint} is missing. Going on from {path.name}.")
+                if path == found[-1]:
+                    fail(f"{damage}. Delete it to start over, or give another --run-dir.")
+                self._say(f"note     {damage}. Going on from {found[-1].name}.")
+                self.damaged = True
+            else:
+                if self.checkpoint not in found:
+                    self._say(f"note     {self.checkpoint} is missing. Going on from {path.name}.")
+                return path, saved
+        raise AssertionError("found is not empty")
+
+    def _check_arguments(self, path: Path, fixed: dict[str, Any]) -> None:
         missing = "(none)"
         differing = [
             (name, str(fixed.get(name, missing)), str(self.fixed.get(name, missing)))
             for name in {**fixed, **self.fixed}
             if fixed.get(name, missing) != self.fixed.get(name, missing)
         ]
-        if differing:
-            table = [("argument", "saved", "given"), *differing]
-            width = [max(len(row[column]) for row in table) for column in range(3)]
-            lines = [
-                "  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table
-            ]
-            fail(
-                f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
-                "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
-                f"{self.directory}."
-            )
-        self.write_metrics()
-        for name, then in environment.items():
-            if then != (now := self.environment()[name]):
-                self._say(f"note     {name} was {then} and is {now}: the run goes on, but not bit for bit.")
-        return dict(state)
+        if not differing:
+            return
+        table = [("argument", "saved", "given"), *differing]
+        width = [max(len(row[column]) for row in table) for column in range(3)]
+        lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
+        fail(
+            f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
+            "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
+            f"{self.directory}."
+        )
 
     def save(self, epoch: int, state: dict[str, Any], step: int = 0) -> None:
         """Write the checkpoint, ``step`` steps after a whole epoch; keep the one before; then metrics.csv."""
@@ -182,8 +191,9 @@ class Run:
             "result": self.result,
             "state": state,
         }
-        self._write(self.checkpoint, lambda file: torch.save(content, file), self.previous)
-        self.saved = at
+        previous = None if self.damaged else self.previous  # which a damaged one must not replace
+        self._write(self.checkpoint, lambda file: torch.save(content, file), previous)
+        self.saved, self.damaged = at, False
         self.write_metrics()
 
     def write_config(self, **more: object) -> None:
