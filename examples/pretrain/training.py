@@ -95,7 +95,7 @@ class Training(Generic[Args]):
 
         ``loss`` is what the header says about it.
         """
-        self.encoder_, self.modules = encoder, {"encoder": encoder, **others}
+        self.query_encoder, self.modules = encoder, {"encoder": encoder, **others}
         optimizer = make_optimizer(self.args, encoder)
         if self.state is not None:
             for name, module in self.modules.items():
@@ -232,7 +232,7 @@ class Training(Generic[Args]):
         rows = self.run.rows
         self.run.result = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]}
         if self.args.probe:
-            self.run.result["linear_probe"] = linear_probe(self.encoder_, self.data)
+            self.run.result["linear_probe"] = linear_probe(self.query_encoder, self.data)
         self._save(self.args.epochs, 0)
         self.say(f"{summary(self.run.result)} Results are in {self.run.directory}")
 
@@ -247,9 +247,9 @@ class Training(Generic[Args]):
 
     def _knn(self) -> float:
         if self.ranks > 1:
-            for buffer in self.encoder_.buffers():  # running statistics are each rank's own while training
+            for buffer in self.query_encoder.buffers():  # running statistics are each rank's own while training
                 dist.broadcast(buffer, 0)
-        return knn_accuracy(self.encoder_, self.data, self.args.knn_k)
+        return knn_accuracy(self.query_encoder, self.data, self.args.knn_k)
 
     def _mean_over_ranks(self, sums: Tensor) -> Tensor:
         if self.ranks == 1:
@@ -444,7 +444,7 @@ class Clock:
             yield batch
 
     def begin_piece(self, number: int) -> None:
-        self.marks = {} if number % self.every == self.every // 2 else None
+        self.marks = {} if number % self.every == min(1, self.every - 1) else None  # not the very first
         self._mark("begin")
 
     @contextmanager
