@@ -25,26 +25,21 @@ from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
 
 @dataclass(frozen=True)
 class Args(Common):
-    batch_size: int = 64
-    norm: Norm = "split"  # one process cannot shuffle over ranks
-    splits: int = 2
-    probe: bool = True
-
     # Method
     version: Literal["v1", "v2"] = "v2"  # v2: an MLP head, blur, a cosine, t = 0.2
-    key_momentum: float = (
-        0.99  # of the key encoder's moving average: slow, or the queue's oldest keys give away the new
-    )
+    # Of the key encoder's moving average: slow, or the queue's stale keys give away the fresh one
+    key_momentum: float = 0.99
     temperature: float = 0.1  # t
     queue_size: int = 512  # K
     queue_ids: bool = False  # keep the images' numbers, so that stale keys of an image never repel it
     alpha: float | None = None  # EqCo: how many negatives to mimic. None, the paper: K
 
 
-SMALL = Args(**CIFAR, splits=8, queue_size=4096)
+DIGITS = Args(batch_size=64, norm="split", splits=2)
+SMALL = Args(**CIFAR, norm="split", queue_size=4096)
 NORM: Norm = "shuffle" if ranks() > 1 else "split"
-LARGE = Args(**IMAGENET, norm=NORM, splits=8, key_momentum=0.999, temperature=0.2, queue_size=65536)
-DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
+LARGE = Args(**IMAGENET, norm=NORM, key_momentum=0.999, temperature=0.2, queue_size=65536)
+DEFAULTS = {"digits": DIGITS, "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
 
 def defaults(version: str | None) -> dict[str, Args]:

@@ -23,8 +23,6 @@ from eqco_loss import EqCoLoss
 
 @dataclass(frozen=True)
 class Args(Common):
-    probe: bool = True
-
     # Method
     temperature: float = 0.2  # t
     alpha: float = 256  # how many negatives to mimic

@@ -20,8 +20,6 @@ from eqco_loss import DualTempInfoNCE
 
 @dataclass(frozen=True)
 class Args(Common):
-    probe: bool = True
-
     # Method
     temperature: float = 0.1  # t, within a row: which negatives matter
     inter_temperature: float = 1.0  # T, across rows: how much each query matters

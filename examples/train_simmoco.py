@@ -22,8 +22,6 @@ from eqco_loss import DualTempInfoNCE, momentum_update
 
 @dataclass(frozen=True)
 class Args(Common):
-    probe: bool = True
-
     # Method
     key_momentum: float = 0.9  # of the key encoder's moving average
     temperature: float = 0.1  # t, within a row: which negatives matter

@@ -23,8 +23,6 @@ from eqco_loss import EqCoLoss, momentum_update
 
 @dataclass(frozen=True)
 class Args(Common):
-    probe: bool = True
-
     # Method
     key_momentum: float = 0.9  # of the key encoder's moving average; 0: no momentum encoder
     temperature: float = 0.2  # t

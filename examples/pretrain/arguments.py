@@ -54,7 +54,7 @@ class Common:
     # Evaluation
     knn_every: int = 20  # epochs from one kNN to the next
     knn_k: int = 20  # neighbours that vote
-    probe: bool = False  # a logistic regression on the features at the end; minutes where images are many
+    probe: bool = True  # a logistic regression on the features at the end; minutes where images are many
 
     # Run
     seed: int = 0  # of weights, order and views
