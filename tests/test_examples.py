@@ -4,120 +4,32 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
-import time
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import matplotlib.figure  # noqa: F401  # this and sklearn only so that the server below has them
 import pytest
-import sklearn.datasets  # type: ignore[import-untyped]
-import sklearn.linear_model  # type: ignore[import-untyped]  # noqa: F401
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from .scripts import EXAMPLES, Script, assert_same_run, make_images, picture_width, rows, wait_for
 
-import train_simo  # noqa: E402
-from pretrain import data, encoders, evaluate, schedule  # noqa: E402
-from pretrain.run import Run  # noqa: E402
+import train_simo  # isort: skip
+from pretrain import arguments, augment, data, encoders, evaluate, schedule  # isort: skip
+from pretrain.run import Run  # isort: skip
 
-TIMED = {"images_per_s", "seconds", "memory_mb"}  # columns that no two runs share
 SHORT = ["--epochs=3", "--limit=128", "--batch-size=64", "--knn-every=2"]
-
-
-# ------------------------------------------------------------------------------ scripts as processes that can be killed
-
-
-def child(script: str, words: list[str], log: Path, die: tuple[str, int] | None) -> None:
-    """Run a script as `python script words`; die = (name, n): SIGKILL itself instead of the n-th call of os.name."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process that nothing started so
-    if die is not None:
-        name, when = die
-        real, calls = getattr(os, name), itertools.count(1)
-
-        def deadly(*arguments: Any) -> Any:
-            if next(calls) == when:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments)
-
-        setattr(os, name, deadly)
-    sys.argv = [script, *words]  # runpy puts the path in the first place
-    sys.path.insert(0, str(EXAMPLES))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
-
-
-class Script:
-    """Starts scripts from a server that has imported everything once: 0.1 s instead of 6 each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "log.txt"
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
-
-    def start(self, *words: object, die: tuple[str, int] | None = None) -> ForkServerProcess:
-        process = self.context.Process(target=child, args=("train_simo.py", [str(w) for w in words], self.log, die))
-        process.start()
-        return process
-
-    def run(self, *words: object, code: int = 0, die: tuple[str, int] | None = None) -> str:
-        process = self.start(*words, die=die)
-        process.join(100)
-        output = self.log.read_text()
-        assert process.exitcode == code, output
-        return output
 
 
 @pytest.fixture
 def simo(tmp_path: Path) -> Script:
     return Script(tmp_path)
-
-
-def picture_width(path: Path) -> int:
-    with Image.open(path) as picture:
-        return picture.size[0]
-
-
-def rows(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(file)]
-
-
-def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in leaves(value, f"{path}/{key}").items()}
-    if isinstance(tree, list):
-        return {k: v for key, value in enumerate(tree) for k, v in leaves(value, f"{path}/{key}").items()}
-    return {path: tree}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit, but for the clock."""
-    first, second = (leaves(torch.load(d / "checkpoint.pt", weights_only=True)) for d in (one, other))
-    first, second = ({k: v for k, v in x.items() if k.split("/")[-1] not in TIMED} for x in (first, second))
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        if isinstance(value, Tensor):
-            assert torch.equal(value, second[name]), name
-        else:
-            assert value == second[name], name
-    assert rows(one) == rows(other)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_finished_run(whole: Path, simo: Script) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
+        "checkpoint.previous.pt",
         "checkpoint.pt",
         "config.json",
         "curves.png",
@@ -161,8 +74,11 @@ def test_killed_around_every_file(whole: Path, simo: Script, tmp_path: Path) -> 
     assert not (tmp_path / "run" / "metrics.csv").exists()
     simo.run(*words, die=("replace", 3), code=-signal.SIGKILL)  # the second has not replaced it
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1"]
-    simo.run(*words, die=("replace", 5), code=-signal.SIGKILL)  # all of the second epoch but its curves
-    simo.run(*words, die=("replace", 6), code=-signal.SIGKILL)  # all but the result
+    simo.run(*words, die=("replace", 4), code=-signal.SIGKILL)  # the first has made room for it
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    output = simo.run(*words, die=("replace", 5), code=-signal.SIGKILL)  # all of the second epoch but its curves
+    assert "checkpoint.pt is missing. Going on from checkpoint.previous.pt." in output
+    simo.run(*words, die=("replace", 7), code=-signal.SIGKILL)  # all but the result
     assert "resumed after epoch 3" in simo.run(*words)
     assert_same_run(whole, tmp_path / "run")
 
@@ -195,13 +111,6 @@ def test_ctrl_c_says_how_to_continue(whole: Path, simo: Script, tmp_path: Path) 
     assert not list((tmp_path / "run").glob("*.tmp"))
     simo.run(*words)
     assert_same_run(whole, tmp_path / "run")
-
-
-def wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_two_processes_cannot_share_a_directory(simo: Script, tmp_path: Path) -> None:
@@ -278,14 +187,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
 # ------------------------------------------------------------------------------------------------- a folder of images
 
 
-def make_images(folder: Path, count: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
-    for i in range(count):
-        pixels = torch.randint(0, 256, (40, 36, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
@@ -296,11 +197,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_of_images(simo: Script, images: Path, tmp_path: Path) -> None:
-    words = [f"--data-dir={images}", "--image-size=16", "--batch-size=4"]
+    words = [f"--data-dir={images}", "--arch=resnet18", "--image-size=16", "--batch-size=4"]
     output = simo.run(*words, "--workers=0", "--epochs=1", f"--run-dir={tmp_path / 'resnet18'}")
     assert "12 train and 6 test images" in output
     assert "16 px, resnet18" in output
-    assert "note     1 of 19 images cannot be read, the first is" in output
+    assert "note     1 of 19 images cannot be read and are left out, the first is" in output
     assert "K = 3, alpha = 256" in output
 
 
@@ -312,9 +213,13 @@ def test_the_number_of_workers_changes_nothing(simo: Script, images: Path, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def parse(words: list[str]) -> train_simo.Args:
+    return arguments.parse(words, train_simo.DEFAULTS, None)
+
+
 def folder_error(root: Path) -> str:
     with pytest.raises(SystemExit) as error:
-        train_simo.main(train_simo.parse([f"--data-dir={root}", "--workers=0", "--device=cpu"]))
+        train_simo.main(parse([f"--data-dir={root}", "--workers=0", "--device=cpu"]))
     return str(error.value)
 
 
@@ -336,7 +241,7 @@ def test_bad_folders(images: Path, tmp_path: Path) -> None:
     (tmp_path / "unreadable" / "cat").mkdir(parents=True)
     for name in ("1.png", "2.png"):
         (tmp_path / "unreadable" / "cat" / name).write_bytes(b"x")
-    assert "no readable train image (2 of 2 images cannot be read, the first is" in folder_error(
+    assert "no readable train image (2 of 2 images cannot be read and are left out, the first is" in folder_error(
         tmp_path / "unreadable"
     )
     assert "batch_size: expected at most the number of training images, 12, got 256" in folder_error(images)
@@ -355,18 +260,32 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
         ),
         run.interruptible(),
     ):
-        list(DataLoader(data.CentreCrops([(path, 0)], 16), num_workers=1))
+        list(DataLoader(data.CentreCrops(data.Files([(path, 0)]), data.centre_crop(16)), num_workers=1))
+
+
+def open_folder(root: Path, seed: int = 0, image_size: int | None = None, limit: int | None = None) -> data.ImageData:
+    cpu = torch.device("cpu")
+    folder = data.open_data("imagefolder", root, seed=seed, device=cpu, image_size=image_size, limit=limit)
+    assert isinstance(folder, data.ImageData)
+    return folder
+
+
+def files(folder: data.ImageData, split: str) -> list[data.Sample]:
+    pictures = folder.splits[split]
+    assert isinstance(pictures, data.Files)
+    return pictures.samples
 
 
 def test_classes_without_splits_hold_out_every_tenth(tmp_path: Path) -> None:
     make_images(tmp_path / "cat", 11, 0)
     make_images(tmp_path / "dog", 3, 1)
-    folder = data.ImageFolderData(tmp_path, seed=0, image_size=None, workers=0)
+    folder = open_folder(tmp_path)
     assert (folder.train_size, folder.test_size, folder.image_size) == (12, 2, 36)
-    assert {path.name for path, label in folder.samples["test"] if label == 0} == {"8.png"}  # 0, 1, 10, 2, ..., 9
-    assert {path.name for path, label in folder.samples["test"] if label == 1} == {"2.png"}
-    limited = data.ImageFolderData(tmp_path, seed=0, image_size=None, workers=0, limit=4)
-    assert sorted(label for _, label in limited.samples["train"]) == [0, 0, 1, 1]
+    test = files(folder, "test")
+    assert {path.name for path, label in test if label == 0} == {"8.png"}  # 0, 1, 10, 2, ..., 9
+    assert {path.name for path, label in test if label == 1} == {"2.png"}
+    limited = open_folder(tmp_path, limit=4)
+    assert sorted(label for _, label in files(limited, "train")) == [0, 0, 1, 1]
     assert folder.fingerprint != limited.fingerprint
 
 
@@ -374,35 +293,38 @@ def test_classes_without_splits_hold_out_every_tenth(tmp_path: Path) -> None:
 
 
 def test_views_of_an_image_are_a_pure_function(images: Path) -> None:
-    folder = data.ImageFolderData(images, seed=3, image_size=16, workers=0)
-    views = data.TwoViews(folder.samples["train"], seed=3, image_size=16)
-    first = views[(5, 2)]
+    folder, transform = open_folder(images, seed=3, image_size=16), augment.per_image(augment.RECIPES["mocov2"], 16)
+    pictures = data.Files(files(folder, "train"))
+    views = data.TwoViews(pictures, 3, transform)
+    *first, number = views[(5, 2)]
+    assert number == 2
     torch.manual_seed(1)
     views[(0, 0)]
     state = torch.get_rng_state()
-    assert all(torch.equal(a, b) for a, b in zip(first, views[(5, 2)], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, views[(5, 2)][:2], strict=True))
     assert torch.equal(state, torch.get_rng_state())  # and leaves the default generator alone
-    others = [first[1], views[(6, 2)][0], views[(5, 3)][0], data.TwoViews(views.samples, 4, 16)[(5, 2)][0]]
+    others = [first[1], views[(6, 2)][0], views[(5, 3)][0], data.TwoViews(pictures, 4, transform)[(5, 2)][0]]
     assert not any(torch.equal(first[0], other) for other in others)
     order = data.sample_order(3, 7, 12).tolist()
-    rows_of_batches = list(folder.batches(7, 5))
-    assert len(rows_of_batches) == 2
+    batches = list(folder.batches(7, data.Share(5)))
+    assert len(batches) == 2
     expected = torch.stack([views[(7, sample)][0] for sample in order[:5]])
-    assert torch.equal(rows_of_batches[0][0], expected)
+    assert torch.equal(batches[0].views[0], expected)
+    assert batches[0].samples.tolist() == order[:5]
 
 
 def test_views_and_order_of_digits_are_pure_functions() -> None:
     one, two = (data.PlacedDigits(seed=1, device=torch.device("cpu"), limit=64) for _ in range(2))
     torch.manual_seed(5)
-    later = list(one.batches(3, 30))
-    list(two.batches(0, 30))
-    for a, b in zip(later, two.batches(3, 30), strict=True):
-        assert torch.equal(a[0], b[0])
-        assert torch.equal(a[1], b[1])
-        assert not torch.equal(a[0], a[1])
+    later = list(one.batches(3, data.Share(30)))
+    list(two.batches(0, data.Share(30)))
+    for a, b in zip(later, two.batches(3, data.Share(30)), strict=True):
+        assert torch.equal(a.views[0], b.views[0])
+        assert torch.equal(a.views[1], b.views[1])
+        assert not torch.equal(a.views[0], a.views[1])
     order = data.sample_order(1, 3, 64)
     assert sorted(order.tolist()) == list(range(64))
-    assert torch.equal(later[0][1], one.view(3, 1)[order[:30]])
+    assert torch.equal(later[0].views[1], one.view(3, 1)[order[:30]])
     others = {tuple(data.sample_order(seed, epoch, 64).tolist()) for seed in range(3) for epoch in range(3)}
     assert len(others) == 9
 
@@ -438,13 +360,24 @@ def test_knn_is_the_weighted_vote() -> None:
     assert evaluate.knn_accuracy(encoder, digits, k=7) == pytest.approx(100 * right / 100)
 
 
-def test_learning_rate() -> None:
-    rates = [schedule.learning_rate(step, 10, 20, 2, 0.03) for step in range(201)]
-    assert rates[0] == pytest.approx(0.03 / 1000)
-    assert max(rates) == rates[20] == pytest.approx(0.03 * (1 + math.cos(math.pi / 10)) / 2)
-    assert rates[100] == pytest.approx(0.015)
-    assert rates[200] == pytest.approx(0, abs=1e-12)
-    assert schedule.learning_rate(0, 10, 20, 0, 0.03) == pytest.approx(0.03)
+def test_learning_rates() -> None:
+    simo = [schedule.learning_rate("simo", step, 10, 20, 2, 0.001) for step in range(201)]
+    assert simo[0] == pytest.approx(1 / 1000)
+    assert max(simo) == simo[20] == pytest.approx((1 + math.cos(math.pi / 10)) / 2)
+    assert simo[100] == pytest.approx(0.5)
+    assert simo[200] == pytest.approx(0, abs=1e-12)
+    assert schedule.learning_rate("simo", 0, 10, 20, 0, 0.001) == pytest.approx(1)
+    simco = [schedule.learning_rate("cosine", step, 10, 200, 10, 0.1) for step in range(2001)]
+    assert simco[0] == pytest.approx(0.1)  # 0.003 of 0.03
+    assert simco[100] == max(simco) == 1
+    assert simco[1050] == pytest.approx(0.5)
+    assert simco[2000] == pytest.approx(0, abs=1e-12)
+    mocov2 = [schedule.learning_rate("cosine-by-epoch", step, 10, 200, 10, 0.1) for step in range(2000)]
+    assert set(mocov2[:10]) == {1}
+    assert set(mocov2[1000:1010]) == {mocov2[1000]}
+    assert mocov2[1000] == pytest.approx(0.5)
+    mocov1 = [schedule.learning_rate("drops", step, 10, 200, 10, 0.1) for step in (0, 1199, 1200, 1599, 1600, 1999)]
+    assert mocov1 == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_resnet_stems_and_the_head() -> None:
@@ -481,14 +414,15 @@ def test_bad_numbers(words: list[str], message: str, monkeypatch: pytest.MonkeyP
         pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"error: {message}"):
-        train_simo.main(train_simo.parse(words if words[0].startswith("--device") else [*words, "--device=cpu"]))
+        train_simo.main(parse(words if words[0].startswith("--device") else [*words, "--device=cpu"]))
     assert not list(tmp_path.iterdir())  # nothing was written
 
 
 def test_defaults_follow_the_data() -> None:
-    assert train_simo.parse([]) == train_simo.DIGITS
-    folder = train_simo.parse(["--data-dir", "somewhere", "--alpha", "65536"])
-    assert (folder.arch, folder.optimizer, folder.key_momentum, folder.alpha) == ("resnet18", "sgd", 0.999, 65536)
+    assert parse([]) == train_simo.Args()
+    folder = parse(["--data-dir", "somewhere", "--alpha", "65536"])
+    assert (folder.dataset, folder.arch, folder.optimizer, folder.alpha) == ("imagefolder", "resnet50", "sgd", 65536)
+    assert parse(["--dataset=cifar10", "--data-dir", "somewhere"]).arch == "resnet18"
 
 
 def test_compare_negatives(tmp_path: Path) -> None:

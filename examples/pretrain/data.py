@@ -1,4 +1,4 @@
-"""What the runs train on: scikit-learn's digits placed at random, or a folder of images.
+"""What the runs train on: scikit-learn's digits placed at random, CIFAR, STL-10, or a folder of images.
 
 Sample order and augmentation are pure functions of (seed, epoch, sample, view): there is nothing to save, and a resumed
 run sees what it would have seen.
@@ -6,24 +6,53 @@ run sees what it would have seen.
 
 import hashlib
 import math
+import signal
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-ORDER, VIEW, EVALUATION, INIT, EPOCH = range(1, 6)  # what a seed is for
+from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
+
+ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE = range(1, 7)  # what a seed is for
+UNREADABLE = 0.1  # share of images above which there is something wrong with the folder
 
 
 class DataError(ValueError):
     """The data cannot be used; the message says why, and what to do."""
+
+
+class Share(NamedTuple):
+    """What a process computes of each batch: its rank's rows, in so many pieces one after another."""
+
+    batch_size: int  # N, of all ranks and pieces
+    pieces: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, order: Tensor, start: int = 0) -> Tensor:
+        """Samples (steps x pieces, N / pieces / ranks) of an epoch, from batch ``start`` on."""
+        steps = len(order) // self.batch_size
+        rows = order[: steps * self.batch_size].view(steps, self.pieces, self.ranks, -1)
+        return rows[start:, :, self.rank].flatten(0, 1)
+
+
+class Views(NamedTuple):
+    views: tuple[Tensor, Tensor]  # two of each image, (N, C, H, W)
+    samples: Tensor  # (N,), the images' numbers
+
+
+def part(size: int, rank: int, ranks: int) -> range:
+    """This rank's consecutive rows; no rank has more than one row less than another."""
+    return range(size * rank // ranks, size * (rank + 1) // ranks)
 
 
 class Data(Protocol):
@@ -37,11 +66,11 @@ class Data(Protocol):
     placements: int  # how many versions of each image the evaluation averages over
     note: str  # what a person should know about it
 
-    def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Two views (N, C, H, W) of each of N images, shuffled; an incomplete last batch is left out."""
+    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
+        """This rank's pieces of every shuffled batch from the ``start``-th on; an incomplete last one is left out."""
 
-    def labelled(self, split: str, placement: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images of "train" or "test" in order, with labels, for the evaluation."""
+    def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of "train" or "test" in order, with labels, for the evaluation."""
 
 
 def seed_of(purpose: int, *numbers: int) -> int:
@@ -99,139 +128,188 @@ class PlacedDigits:
         """Every training image as one epoch sees it."""
         return place(self.images["train"], generator_of(VIEW, self.seed, epoch, view), self.image_size)
 
-    def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         first, second = self.view(epoch, 0), self.view(epoch, 1)
-        order = sample_order(self.seed, epoch, self.train_size).to(first.device)
-        for rows in torch.split(order, batch_size)[: self.train_size // batch_size]:
-            yield first[rows], second[rows]
+        for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(first.device):
+            yield Views((first[rows], second[rows]), rows)
 
-    def labelled(self, split: str, placement: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         generator = generator_of(EVALUATION, placement, int(split == "test"))  # the same placements for every run
-        placed = place(self.images[split], generator, self.image_size)
-        yield from zip(torch.split(placed, 256), torch.split(self.labels[split], 256), strict=True)
+        placed, labels = place(self.images[split], generator, self.image_size), self.labels[split]
+        mine = part(len(labels), rank, ranks)
+        for rows in torch.split(torch.arange(mine.start, mine.stop), 256):
+            yield placed[rows.to(placed.device)], labels[rows]
 
 
-# ---------------------------------------------------------------------------------------------- a folder of images
+# ---------------------------------------------------------------------------------------------- images
 
 Sample = tuple[Path, int]
+Once = Callable[[Callable[[], Any]], Any]
+Splits = dict[str, "Pictures"]
 
 
-class ImageFolderData:
-    """``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``); or ``root/<class>/*``, every tenth to test."""
+class Pictures(Protocol):
+    """Images to open one by one; ``views`` are trained on, ``train`` and ``test`` have the labels of the evaluation."""
+
+    labels: list[int]
+
+    def open(self, sample: int) -> Image.Image: ...
+
+
+class Files:
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples, self.labels = samples, [label for _, label in samples]
+
+    def open(self, sample: int) -> Image.Image:
+        return read_image(self.samples[sample][0])
+
+
+class Arrays:
+    def __init__(self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", labels: list[int]) -> None:
+        self.pixels, self.labels = pixels, labels  # (M, H, W, 3)
+
+    def open(self, sample: int) -> Image.Image:
+        return Image.fromarray(self.pixels[sample])
+
+
+class ImageData:
+    """Pictures in workers' hands, or (``on_device``) all of them in the device's memory, augmented there."""
 
     channels, placements = 3, 1
 
-    def __init__(self, root: Path, seed: int, image_size: int | None, workers: int, limit: int | None = None) -> None:
-        train, test, class_names = find_images(root)
-        asked = {"train": train[:limit], "test": test[:limit]}
-        self.samples = {split: readable(samples) for split, samples in asked.items()}
-        broken = [path for split in asked for path, _ in set(asked[split]) - set(self.samples[split])]
-        every = sum(map(len, asked.values()))
-        self.note = f"{len(broken)} of {every} images cannot be read, the first is {min(broken)}" if broken else ""
-        for split, samples in self.samples.items():
-            if not samples:
-                raise DataError(f"data_dir: {root} has no readable {split} image ({self.note or 'too few in all'}).")
+    def __init__(
+        self,
+        name: str,
+        splits: Splits,
+        classes: int,
+        seed: int,
+        image_size: int | None,
+        recipe: Recipe,
+        workers: int,
+        on_device: torch.device | None,
+        note: str = "",
+        fingerprint: str = "",
+    ) -> None:
+        self.name, self.splits, self.classes, self.note = name, splits, classes, note
+        self.seed, self.recipe = seed, recipe
         if image_size is None:  # that of the first image, 224 at most
-            with Image.open(self.samples["train"][0][0]) as image:
-                image_size = min(224, *image.size)
-        names = [f"{split}/{label}/{path.name}" for split in asked for path, label in self.samples[split]]
-        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        self.name, self.seed, self.image_size, self.workers = root.resolve().name, seed, image_size, workers
-        self.classes = len(class_names)
-        self.train_size, self.test_size = len(self.samples["train"]), len(self.samples["test"])
-        self.fingerprint = f"{self.train_size} train and {self.test_size} test images, {digest[:12]}"
-        self._loader: DataLoader[tuple[Tensor, Tensor]] | None = None
+            image_size = min(224, *splits["views"].open(0).size)
+        self.image_size, self.workers, self.device = image_size, workers, on_device
+        self.train_size, self.test_size = len(splits["views"].labels), len(splits["test"].labels)
+        self.fingerprint = f"{self.train_size} train and {self.test_size} test images" + fingerprint
+        self._loader: DataLoader[tuple[Tensor, Tensor, int]] | None = None
+        self._pixels = {split: decoded(pictures, on_device) for split, pictures in splits.items()} if on_device else {}
 
-    def batches(self, epoch: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
+        if self.device is not None:
+            augment = OnDevice(self.recipe, self.image_size)
+            for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(self.device):
+                images = self._pixels["views"][rows]
+                first, second = (
+                    augment(images, seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1)
+                )
+                yield Views((first, second), rows)
+            return
         if self._loader is None:  # one set of workers for the whole run
-            views = TwoViews(self.samples["train"], self.seed, self.image_size)
-            self._sampler = EpochBatches(self.seed, self.train_size, batch_size)
-            self._loader = DataLoader(
-                views,
-                batch_sampler=self._sampler,
-                num_workers=self.workers,
-                persistent_workers=self.workers > 0,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # leaves the default generator alone
-            )
-        self._sampler.epoch = epoch
-        yield from self._loader
+            views = TwoViews(self.splits["views"], self.seed, per_image(self.recipe, self.image_size))
+            self._sampler = EpochBatches(self.seed, self.train_size, share)
+            self._loader = self._load(views, persistent_workers=self.workers > 0, batch_sampler=self._sampler)
+        self._sampler.epoch, self._sampler.start = epoch, start
+        for first, second, samples in self._loader:
+            yield Views((first, second), samples)
 
-    def labelled(self, split: str, placement: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images = CentreCrops(self.samples[split], self.image_size)
-        yield from DataLoader(images, batch_size=256, num_workers=self.workers, generator=torch.Generator())
+    def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = part(len(self.splits[split].labels), rank, ranks)
+        transform = centre_crop(self.image_size)
+        if self.device is None:
+            images = Subset(CentreCrops(self.splits[split], transform), mine)
+            yield from self._load(images, batch_size=256)
+            return
+        labels = torch.tensor(self.splits[split].labels)
+        for rows in torch.split(torch.arange(mine.start, mine.stop), 1024):
+            yield transform(self._pixels[split][rows.to(self.device)]), labels[rows]
+
+    def _load(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # leaves the default generator alone
+            worker_init_fn=ignore_ctrl_c,
+            **how,
+        )
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """The run finishes its step and saves; its workers must live until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def decoded(pictures: Pictures, device: torch.device) -> Tensor:
+    """All of them, uint8 (M, 3, H, W)."""
+    with ThreadPoolExecutor(16) as pool:
+        images = list(pool.map(lambda sample: np.asarray(pictures.open(sample)), range(len(pictures.labels))))
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise DataError(
+            f"augment: on the device needs images of one size, these have {len(sizes)}. Give --augment workers."
+        )
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, sample), so that a worker needs no state to know which view to draw."""
 
-    def __init__(self, seed: int, size: int, batch_size: int) -> None:
-        self.seed, self.size, self.batch_size, self.epoch = seed, size, batch_size, 0
+    def __init__(self, seed: int, size: int, share: Share) -> None:
+        self.seed, self.size, self.share, self.epoch, self.start = seed, size, share, 0, 0
 
     def __len__(self) -> int:
-        return self.size // self.batch_size
+        return (self.size // self.share.batch_size - self.start) * self.share.pieces
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = sample_order(self.seed, self.epoch, self.size)
-        for rows in torch.split(order, self.batch_size)[: len(self)]:
-            yield [(self.epoch, sample) for sample in rows.tolist()]
+        for rows in self.share.of(sample_order(self.seed, self.epoch, self.size), self.start).tolist():
+            yield [(self.epoch, sample) for sample in rows]
 
 
-class TwoViews(Dataset[tuple[Tensor, Tensor]]):
-    """MoCo v2's augmentation, drawn per image."""
+class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
+    """Two views of a sample, drawn per image, and its number."""
 
-    def __init__(self, samples: list[Sample], seed: int, image_size: int) -> None:
-        from torchvision.transforms import v2  # type: ignore[import-untyped]
-
-        self.samples, self.seed = samples, seed
-        self.augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(image_size, scale=(0.2, 1.0), antialias=True),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomApply([v2.GaussianBlur(max(3, image_size // 10 // 2 * 2 + 1), (0.1, 2.0))], p=0.5),
-                v2.RandomHorizontalFlip(),
-                *to_normalised_tensor(),
-            ]
-        )
+    def __init__(self, pictures: Pictures, seed: int, augment: Callable[[Image.Image], Tensor]) -> None:
+        self.pictures, self.seed, self.augment = pictures, seed, augment
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.pictures.labels)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, sample = key
-        image = read_image(self.samples[sample][0])
-        return self.view(image, epoch, sample, 0), self.view(image, epoch, sample, 1)
+        image = self.pictures.open(sample)
+        return self.view(image, epoch, sample, 0), self.view(image, epoch, sample, 1), sample
 
     def view(self, image: Image.Image, epoch: int, sample: int, view: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the default generator only
             torch.manual_seed(seed_of(VIEW, self.seed, epoch, sample, view))
-            augmented: Tensor = self.augment(image)
-        return augmented
+            return self.augment(image)
 
 
 class CentreCrops(Dataset[tuple[Tensor, int]]):
-    def __init__(self, samples: list[Sample], image_size: int) -> None:
-        from torchvision.transforms import v2
-
-        margin = 1 if image_size < 64 else 256 / 224
-        resize = v2.Resize(round(image_size * margin), antialias=True)
-        self.samples = samples
-        self.transform = v2.Compose([resize, v2.CenterCrop(image_size), *to_normalised_tensor()])
+    def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.pictures.labels)
 
     def __getitem__(self, sample: int) -> tuple[Tensor, int]:
-        path, label = self.samples[sample]
-        return self.transform(read_image(path)), label
+        return self.transform(self.pictures.open(sample)), self.pictures.labels[sample]
 
 
-def to_normalised_tensor() -> list[torch.nn.Module]:
-    from torchvision.transforms import v2
+def centre_crop(image_size: int) -> Callable[[Any], Tensor]:
+    """Of an image or a uint8 batch (M, 3, H, W): float32, normalised."""
+    from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-    statistics = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), statistics]
+    margin = 1 if image_size < 64 else 256 / 224
+    resize = v2.Resize(round(image_size * margin), antialias=True)
+    transform: Callable[[Any], Tensor] = v2.Compose([resize, v2.CenterCrop(image_size), *to_normalised_tensor()])
+    return transform
 
 
 def read_image(path: Path) -> Image.Image:
@@ -240,6 +318,90 @@ def read_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # PIL's broken PNG is a SyntaxError
         raise DataError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
+
+
+# ---------------------------------------------------------------------------------------------- where images come from
+
+
+def open_data(
+    dataset: str,
+    data_dir: Path | None,
+    *,
+    seed: int,
+    device: torch.device,
+    image_size: int | None = None,
+    limit: int | None = None,
+    workers: int = 0,
+    recipe: str = "mocov2",
+    augment: str = "workers",
+    once: Once = lambda work: work(),
+) -> Data:
+    """The data set by its name. A folder with train/<class>/* in it serves for cifar10, cifar100 and stl10, too.
+
+    ``once`` does what one of several ranks is to do for all: downloads, and opening every file.
+    """
+    if dataset == "digits":
+        return PlacedDigits(seed, device, limit)
+    if dataset == "imagefolder" and data_dir is None:
+        raise DataError("data_dir: imagefolder needs one. Give --data-dir DIR, with DIR/train/<class>/* in it.")
+    root = Path("data") if data_dir is None else data_dir
+    if dataset == "imagefolder" or (root / "train").is_dir():
+        splits, classes, note, digest = image_files(root, limit, once)
+        name = root.resolve().name if dataset == "imagefolder" else dataset
+    else:
+        splits, classes = torchvision_arrays(dataset, root, limit, once)
+        name, note, digest = dataset, "", ""
+    on_device = device if augment == "device" else None
+    return ImageData(name, splits, classes, seed, image_size, RECIPES[recipe], workers, on_device, note, digest)
+
+
+def torchvision_arrays(dataset: str, root: Path, limit: int | None, once: Once) -> tuple[Splits, int]:
+    """torchvision's CIFAR and STL-10, from files in ``root``; downloaded if they are not there."""
+    from torchvision import datasets  # type: ignore[import-untyped]
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[dataset]
+    stl10 = dataset == "stl10"  # its views are of the unlabelled images, too
+    ways: dict[str, dict[str, Any]] = {
+        "views": {"split": "train+unlabeled"} if stl10 else {"train": True},
+        "train": {"split": "train"} if stl10 else {"train": True},
+        "test": {"split": "test"} if stl10 else {"train": False},
+    }
+    try:
+        once(lambda: [kind(root, download=True, **how) for how in ways.values()] and None)
+        found = {split: kind(root, **how) for split, how in ways.items()}
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"data_dir: {root} does not hold {dataset}, and it cannot be downloaded ({error}). Give --data-dir with "
+            "torchvision's files, or with train/<class>/* and test/<class>/*."
+        ) from None
+    splits: Splits = {}
+    for split, one in found.items():
+        pixels = one.data.transpose(0, 2, 3, 1) if stl10 else one.data
+        labels = one.labels if stl10 else one.targets
+        splits[split] = Arrays(pixels[:limit], [int(label) for label in labels[:limit]])
+    return splits, len(found["train"].classes)
+
+
+def image_files(root: Path, limit: int | None, once: Once) -> tuple[Splits, int, str, str]:
+    """``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``); or ``root/<class>/*``, every tenth to test."""
+    train, test, class_names = find_images(root)
+    asked = {"train": train[:limit], "test": test[:limit]}
+    unreadable = once(lambda: {split: set(broken_files(found)) for split, found in asked.items()})
+    samples = {split: [sample for sample in asked[split] if sample[0] not in unreadable[split]] for split in asked}
+    broken = [path for split in asked for path in unreadable[split]]
+    every = sum(map(len, asked.values()))
+    note = (
+        f"{len(broken)} of {every} images cannot be read and are left out, the first is {min(broken)}" if broken else ""
+    )
+    for split in samples:
+        if not samples[split]:
+            raise DataError(f"data_dir: {root} has no readable {split} image ({note or 'too few in all'}).")
+    if len(broken) > UNREADABLE * every:
+        raise DataError(f"data_dir: {note}. More than {UNREADABLE:.0%} is no accident: replace them by whole copies.")
+    names = [f"{split}/{label}/{path.name}" for split in asked for path, label in samples[split]]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    files = {split: Files(found) for split, found in samples.items()}
+    return {"views": files["train"], **files}, len(class_names), note, f", {digest[:12]}"
 
 
 def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
@@ -293,8 +455,8 @@ def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return train, test
 
 
-def readable(samples: list[Sample]) -> list[Sample]:
-    """Those whose header can be read. A truncated image is found when it is used."""
+def broken_files(samples: list[Sample]) -> list[Path]:
+    """Those whose header cannot be read. A truncated image is found when it is used."""
 
     def opens(sample: Sample) -> bool:
         try:
@@ -304,4 +466,4 @@ def readable(samples: list[Sample]) -> list[Sample]:
             return False
 
     with ThreadPoolExecutor(16) as pool:
-        return [sample for sample, good in zip(samples, pool.map(opens, samples), strict=True) if good]
+        return [path for (path, _), good in zip(samples, pool.map(opens, samples), strict=True) if not good]

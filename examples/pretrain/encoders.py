@@ -1,8 +1,15 @@
 """Encoders: a backbone, whose features are evaluated, and a projection head, whose output the loss sees."""
 
+from typing import Any, Literal, get_args
+
 import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
+
+from .norms import Norm, convert_norm
+
+Arch = Literal["small", "resnet18", "resnet34", "resnet50", "resnet50x2", "resnet50x4"]
+Head = Literal["simo", "mocov1", "mocov2", "simco"]
 
 
 class Encoder(nn.Module):
@@ -20,14 +27,41 @@ class Encoder(nn.Module):
         return embedding
 
 
-def simo_encoder(arch: str, channels: int, image_size: int, dim: int) -> Encoder:
-    """Backbone and head of SiMo: Linear-BN-ReLU-Linear-BN without biases, weights from N(0, 0.01)."""
-    backbone, width = small(channels) if arch == "small" else resnet(arch, channels, image_size)
+def make_encoder(
+    arch: Arch, *, channels: int, image_size: int, head: Head, dim: int, norm: Norm = "batch", splits: int = 8
+) -> Encoder:
+    """An encoder with fresh weights, drawn from torch's default generator.
+
+    ``head="simo"`` (SiMo, SimCLR) also starts every residual branch at zero, as its authors do.
+    """
+    for name, value, choices in (("arch", arch, get_args(Arch)), ("head", head, get_args(Head))):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+    if arch == "small":
+        backbone, width = small(channels)
+    else:
+        backbone, width = resnet(arch, channels, image_size, zero_init_residual=head == "simo")
+    encoder = Encoder(backbone, width, projection(head, width, dim))
+    convert_norm(encoder, norm, splits)
+    return encoder
+
+
+def simo_encoder(arch: Arch, channels: int, image_size: int, dim: int) -> Encoder:
+    return make_encoder(arch, channels=channels, image_size=image_size, head="simo", dim=dim)
+
+
+def projection(head: Head, width: int, dim: int) -> nn.Module:
+    """The methods' projection heads, (N, width) -> (N, dim)."""
+    if head == "mocov1":
+        return nn.Linear(width, dim)
+    if head == "mocov2":
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+    if head == "simco":
+        return nn.Sequential(nn.Linear(width, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
     linear_in, linear_out = nn.Linear(width, width, bias=False), nn.Linear(width, dim, bias=False)
     for linear in (linear_in, linear_out):
         nn.init.normal_(linear.weight, std=0.01)
-    head = nn.Sequential(linear_in, nn.BatchNorm1d(width), nn.ReLU(inplace=True), linear_out, nn.BatchNorm1d(dim))
-    return Encoder(backbone, width, head)
+    return nn.Sequential(linear_in, nn.BatchNorm1d(width), nn.ReLU(inplace=True), linear_out, nn.BatchNorm1d(dim))
 
 
 def small(channels: int) -> tuple[nn.Module, int]:
@@ -48,13 +82,45 @@ def small(channels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 128
 
 
-def resnet(arch: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
+def resnet(arch: Arch, channels: int, image_size: int, *, zero_init_residual: bool) -> tuple[nn.Module, int]:
     """torchvision's ResNet without its classifier; under 64 px with a 3 x 3 stem and no max-pool, as for CIFAR."""
-    model = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
+    name, _, factor = arch.partition("x")
+    model: Any
+    if factor:
+        model = WideResNet50(int(factor), zero_init_residual=zero_init_residual)
+    else:
+        model = torchvision.models.get_model(name, weights=None, zero_init_residual=zero_init_residual)
     if image_size < 64:
-        model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1 = convolution(channels, model.conv1.out_channels, kernel=3)
         model.maxpool = nn.Identity()
+    elif channels != 3:
+        model.conv1 = convolution(channels, model.conv1.out_channels, kernel=7, stride=2)
     width = int(model.fc.in_features)
     model.fc = nn.Identity()
     return model, width
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A stem, initialised as torchvision does."""
+    stem = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    return stem
+
+
+class WideResNet50(torchvision.models.ResNet):  # type: ignore[misc]
+    """ResNet-50 with every convolution ``factor`` times as wide; wide_resnet50_2 widens only a third of them."""
+
+    def __init__(self, factor: int, *, zero_init_residual: bool) -> None:
+        self.factor = factor
+        super().__init__(
+            torchvision.models.resnet.Bottleneck, [3, 4, 6, 3], num_classes=1, zero_init_residual=zero_init_residual
+        )
+        self.conv1 = convolution(3, 64 * factor, kernel=7, stride=2)
+        self.bn1 = nn.BatchNorm2d(64 * factor)
+        self.fc = nn.Linear(2048 * factor, 1000)
+
+    def _make_layer(self, block: Any, planes: int, *arguments: Any, **options: Any) -> nn.Sequential:
+        if planes == 64:  # the first stage reads what the stem above writes
+            self.inplanes = 64 * self.factor
+        stage: nn.Sequential = super()._make_layer(block, planes * self.factor, *arguments, **options)
+        return stage

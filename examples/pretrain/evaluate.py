@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Data
 from .encoders import Encoder
+from .norms import gathered
 
 
 @torch.no_grad()
@@ -20,12 +22,26 @@ def extract(encoder: Encoder, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple
     return torch.cat(features), torch.cat(labels)
 
 
+def features_of(encoder: Encoder, data: Data, split: str, placement: int) -> tuple[Tensor, Tensor]:
+    """Features and labels of a whole split, on every rank; each computes its part."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return extract(encoder, data.labelled(split, placement))
+    ranks = dist.get_world_size()
+    features, labels = extract(encoder, data.labelled(split, placement, dist.get_rank(), ranks))
+    sizes = gathered(torch.tensor([len(labels)], device=labels.device), ranks).tolist()
+    missing = max(sizes) - len(labels)  # collectives want equal shapes
+    everyone = gathered(F.pad(features, (0, 0, 0, missing)), ranks), gathered(F.pad(labels, (0, missing)), ranks)
+    keep = torch.cat([torch.arange(max(sizes)) < size for size in sizes]).to(labels.device)
+    features, labels = (rows[keep] for rows in everyone)
+    return features, labels
+
+
 def knn_accuracy(encoder: Encoder, data: Data, k: int, temperature: float = 0.1) -> float:
     """Per cent right when the k nearest training images vote with weight exp(cosine / temperature)."""
     right = total = 0
     for placement in range(data.placements):
-        bank, bank_labels = extract(encoder, data.labelled("train", placement))
-        features, labels = extract(encoder, data.labelled("test", placement))
+        bank, bank_labels = features_of(encoder, data, "train", placement)
+        features, labels = features_of(encoder, data, "test", placement)
         bank, features = F.normalize(bank), F.normalize(features)
         for rows, truth in zip(torch.split(features, 1024), torch.split(labels, 1024), strict=True):
             similarity, nearest = (rows @ bank.T).topk(min(k, len(bank)))
@@ -44,7 +60,7 @@ def linear_probe(encoder: Encoder, data: Data) -> float:
 
     sets = {}
     for split in ("train", "test"):
-        parts = [extract(encoder, data.labelled(split, placement)) for placement in range(data.placements)]
+        parts = [features_of(encoder, data, split, placement) for placement in range(data.placements)]
         sets[split] = tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(*sets["train"])
     return 100 * float(probe.score(*sets["test"]))

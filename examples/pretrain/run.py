@@ -22,11 +22,27 @@ PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss"
 
 
 def fail(message: object) -> NoReturn:
-    raise SystemExit(f"error: {message}")
+    rank = os.environ.get("RANK", "0")
+    raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What the library, torch or the data find wrong with an argument, as one line for a person."""
+    try:
+        yield
+    except ValueError as error:
+        fail(error)
 
 
 def command() -> str:
-    return shlex.join(["python", *sys.argv])
+    """What to type to run this again."""
+    start = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        start = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+        if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
+            start += [f"--nnodes={nodes}", "..."]
+    return shlex.join([*start, *sys.argv])
 
 
 def peak_memory_mb(device: torch.device) -> int:
@@ -41,14 +57,19 @@ def peak_memory_mb(device: torch.device) -> int:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when it is complete and on disk; until then the previous one stays."""
+def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file that appears under its name only when it is complete and on disk; until then the one before stays.
+
+    And after that, too, under the name ``previous``.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -58,11 +79,25 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 class Run:
     """One run in one directory. To resume it, the ``fixed`` arguments must agree; the ``free`` ones may change."""
 
-    def __init__(self, directory: Path, columns: tuple[str, ...], fixed: dict[str, Any], free: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        columns: tuple[str, ...],
+        fixed: dict[str, Any],
+        free: dict[str, Any],
+        contents: dict[str, Any] | None = None,
+        rank: int = 0,
+    ) -> None:
         self.directory, self.columns, self.fixed, self.free = directory, columns, fixed, free
+        self.contents = contents or {}  # what a checkpoint tells besides
+        self.writes = rank == 0
         self.rows: list[Row] = []
-        self.epoch = 0  # epochs that the checkpoint holds
+        self.epoch = 0  # whole epochs that the checkpoint holds
+        self.saved = ""  # where the newest checkpoint stands
+        self.damaged = False  # the newest checkpoint could not be read
         self.result: Row | None = None
+        if not self.writes:
+            return
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT)  # held until this process ends, however it ends
@@ -81,55 +116,84 @@ class Run:
     def checkpoint(self) -> Path:
         return self.directory / "checkpoint.pt"
 
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before, for when the newest cannot be read."""
+        return self.directory / "checkpoint.previous.pt"
+
     def resume(self) -> dict[str, Any] | None:
         """The state dicts of the last checkpoint, or None for a new run."""
-        if not self.checkpoint.exists():
+        found = [path for path in (self.checkpoint, self.previous) if path.exists()]
+        if not found:
             return None
-        try:
-            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            state, fixed, environment = saved["state"], saved["fixed"], saved["environment"]
-            self.rows, self.epoch, self.result = saved["rows"], saved["epoch"], saved["result"]
-        except Exception as error:  # whatever a damaged file makes of the reader
-            reason = (str(error).splitlines() or [""])[0][:120]
-            fail(
-                f"{self.checkpoint} cannot be read ({type(error).__name__}: {reason}): it is damaged, or not from this "
-                f"script. Delete it to start over, or give another --run-dir."
-            )
+        path, saved = self._newest(found)
+        self._check_arguments(path, saved["fixed"])
+        self.rows, self.epoch, self.saved = saved["rows"], saved["epoch"], saved["at"]
+        self.result = saved["result"]
+        self.write_metrics()
+        for name, then in saved["environment"].items():
+            if then != (now := self.environment()[name]):
+                self._say(f"note     {name} was {then} and is {now}: the run goes on, but not bit for bit.")
+        return dict(saved["state"])
+
+    def _newest(self, found: list[Path]) -> tuple[Path, dict[str, Any]]:
+        """The first that can be read, and what is in it."""
+        for path in found:
+            try:
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                if missing := {"fixed", "environment", "rows", "epoch", "at", "result", "state"} - saved.keys():
+                    raise ValueError(f"without {', '.join(sorted(missing))}")
+            except Exception as error:  # whatever a damaged file makes of the reader
+                reason = (str(error).splitlines() or [""])[0][:120]
+                damage = (
+                    f"{path} cannot be read ({type(error).__name__}: {reason}): it is damaged, or not from this script"
+                )
+                if path == found[-1]:
+                    fail(f"{damage}. Delete it to start over, or give another --run-dir.")
+                self._say(f"note     {damage}. Going on from {found[-1].name}.")
+                self.damaged = True
+            else:
+                if self.checkpoint not in found:
+                    self._say(f"note     {self.checkpoint} is missing. Going on from {path.name}.")
+                return path, saved
+        raise AssertionError("found is not empty")
+
+    def _check_arguments(self, path: Path, fixed: dict[str, Any]) -> None:
         missing = "(none)"
         differing = [
             (name, str(fixed.get(name, missing)), str(self.fixed.get(name, missing)))
             for name in {**fixed, **self.fixed}
             if fixed.get(name, missing) != self.fixed.get(name, missing)
         ]
-        if differing:
-            table = [("argument", "saved", "given"), *differing]
-            width = [max(len(row[column]) for row in table) for column in range(3)]
-            lines = [
-                "  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table
-            ]
-            fail(
-                f"{self.checkpoint} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
-                "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
-                f"{self.directory}."
-            )
-        self.write_metrics()
-        for name, then in environment.items():
-            if then != (now := self.environment()[name]):
-                print(f"note: {name} was {then} and is {now}: the run goes on, but not bit for bit.")
-        return dict(state)
+        if not differing:
+            return
+        table = [("argument", "saved", "given"), *differing]
+        width = [max(len(row[column]) for row in table) for column in range(3)]
+        lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
+        fail(
+            f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
+            "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
+            f"{self.directory}."
+        )
 
-    def save(self, epoch: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint, then metrics.csv."""
+    def save(self, epoch: int, state: dict[str, Any], step: int = 0) -> None:
+        """Write the checkpoint, ``step`` steps after a whole epoch; keep the one before; then metrics.csv."""
+        self.epoch, at = epoch, f"epoch {epoch}" + (f" and step {step}" if step else "")
+        if not self.writes:
+            return
         content = {
+            **self.contents,
             "epoch": epoch,
+            "at": at,
             "fixed": self.fixed,
             "environment": self.environment(),
             "rows": self.rows,
             "result": self.result,
             "state": state,
         }
-        self._write(self.checkpoint, lambda file: torch.save(content, file))
-        self.epoch = epoch
+        previous = None if self.damaged else self.previous  # which a damaged one must not replace
+        self._write(self.checkpoint, lambda file: torch.save(content, file), previous)
+        self.saved, self.damaged = at, False
         self.write_metrics()
 
     def write_config(self, **more: object) -> None:
@@ -152,6 +216,8 @@ class Run:
         self._write(self.directory / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
 
     def draw_curves(self) -> None:
+        if not self.writes:
+            return
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
         panels = (
@@ -175,19 +241,30 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            print(f"\nstopped. {self._kept()} Continue with\n  {command()}", file=sys.stderr)
-            raise SystemExit(130) from None
+            self.stopped(130)
         except DataError as error:
             message = str(error).splitlines()[-1].split("DataError: ")[-1]  # without the traceback of a worker
             fail(f"{message} {self._kept()} Then continue with\n  {command()}")
 
+    def stopped(self, code: int) -> NoReturn:
+        if self.writes:
+            print(f"\nstopped. {self._kept()} Continue with\n  {command()}", file=sys.stderr)
+        raise SystemExit(code) from None
+
     @staticmethod
     def environment() -> dict[str, str | int]:
-        return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "ranks": ranks}
 
-    def _write(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    def _say(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
+
+    def _write(self, path: Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:
+        if not self.writes:
+            return
         try:
-            with written_whole(path) as file:
+            with written_whole(path, previous) as file:
                 write(file)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             reason = (str(error).splitlines() or [""])[0]
@@ -195,7 +272,7 @@ class Run:
 
     def _kept(self) -> str:
         return (
-            f"The checkpoint of epoch {self.epoch} is whole."
-            if self.checkpoint.exists()
+            f"The checkpoint of {self.saved} is whole."
+            if self.checkpoint.exists() or self.previous.exists()
             else "There is no checkpoint yet."
         )

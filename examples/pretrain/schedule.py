@@ -1,15 +1,34 @@
-"""Learning rate: linear warm-up times a cosine, per iteration (SiMo)."""
+"""Learning rates: a function of the step only, so that there is nothing to save."""
 
 import math
+from typing import Literal
 
 from torch.optim import Optimizer
 
+Schedule = Literal["simo", "cosine", "cosine-by-epoch", "drops"]
 
-def learning_rate(step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float, peak: float) -> float:
-    """The rate of one step: from ``peak / 1000`` up in ``warmup_epochs``, times half a cosine that ends at 0."""
-    warm = min(1.0, step / (warmup_epochs * steps_per_epoch)) if warmup_epochs > 0 else 1.0
-    cosine = (1 + math.cos(math.pi * step / (epochs * steps_per_epoch))) / 2
-    return peak * (0.001 + 0.999 * warm) * cosine
+
+def learning_rate(
+    schedule: Schedule, step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float, warmup_from: float
+) -> float:
+    """The rate of one step, as a share of the peak.
+
+    simo: linear warm-up from ``warmup_from``, times half a cosine over the whole run (SiMo).
+    cosine: the same warm-up, then half a cosine over the rest (SimCLR, SimCo).
+    cosine-by-epoch: half a cosine, the same rate for a whole epoch (MoCo v2).
+    drops: a tenth after 60 % of the epochs, a hundredth after 80 % (MoCo v1).
+    """
+    epoch, warmup = step / steps_per_epoch, warmup_epochs if schedule in ("simo", "cosine") else 0.0
+    warm = warmup_from + (1 - warmup_from) * min(1.0, epoch / warmup) if warmup > 0 else 1.0
+    if schedule == "drops":
+        return float(0.1 ** (int(epoch >= 0.6 * epochs) + int(epoch >= 0.8 * epochs)))
+    if schedule == "cosine-by-epoch":
+        done = (step // steps_per_epoch) / epochs
+    elif schedule == "cosine":
+        done = max(0.0, epoch - warmup) / max(epochs - warmup, 1e-9)
+    else:
+        done = epoch / epochs
+    return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -1,0 +1,85 @@
+"""MoCo v1 and v2 (He et al. 2020; Chen et al. 2020): momentum contrast; the negatives are a queue of earlier keys.
+
+    python examples/train_moco.py                              # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_moco.py --dataset cifar10            # its authors' CIFAR variant, one GPU
+    torchrun --nproc-per-node 8 examples/train_moco.py --data-dir DIR --version v1
+
+Run the same command again to resume. Everything a run writes is in its run directory. The defaults below are those for
+the digits and v2; each data set and version has its own: add --dataset, --data-dir or --version before --help.
+"""
+
+import copy
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pretrain.arguments import CIFAR, IMAGENET, Common, given, parse, ranks
+from pretrain.norms import Norm, shuffled
+from pretrain.run import clear_errors
+from pretrain.training import Training
+
+from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
+
+
+@dataclass(frozen=True)
+class Args(Common):
+    # Method
+    version: Literal["v1", "v2"] = "v2"  # v2: an MLP head, blur, a cosine, t = 0.2
+    # Of the key encoder's moving average: slow, or the queue's stale keys give away the fresh one
+    key_momentum: float = 0.99
+    temperature: float = 0.1  # t
+    queue_size: int = 512  # K
+    queue_ids: bool = False  # keep the images' numbers, so that stale keys of an image never repel it
+    alpha: float | None = None  # EqCo: how many negatives to mimic. None, the paper: K
+
+
+DIGITS = Args(batch_size=64, norm="split", splits=2)
+SMALL = Args(**CIFAR, norm="split", queue_size=4096)
+NORM: Norm = "shuffle" if ranks() > 1 else "split"
+LARGE = Args(**IMAGENET, norm=NORM, key_momentum=0.999, temperature=0.2, queue_size=65536)
+DEFAULTS = {"digits": DIGITS, "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
+
+
+def defaults(version: str | None) -> dict[str, Args]:
+    if version != "v1":
+        return DEFAULTS
+    first = {name: dataclasses.replace(args, version="v1", recipe="mocov1") for name, args in DEFAULTS.items()}
+    first["imagefolder"] = dataclasses.replace(first["imagefolder"], schedule="drops", temperature=0.07)
+    return first
+
+
+def main(args: Args) -> None:
+    with clear_errors():
+        criterion = EqCoLoss(args.temperature, args.alpha, gather=ranks() > 1)
+        queue = MomentumQueue(args.queue_size, args.dim, store_ids=args.queue_ids, gather=ranks() > 1)
+    label = f"{args.version}-k{args.queue_size}" + (f"-alpha{args.alpha:g}" if args.alpha else "")
+    training = Training("moco", args, label)
+    if args.queue_size > training.data.train_size and not args.queue_ids:
+        training.say(
+            f"note     queue_size: {args.queue_size} keys of {training.data.train_size} images: stale keys of an image "
+            "will be its own negatives. Give --queue-ids to leave those out, or a shorter queue."
+        )
+    encoder = training.encoder(head="mocov1" if args.version == "v1" else "mocov2")
+    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    loss = f"K = {args.queue_size}, alpha = {args.alpha or args.queue_size:g}, t = {args.temperature:g}"
+    model = training.start(encoder, criterion, loss, key_encoder=key_encoder, queue=queue)
+
+    for batch in training.batches():
+        if batch.first:
+            momentum_update(encoder, key_encoder, args.key_momentum)
+        with torch.no_grad(), training.autocast():
+            keys = shuffled(key_encoder, batch.key_view, batch.shuffle).float()  # (N, D)
+        queries = model(batch.query_view)
+        ids = batch.ids if args.queue_ids else None
+        if not queue.primed:
+            queue.enqueue(keys, ids)  # once: a first batch must meet something
+        with training.loss_timer():
+            metrics = criterion.with_metrics(queries, keys, queue, query_ids=ids)
+        training.step(metrics, queries)
+        queue.enqueue(keys, ids)
+
+
+if __name__ == "__main__":
+    main(parse(sys.argv[1:], defaults(given(sys.argv[1:], "version")), __doc__))

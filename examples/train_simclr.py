@@ -1,0 +1,58 @@
+"""SimCLR (Chen et al. 2020) as in EqCo's paper: the negatives are all other embeddings of both views of the batch.
+
+    python examples/train_simclr.py                            # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_simclr.py --dataset cifar10          # one GPU
+    torchrun --nproc-per-node 8 examples/train_simclr.py --data-dir DIR --alpha 4096
+
+EqCo's paper also trains it in MoCo's setting: --temperature 0.2 --base-lr 0.03 --weight-decay 1e-4 --recipe mocov2.
+
+Run the same command again to resume. Everything a run writes is in its run directory. The defaults below are those for
+the digits; each data set has its own: add --dataset or --data-dir before --help to see them.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
+from pretrain.run import clear_errors
+from pretrain.training import Training
+
+from eqco_loss import EqCoLoss
+
+
+@dataclass(frozen=True)
+class Args(Common):
+    # Method
+    temperature: float = 0.2  # t
+    alpha: float = 256  # how many negatives to mimic
+    eqco: bool = True  # --no-eqco is NT-Xent: alpha = K
+
+
+NORM = "sync" if ranks() > 1 else "batch"
+RECIPE = {"recipe": "simclr", "schedule": "cosine", "warmup_epochs": 10, "norm": NORM}
+SMALL = Args(**{**CIFAR, **RECIPE})
+LARGE = Args(**{**IMAGENET, **RECIPE, "temperature": 0.1, "base_lr": 0.3, "weight_decay": 1e-6})
+DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
+
+
+def main(args: Args) -> None:
+    with clear_errors():
+        alpha = args.alpha if args.eqco else None  # None: as many as there are
+        criterion = EqCoLoss(args.temperature, alpha, in_batch="views", symmetric=True, gather=ranks() > 1)
+    training = Training("simclr", args, f"alpha{args.alpha:g}" if args.eqco else "ntxent")
+    encoder = training.encoder(head="simo")
+    k = 2 * (args.batch_size // args.accumulate) - 2
+    loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
+    model = training.start(encoder, criterion, loss)
+
+    for batch in training.batches():
+        both = model(torch.cat([batch.query_view, batch.key_view]))  # (2 N, D): one batch norm over both views
+        first, second = both.chunk(2)
+        with training.loss_timer():
+            metrics = criterion.with_metrics(first, second)  # both directions, gradient to both
+        training.step(metrics, both)
+
+
+if __name__ == "__main__":
+    main(parse(sys.argv[1:], DEFAULTS, __doc__))

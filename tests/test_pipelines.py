@@ -1,0 +1,406 @@
+"""Every method's script: kills, ranks and damage change nothing; defaults are the papers'; bad input is told early."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets  # type: ignore[import-untyped]
+from PIL import Image
+from torch import Tensor
+
+from eqco_loss import EqCoLoss
+from eqco_loss.functional import LossMetrics
+
+from .scripts import EXAMPLES, Script, assert_same_run, make_images, rows, wait_for
+
+import train_moco  # isort: skip
+import train_simclr  # isort: skip
+import train_simco  # isort: skip
+import train_simmoco  # isort: skip
+import train_simo  # isort: skip
+from pretrain import arguments, data  # isort: skip
+from pretrain.run import Run  # isort: skip
+from pretrain.training import Training  # isort: skip
+
+SCRIPTS: dict[str, ModuleType] = {
+    "simo": train_simo,
+    "moco": train_moco,
+    "simclr": train_simclr,
+    "simco": train_simco,
+    "simmoco": train_simmoco,
+}
+SHORT = ["--epochs=2", "--limit=96", "--batch-size=32", "--knn-every=2", "--no-probe"]
+OWN = {  # what makes a run of a method hard to resume
+    "simo": ["--sampling=random"],
+    "moco": ["--queue-size=50", "--queue-ids", "--splits=4"],
+    "simclr": [],
+    "simco": ["--accumulate=2"],
+    "simmoco": ["--plus"],
+}
+
+
+def script(method: str, folder: Path) -> Script:
+    return Script(folder, f"train_{method}.py")
+
+
+def unbroken(method: str, folder: Path) -> Path:
+    """A short run that was never stopped."""
+    script(method, folder).run(*SHORT, *OWN[method], f"--run-dir={folder / 'unbroken'}")
+    return folder / "unbroken"
+
+
+# --------------------------------------------------------------------------------------------------- kills and damage
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
+    words = [*SHORT, *OWN[method], "--save-minutes=0", f"--run-dir={tmp_path / 'run'}"]  # a checkpoint every step
+    checkpoint, moments, kills = tmp_path / "run" / "checkpoint.pt", random.Random(method), 0
+    for _ in range(3):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = script(method, tmp_path).start(*words)
+        while process.is_alive() and not written_since(checkpoint, before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills > 0
+    script(method, tmp_path).run(*words)
+    assert_same_run(unbroken(method, tmp_path), tmp_path / "run")
+
+
+def written_since(path: Path, moment: int) -> bool:
+    try:
+        return path.stat().st_mtime_ns > moment
+    except FileNotFoundError:
+        return False
+
+
+def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    words = ["--epochs=2", "--limit=1000", "--batch-size=8", "--queue-size=50", "--splits=4", "--no-probe"]
+    moco = script("moco", tmp_path)
+    process = moco.start(*words, f"--run-dir={tmp_path / 'run'}")
+    wait_for(lambda: "before training" in moco.log.read_text() if moco.log.exists() else False)
+    time.sleep(0.2)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    output = moco.log.read_text()
+    assert process.exitcode == 128 + signal.SIGTERM, output
+    assert "stopping after this step" in output
+    assert "Continue with\n  python " in output
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["at"] == f"epoch 0 and step {saved['state']['progress']['step']}"
+    assert 0 < saved["state"]["progress"]["step"] < 125
+    assert saved["encoder_spec"]["head"] == "mocov2"
+    assert saved["data"] == {"name": "digits", "data_dir": None, "image_size": 32, "channels": 1}
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
+    good = unbroken("moco", tmp_path)
+    words = [*SHORT, *OWN["moco"], f"--run-dir={tmp_path / 'run'}"]
+    for damage in ("cut", "empty"):
+        shutil.copytree(good, tmp_path / "run")
+        path = tmp_path / "run" / "checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:5000] if damage == "cut" else b"")
+        output = script("moco", tmp_path).run(*words)
+        assert f"note     {path} cannot be read" in output
+        assert "Going on from checkpoint.previous.pt." in output
+        assert_same_run(good, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+    output = script("simclr", tmp_path).run(*SHORT, f"--run-dir={good}", code=1)
+    assert "was made with other arguments" in output
+    assert ["method", "moco", "simclr"] in [line.split() for line in output.splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------- ranks and pieces
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_two_ranks_give_the_curve_of_one_process(method: str, tmp_path: Path) -> None:
+    words = ["--epochs=2", "--limit=64", "--batch-size=16", "--knn-every=1", "--no-probe", "--norm=group"]
+    words += ["--optimizer=sgd", "--base-lr=0.05"]  # Adam divides by gradients that are rounding errors
+    words += ["--queue-size=48"] * (method == "moco") + ["--num-negatives=5"] * (method == "simo")
+    output = script(method, tmp_path).run_ranks(2, *words, f"--run-dir={tmp_path / 'two'}")
+    assert "cpu (1 threads), 2 ranks" in output
+    assert "command  torchrun --nproc-per-node=2" in output
+    script(method, tmp_path).run(*words, f"--run-dir={tmp_path / 'one'}")
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for first, second in zip(one[1:], two[1:], strict=True):
+        assert float(second["loss"]) == pytest.approx(float(first["loss"]), rel=1e-5)
+        assert float(second["top1"]) == pytest.approx(float(first["top1"]), abs=1e-4)
+        assert float(second["knn"]) == pytest.approx(float(first["knn"]), abs=0.5)  # two votes of 320
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("one", "two")]
+    for name in states[0].keys() & {"encoder", "key_encoder", "queue"}:
+        for key, value in states[0][name].items():
+            torch.testing.assert_close(states[1][name][key], value, rtol=1e-3, atol=1e-5, msg=f"{name}.{key}")
+
+
+def test_shares_are_the_batches_in_order() -> None:
+    order = torch.randperm(50)
+    for pieces, ranks in ((1, 1), (2, 1), (1, 4), (3, 2)):
+        shares = [data.Share(12, pieces, rank, ranks).of(order) for rank in range(ranks)]  # each (4 pieces, 12 / both)
+        together = torch.stack(shares, 1).view(4, 12)
+        assert torch.equal(together, order[:48].view(4, 12))
+        resumed = data.Share(12, pieces, ranks - 1, ranks).of(order, start=3)
+        assert torch.equal(resumed, shares[-1][3 * pieces :])
+    parts = [data.part(10, rank, 3) for rank in range(3)]
+    assert [sample for part in parts for sample in part] == list(range(10))
+    assert sorted(map(len, parts)) == [3, 3, 4]
+
+
+def trained(folder: Path, pieces: int) -> dict[str, Tensor]:
+    """A loss whose rows do not see each other, so that pieces cannot matter."""
+    args = train_simo.Args(
+        epochs=2, limit=32, batch_size=16, accumulate=pieces, norm="group", optimizer="sgd", device="cpu", probe=False,
+        run_dir=folder / str(pieces),
+    )  # fmt: skip
+    training = Training("rows", args, "")
+    encoder = training.encoder("mocov2")
+    model = training.start(encoder, EqCoLoss(), "K = 0")
+    firsts = []
+    for batch in training.batches():
+        firsts.append(batch.first)
+        with training.loss_timer():
+            embeddings = model(batch.query_view)
+            loss = (embeddings - batch.ids[:, None]).square().mean()
+        training.step(LossMetrics(loss, *torch.zeros(8)), embeddings)
+    assert firsts == ([True] + [False] * (pieces - 1)) * 4
+    return encoder.state_dict()
+
+
+def test_accumulated_pieces_are_one_batch(tmp_path: Path) -> None:
+    one, four = trained(tmp_path, 1), trained(tmp_path, 4)
+    for name, value in one.items():
+        torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert rows(tmp_path / "1")[-1]["lr"] == rows(tmp_path / "4")[-1]["lr"]
+
+
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    for seed, (split, name) in enumerate((split, name) for split in ("train", "test") for name in ("cat", "dog")):
+        make_images(root / split / name, 6 if split == "train" else 3, seed)
+    return root
+
+
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_a_folder_stands_for_cifar(images: Path, tmp_path: Path, augment: str) -> None:
+    words = ["--dataset=cifar10", f"--data-dir={images}", "--arch=small", "--epochs=2", "--batch-size=4", "--workers=0"]
+    words += [f"--augment={augment}", f"--run-dir={tmp_path / 'run'}", "--image-size=32"]
+    output = script("simco", tmp_path).run(*words)
+    assert "data     cifar10: 12 train and 6 test images" in output
+    assert len(rows(tmp_path / "run")) == 3
+
+
+def open_images(root: Path, augment: str) -> data.Data:
+    return data.open_data("imagefolder", root, seed=1, device=torch.device("cpu"), augment=augment)
+
+
+def test_device_and_workers_show_the_same_samples(images: Path) -> None:
+    device, workers = open_images(images, "device"), open_images(images, "workers")
+    share = data.Share(4, rank=1, ranks=2)
+    pairs = list(zip(device.batches(3, share, start=1), workers.batches(3, share, start=1), strict=True))
+    assert len(pairs) == 2
+    for one, other in pairs:
+        assert torch.equal(one.samples, other.samples)
+        assert one.views[0].shape == other.views[0].shape == (2, 3, 36, 36)
+        assert not torch.equal(one.views[0], one.views[1])
+    for split in ("train", "test"):
+        both = (list(images.labelled(split, 0)) for images in (device, workers))
+        for (pixels, labels), (others, other_labels) in zip(*both, strict=True):
+            assert torch.equal(labels, other_labels)
+            torch.testing.assert_close(pixels, others, rtol=0, atol=0.03)  # a rounding of 8 bits
+    again = open_images(images, "device").batches(3, data.Share(12))
+    assert torch.equal(
+        next(iter(again)).views[0][2:4], next(iter(device.batches(3, data.Share(4, rank=1, ranks=2)))).views[0]
+    )
+
+
+def test_images_of_several_sizes_need_workers(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    small = np.zeros((8, 8, 3), np.uint8)
+    Image.fromarray(small).save(tmp_path / "images" / "train" / "cat" / "small.png")
+    with pytest.raises(data.DataError, match=r"images of one size, these have 2\. Give --augment workers"):
+        open_images(tmp_path / "images", "device")
+
+
+class Fake:
+    """torchvision's CIFAR and STL-10, with four images in each split."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, root: Path, download: bool = False, train: bool = True, split: str = "") -> None:
+        self.targets = [0, 1, 0, 1]
+        self.labels = np.array([-1, -1, 0, 1]) if split == "train+unlabeled" else np.array(self.targets)
+        self.data = np.zeros((4, 3, 96, 96) if split else (4, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("cifar10", 32), ("cifar100", 32), ("stl10", 96)])
+def test_torchvision_data(dataset: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.datasets, dataset.upper(), Fake)
+    found = data.open_data(dataset, tmp_path, seed=0, device=torch.device("cpu"))
+    assert (found.name, found.image_size, found.train_size, found.test_size, found.classes) == (dataset, size, 4, 4, 2)
+    (batch,) = found.batches(0, data.Share(4))
+    assert batch.views[0].shape == (4, 3, size, size)
+    assert [labels.tolist() for _, labels in found.labelled("train", 0)] == [[0, 1, 0, 1]]
+
+
+def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: Any, **more: Any) -> Iterator[None]:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(data.DataError, match=r"does not hold cifar10, and it cannot be downloaded.*Give --data-dir"):
+        data.open_data("cifar10", tmp_path, seed=0, device=torch.device("cpu"))
+
+
+def test_many_unreadable_images_are_an_error(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    for i in range(3):
+        (tmp_path / "images" / "train" / "cat" / f"broken{i}.png").write_bytes(b"x")
+    with pytest.raises(data.DataError, match=r"3 of 21 images cannot be read.*More than 10% is no accident"):
+        open_images(tmp_path / "images", "workers")
+
+
+# ---------------------------------------------------------------------------------------------- arguments and defaults
+
+
+def parsed(method: str, *words: str) -> Any:
+    module = SCRIPTS[method]
+    version = arguments.given(list(words), "version")
+    defaults = train_moco.defaults(version) if method == "moco" else module.DEFAULTS
+    return arguments.parse(list(words), defaults, None)
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "cifar100", "stl10", "imagefolder"])
+def test_defaults_of_every_data_set_pass_the_checks(method: str, dataset: str) -> None:
+    args = parsed(method, f"--dataset={dataset}")
+    assert args.dataset == dataset
+    arguments.check(args)
+
+
+PAPERS: dict[tuple[str, ...], dict[str, object]] = {
+    ("moco", "--data-dir=d", "--version=v1"): {
+        "arch": "resnet50", "temperature": 0.07, "queue_size": 65536, "key_momentum": 0.999, "base_lr": 0.03,
+        "weight_decay": 1e-4, "batch_size": 256, "schedule": "drops", "recipe": "mocov1", "epochs": 200, "dim": 128,
+    },
+    ("moco", "--data-dir=d"): {
+        "temperature": 0.2, "queue_size": 65536, "schedule": "cosine-by-epoch", "recipe": "mocov2",
+    },
+    ("moco", "--dataset=cifar10"): {
+        "arch": "resnet18", "temperature": 0.1, "queue_size": 4096, "key_momentum": 0.99, "norm": "split", "splits": 8,
+        "batch_size": 512, "base_lr": 0.03, "weight_decay": 5e-4, "epochs": 200, "knn_k": 200,
+    },
+    ("simo", "--data-dir=d"): {
+        "arch": "resnet50", "temperature": 0.2, "num_negatives": 16, "alpha": 256, "key_momentum": 0.999,
+        "schedule": "simo", "warmup_epochs": 10, "warmup_from": 0.001, "recipe": "mocov2", "weight_decay": 1e-4,
+    },
+    ("simclr", "--data-dir=d"): {
+        "temperature": 0.1, "alpha": 256, "base_lr": 0.3, "weight_decay": 1e-6, "warmup_epochs": 10, "recipe": "simclr",
+    },
+    ("simco", "--dataset=cifar100"): {
+        "arch": "resnet18", "temperature": 0.1, "inter_temperature": 1.0, "base_lr": 0.03, "weight_decay": 5e-4,
+        "batch_size": 256, "schedule": "cosine", "warmup_epochs": 10, "warmup_from": 0.1, "recipe": "simco",
+    },
+    ("simmoco", "--dataset=cifar100"): {
+        "key_momentum": 0.99, "temperature": 0.1, "inter_temperature": 1.0, "plus": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PAPERS, ids=" ".join)
+def test_defaults_are_the_papers(words: tuple[str, ...]) -> None:
+    args = parsed(*words)
+    assert {name: getattr(args, name) for name in PAPERS[words]} == PAPERS[words]
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "message"),
+    [
+        (["--batch-size=100"], 3, r"batch_size: expected a multiple of ranks x accumulate = 3 x 1, got 100.*102"),
+        (["--batch-size=100", "--accumulate=8"], 1, r"= 1 x 8, got 100. Give --batch-size 104"),
+        (["--batch-size=8", "--accumulate=4"], 2, r"expected 2 or more for each rank and piece, 16 in all, got 8"),
+        (["--accumulate=0"], 1, "accumulate: expected 1 or more, got 0"),
+        (["--dataset=digits", "--data-dir=d"], 1, "data_dir: the digits come with scikit-learn"),
+        (["--augment=device"], 1, "augment: the digits are placed"),
+        (["--precision=16-mixed", "--device=cpu"], 1, "precision: 16-mixed needs a GPU"),
+        (["--dataset=imagefolder", "--device=cpu"], 1, "data_dir: imagefolder needs one"),
+        (["--splits=3", "--device=cpu"], 1, "splits: a batch of 64 on each process cannot be split into 3"),
+        (["--norm=shuffle", "--device=cpu"], 1, "norm: shuffle needs several processes"),
+        (["--queue-size=0", "--device=cpu"], 1, "size: expected an integer >= 1"),
+        (["--temperature=0", "--device=cpu"], 1, "temperature"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(
+    words: list[str], ranks: int, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        train_moco.main(parsed("moco", *words))
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_the_commands_of_the_readme_are_understood() -> None:
+    text = (EXAMPLES / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"examples/train_(\w+)\.py([^\n`#]*)", text)
+    assert len(commands) > 10
+    for method, words in commands:
+        arguments.check(parsed(method, *words.split()))
+
+
+def test_a_queue_longer_than_the_data_is_told(tmp_path: Path) -> None:
+    words = ["--limit=64", "--batch-size=16", "--epochs=1", "--no-probe", f"--run-dir={tmp_path / 'run'}"]
+    output = script("moco", tmp_path).run(*words)
+    assert "note     queue_size: 512 keys of 64 images: stale keys" in output
+    assert "Give --queue-ids" in output
+
+
+def test_tensorboard_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit, match=r"error: tensorboard: the package is not installed\. pip install tensorboard"):
+        arguments.check(train_simo.Args(tensorboard=True))
+
+
+def test_a_damaged_checkpoint_never_replaces_the_one_before(tmp_path: Path) -> None:
+    run = Run(tmp_path, ("epoch",), {}, {})
+    for epoch in (1, 2):
+        run.save(epoch, {"epoch": epoch})
+    assert run.previous.exists()
+    run.checkpoint.write_bytes(b"half a checkpoint")
+    del run
+    again = Run(tmp_path, ("epoch",), {}, {})
+    assert again.resume() == {"epoch": 1}
+    again.save(2, {"epoch": 2})
+    assert torch.load(again.previous, weights_only=True)["epoch"] == 1
+    again.save(3, {"epoch": 3})
+    assert torch.load(again.previous, weights_only=True)["epoch"] == 2
+
+
+def test_the_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", ("epoch",), {}, {}, rank=1)
+    run.rows = [{"epoch": 0}]
+    run.save(1, {})
+    run.write_config()
+    run.draw_curves()
+    assert not (tmp_path / "run").exists()
