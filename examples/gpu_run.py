@@ -2,7 +2,7 @@
 
     python examples/gpu_run.py                                # downloads CIFAR-10 to data/
     python examples/gpu_run.py --data-dir DIR                 # torchvision's files, or DIR/{train,test}/<class>/*
-    python examples/gpu_run.py --data-dir DIR --epochs 1 2 --arch small --limit 100 --batch-size 32 --out /tmp/out
+    python examples/gpu_run.py --data-dir DIR --epochs 1 2 --arch small --limit 100 --batch-size 32 --out out
 
 Two runs of train_simo.py, one after the other. The targets are five minutes for the first and a kNN of 85 % for the
 second, on an H200; the last line is a try on a CPU. Their metrics.csv and config.json, summary.csv and a figure go to
