@@ -214,6 +214,7 @@ def error(problem: Problem, variant: str) -> float:
 
 def captured(problem: Problem, variant: str) -> torch.cuda.CUDAGraph:
     """The step as a graph: what is left is the GPU's own time."""
+    torch.cuda.empty_cache()  # a graph has a pool of its own
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

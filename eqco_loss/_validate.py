@@ -160,6 +160,7 @@ def call(
     forward_mode()
     stored = isinstance(negative_keys, MomentumQueue)
     embeddings(query, positive_key, None if stored else negative_keys)
+    temperature_device(chosen.temperature, query)
     k = chosen.num_negatives
     if negative_keys is not None and k is not None:
         raise ValueError(
@@ -322,6 +323,15 @@ def ids(
                 "neither."
             )
         _ids("negative_ids", negative_ids, shapes, query)
+
+
+def temperature_device(value: Any, query: Tensor) -> None:
+    """A learned temperature of another device would have to be waited for."""
+    if isinstance(value, Tensor) and value.device != query.device:
+        raise ValueError(
+            f"temperature: expected a tensor on the query's device, {query.device}, got one on {value.device}. "
+            "Move it: temperature.to(query.device)."
+        )
 
 
 def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> None:

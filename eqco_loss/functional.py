@@ -360,10 +360,13 @@ def _share(settings: Settings, passes: list[_Pass], ranks: Ranks | None) -> list
 
     The operator multiplies by it: a mean of its own would be two more kernels on a GPU.
     """
-    if settings.reduction == "none":
-        return [1, len(passes)]
-    world, total = (1, len(passes[0].query)) if ranks is None else (len(ranks.sizes), ranks.total)
-    return [world, len(passes) * (total if settings.reduction == "mean" else 1)]
+    rows = len(passes[0].query) * len(passes)  # twice as many if symmetric, in one pass or in two
+    directions = 2 if settings.symmetric else 1
+    if settings.reduction == "none" or (settings.reduction == "sum" and ranks is None):
+        return [1, directions]
+    if ranks is None:
+        return [1, rows]
+    return [len(ranks.sizes), directions * (ranks.total if settings.reduction == "mean" else 1)]
 
 
 def _reduce(rows: list[Tensor], reduction: str) -> Tensor:
@@ -438,6 +441,7 @@ def negatives_logsumexp(
     check.forward_mode()
     check.temperature(temperature)
     check.logsumexp_inputs(query, keys, query_ids, key_ids)
+    check.temperature_device(temperature, query)
     learned = temperature if isinstance(temperature, Tensor) else None
     need_mean_key = torch.is_grad_enabled() and (query.requires_grad or (learned is not None and learned.requires_grad))
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)

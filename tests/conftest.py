@@ -8,6 +8,7 @@ import torch
 import torch.utils.deterministic
 from hypothesis import HealthCheck, settings
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 if not torch.cuda.is_available():  # kernels asked for by name run in Triton's interpreter, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 

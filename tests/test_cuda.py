@@ -65,7 +65,7 @@ def test_full_size(k: int | None, t: float, alpha: float, dtype: torch.dtype, pr
     torch.set_float32_matmul_precision(precision)
     try:
         loss = EqCoLoss(t, alpha, backend="triton", reduction="none")(q, p, negatives)
-        weight = torch.linspace(0.5, 1.5, 300, device="cuda")
+        weight = torch.linspace(0.5, 1.5, 300, device="cuda") * 2.0**10  # float16's gradients, as a GradScaler has them
         got = torch.autograd.grad((loss * weight).sum(), leaves)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -101,6 +101,7 @@ def test_auto_takes_the_kernels() -> None:
     assert "D = 600" in EqCoLoss().backend(rows(8, 600), rows(8, 600))[1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_device() -> None:
     q, k = rows(256).requires_grad_(), rows(256, seed=1)
     queue = MomentumQueue(4096, 128, device="cuda")
@@ -187,6 +188,16 @@ def test_checkpointing_and_inference_mode() -> None:
     assert torch.equal(torch.autograd.grad(loss, q)[0], plain[1])
     with torch.inference_mode():
         assert torch.equal(EqCoLoss()(q, k), plain[0])
+
+
+def test_a_second_gpu() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q = rows(64).to("cuda:1").requires_grad_()
+    loss, gradient = step(EqCoLoss(), q, rows(64, seed=1).to("cuda:1"))
+    first, expected = step(EqCoLoss(), q.detach().to("cuda:0").requires_grad_(), rows(64, seed=1))
+    assert torch.equal(loss.cpu(), first.cpu())
+    assert torch.equal(gradient.cpu(), expected.cpu())
 
 
 @pytest.mark.parametrize("loss", [functional.eqco_loss, functional.dual_temp_infonce])

@@ -86,7 +86,7 @@ def simple_commands(command: str) -> list[list[str]]:
 def flags_of(script: Path) -> set[str]:
     """Flags that tyro makes of the dataclasses in a script and beside it, and those that argparse is told of."""
     known = {"--help", "-h"}
-    for path in script.parent.glob("*.py"):
+    for path in script.parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 for field in node.body:
@@ -146,7 +146,9 @@ def test_shell_command(line: int, command: str) -> None:
     for words in simple_commands(command):
         program, arguments = words[0], words[1:]
         if program in ("python", "python3", "torchrun"):
-            check_python([a for a in arguments if program != "torchrun" or not a.startswith("--nproc")])
+            while program == "torchrun" and arguments[0].startswith("--"):  # torchrun's own flags, with or without "="
+                arguments = arguments[1 if "=" in arguments[0] else 2 :]
+            check_python(arguments)
         elif program in ("pip", "git", "cd", "uv", "source", "ls", "cat"):
             check_paths(arguments)
         elif "/" in program or program.startswith("."):

@@ -79,9 +79,10 @@ def row_losses(
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band), Pairs(query_ids, extra_key_ids, extra_valid_count)
     flags = normalize, normalize_keys, normalize_extra, need_query_gradient, need_positive_gradient
     if backend == "triton":
-        loss, query_gradient, positive_gradient, stats = triton_backend.row_losses(
-            *sets, *pairs, t, inter_temperature, alpha, *flags, need_statistics, _ratio(share), autocast
-        )
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            loss, query_gradient, positive_gradient, stats = triton_backend.row_losses(
+                *sets, *pairs, t, inter_temperature, alpha, *flags, need_statistics, _ratio(share), autocast
+            )
         return loss, query_gradient, positive_gradient, loss.new_empty(0), stats
     return torch_backend.row_losses(
         *sets, *pairs, t, inter_temperature, alpha, *flags, need_keys_gradient, need_statistics, _ratio(share)
@@ -192,7 +193,8 @@ def negatives_logsumexp(
     t = temperature if learned_temperature is None else learned_temperature
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
     if backend == "triton":
-        return triton_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient, autocast)
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            return triton_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient, autocast)
     return torch_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient)
 
 
@@ -276,9 +278,10 @@ def keys_gradient(
     t = temperature if learned_temperature is None else learned_temperature
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
     if backend == "triton":
-        return triton_backend.logsumexp_keys_gradient(
-            query, keys, grad, weight, lse, pairs, t, normalize, normalize_keys, _ratio(share), autocast
-        )
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            return triton_backend.logsumexp_keys_gradient(
+                query, keys, grad, weight, lse, pairs, t, normalize, normalize_keys, _ratio(share), autocast
+            )
     row_weight = grad * weight * _ratio(share)
     return torch_backend.logsumexp_keys_gradient(
         query, keys, row_weight, lse, pairs, t, normalize, normalize_keys, keys.dtype
@@ -308,7 +311,8 @@ def both_roles_gradient(
 ) -> Tensor:
     """Gradient of the rows of symmetric NT-Xent, which are anchors, positives and keys, in their shape and dtype."""
     settings = temperature, normalize, _ratio(share), autocast
-    return triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        return triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
 
 
 @both_roles_gradient.register_fake

@@ -16,6 +16,7 @@ from .torch_backend import Stat, norm_eps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D, LARGEST_K = 512, 2**24
+LITTLE_SHARED_MEMORY = (86, 89, 120)  # 99 KB a block: no room for more than one stage of everything
 _CONVERSIONS = 16  # more blocks of rows than these do not convert the keys each for itself: a copy costs less
 _COLUMNS_AT_ONCE = 1024  # up to so many, a block of rows finishes on its own
 
@@ -117,6 +118,13 @@ def forward_config(dtype: torch.dtype, block_d: int, n: int, arch: int, ids: boo
     return Config(min(rows, 64), 32, 8, 2)
 
 
+def small_config(dtype: torch.dtype, block_d: int) -> Config:
+    """Tile of ``attend`` where a block of rows meets few keys and finishes on its own."""
+    if block_d > 256:
+        return Config(16, 16 if dtype == torch.float32 else 32, 8, 1)
+    return Config(16, 32 if block_d > 128 else 64, 4, 2)
+
+
 def keys_config(dtype: torch.dtype, block_d: int, k: int) -> Config:
     """Tile of ``keys_gradient``: keys are resident, rows of the query streamed."""
     keys = max(16, _power_of_two(k))
@@ -131,7 +139,10 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied, as torch.set_float32_matmul_precision says: "highest" in three products of tf32."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # newer torch: knows of the older setting too
+    if chosen is None:
+        chosen = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if chosen in ("ieee", "none") else "tf32"
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
@@ -260,6 +271,8 @@ def logsumexp_keys_gradient(
         offset, width, modulus = pairs.band or (0, 0, 1)
         per_view = modulus if pairs.band else len(keys)
         tile = config or keys_config(dtype, block_d, per_view)
+        if _arch(query) in LITTLE_SHARED_MEMORY or ids == 2:
+            tile = tile._replace(stages=1)
         band = 0
         if pairs.band:
             band = 1 if n == modulus or width + tile.resident < n else 2
@@ -302,6 +315,8 @@ def both_roles_gradient(
     dtype = z.dtype if autocast is None else autocast
     per_row, prepared = _row_weights(z, grad, weight, lse, temperature, normalize, share, dtype)
     tile = config or keys_config(dtype, _block_d(d), n)
+    if _arch(z) in LITTLE_SHARED_MEMORY:
+        tile = tile._replace(stages=1)
     out, number_and_tensor = torch.empty((n, d), dtype=z.dtype, device=z.device), _temperature(temperature, z)
     kernels().both_roles[(_blocks(n, tile.resident),)](
         prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), number_and_tensor[1], out,
@@ -360,8 +375,10 @@ def _set(
     ids = pairs.query_ids is not None and pairs.key_ids is not None
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
     tile = config or (
-        Config(16, 32 if d > 128 else 64, 4, 2) if small else forward_config(dtype, _block_d(d), n, _arch(query), ids)
+        small_config(dtype, _block_d(d)) if small else forward_config(dtype, _block_d(d), n, _arch(query), ids)
     )
+    if _arch(query) in LITTLE_SHARED_MEMORY or (ids and pairs.key_ids is not None and pairs.key_ids.dim() == 2):
+        tile = tile._replace(stages=1)
     columns = width + (tile.resident - 1 if pairs.band else 0)
     wanted = 1 if small else max(1, _parallel(query) // (_blocks(n, tile.resident) * views))  # of splits: one wave
     per_split = _blocks(_blocks(columns, tile.streamed), wanted)

@@ -615,7 +615,7 @@ def collect(
                 ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
                 keep = keep & (ahead >= 0) & (ahead < width)
             if BAND == 2:
-                behind = key_row[:, None] - (row + offset)[None, :] - 1
+                behind = key_row[:, None] - ((row + offset) % modulus)[None, :] - 1
                 behind = tl.where(behind < 0, behind + modulus, behind)
                 keep = keep & (behind < width)
             if IDS != 0:
