@@ -198,6 +198,15 @@ TABLE = [
     Row("unhashable setting", loss(Q, Q, reduction=["mean"]), (ValueError, TypeError), "reduction", "'mean'"),
     Row("backend", loss(Q, Q, backend="cuda"), ValueError, "backend", "'auto'", "'torch'", "'cuda'"),
     Row(
+        "temperature elsewhere",
+        loss(Q, Q, temperature=torch.tensor(0.2, device="meta")),
+        ValueError,
+        "temperature",
+        "cpu",
+        "meta",
+        "temperature.to(query.device)",
+    ),
+    Row(
         "backend that cannot serve",
         loss(Q.double(), Q.double(), backend="triton"),
         ValueError,

@@ -340,6 +340,27 @@ def test_refusals_name_the_reason_and_the_way_out(query: Tensor, keys: Tensor, r
     assert EqCoLoss(backend="auto").backend(query, query, keys)[0] == "torch"
 
 
+def test_float32_follows_torchs_setting() -> None:
+    """The older function and, where torch has it, the newer attribute."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert triton_backend.precision(torch.float32) == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert triton_backend.precision(torch.float32) == "tf32x3"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    newer = torch.backends.cuda.matmul
+    if hasattr(newer, "fp32_precision"):
+        chosen = newer.fp32_precision
+        try:
+            newer.fp32_precision = "tf32"
+            assert triton_backend.precision(torch.float32) == "tf32"
+        finally:
+            newer.fp32_precision = chosen
+    assert triton_backend.precision(torch.bfloat16) == "ieee"
+
+
 @pytest.mark.skipif(GPU, reason="CPU tensors without the interpreter")
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
