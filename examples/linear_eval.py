@@ -85,7 +85,7 @@ class Args:
     batch_size: int = 256  # of all processes together
     cache_features: bool = False  # compute the features once, without augmentation: faster, and not the protocol
     data_dir: Path | None = None  # None: the run's
-    limit: int | None = None  # use no more than so many training images, and test images
+    limit: int | None = None  # use no more than so many training images, and test images. None: as the run
     augment: Literal["workers", "device"] = "workers"  # device: all images in its memory
     workers: int = min(8, os.cpu_count() or 1)  # processes that load images
     seed: int = 0  # of weights, order and augmentation
@@ -99,6 +99,8 @@ def main(args: Args) -> None:
     fabric = make_fabric(args)
     try:
         encoder, saved = restore_encoder(args.checkpoint)
+        if args.limit is None:
+            args = dataclasses.replace(args, limit=saved["fixed"]["limit"] if "fixed" in saved else None)
         data = data_of(args, saved["data"], fabric.device)
     except (CheckpointError, DataError) as error:
         fail(error)

@@ -50,6 +50,8 @@ def main(args: Args) -> None:
     encoder = training.encoder(head="simo")
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     k = min(args.num_negatives, args.batch_size // args.accumulate - 1)
+    if k < args.num_negatives:
+        training.say(f"note     num_negatives: a query meets {k} others in its batch, not {args.num_negatives}")
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
     model = training.start(encoder, criterion, loss, key_encoder=key_encoder)
 

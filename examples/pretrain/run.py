@@ -138,25 +138,24 @@ class Run:
 
     def _newest(self, found: list[Path]) -> tuple[Path, dict[str, Any]]:
         """The first that can be read, and what is in it."""
+        damages: list[str] = []
         for path in found:
             try:
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 if missing := {"fixed", "environment", "rows", "epoch", "at", "result", "state"} - saved.keys():
                     raise ValueError(f"without {', '.join(sorted(missing))}")
             except Exception as error:  # whatever a damaged file makes of the reader
-                reason = (str(error).splitlines() or [""])[0][:120]
-                damage = (
-                    f"{path} cannot be read ({type(error).__name__}: {reason}): it is damaged, or not from this script"
-                )
-                if path == found[-1]:
-                    fail(f"{damage}. Delete it to start over, or give another --run-dir.")
-                self._say(f"note     {damage}. Going on from {found[-1].name}.")
+                reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:120]
+                damages.append(f"{path} cannot be read ({reason}): it is damaged, or not from this script")
+                continue
+            for damage in damages:
+                self._say(f"note     {damage}. Going on from {path.name}.")
                 self.damaged = True
-            else:
-                if self.checkpoint not in found:
-                    self._say(f"note     {self.checkpoint} is missing. Going on from {path.name}.")
-                return path, saved
-        raise AssertionError("found is not empty")
+            if self.checkpoint not in found:
+                self._say(f"note     {self.checkpoint} is missing. Going on from {path.name}.")
+            return path, saved
+        these = "it" if len(found) == 1 else "both"
+        fail(f"{'; '.join(damages)}. Delete {these} to start over, or give another --run-dir.")
 
     def _check_arguments(self, path: Path, fixed: dict[str, Any]) -> None:
         missing = "(none)"

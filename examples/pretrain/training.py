@@ -182,7 +182,10 @@ class Training(Generic[Args]):
         """Backward, and with the last piece of a batch the optimiser's step. ``embeddings`` (N, D) are the model's."""
         self.clock.begin_backward(*embeddings)
         self.fabric.backward(metrics.loss / self.args.accumulate)
-        std = feature_std(embeddings[0].detach())
+        queries = embeddings[0].detach()
+        if self.ranks > 1:
+            queries = self.fabric.all_gather(queries).flatten(0, 1)  # type: ignore[union-attr]
+        std = feature_std(queries)
         self.sums += torch.stack([metrics.loss.detach(), metrics.top1_accuracy, std])
         if self.last:
             self.optimizer.step()
