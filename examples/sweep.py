@@ -145,7 +145,8 @@ def by_negatives(dataset: str) -> list[Setting]:
         settings.append(Setting("simo", f"EqCo, alpha = {alpha}", k, {"num_negatives": k, "alpha": alpha}, paper))
         settings.append(Setting("simo", "InfoNCE", k, {"num_negatives": k, "eqco": False}))
     for k in (16, 64, 256, 1024, 4096) if dataset != "digits" else ():
-        settings.append(Setting("moco", "EqCo, alpha = 4096", k, {"queue_size": k, "alpha": 4096.0}))
+        own = None if k == 4096 else 4096.0  # the same run
+        settings.append(Setting("moco", "EqCo, alpha = 4096", k, {"queue_size": k, "alpha": own}))
         settings.append(Setting("moco", "InfoNCE", k, {"queue_size": k, "alpha": None}))
     return settings
 
@@ -370,8 +371,7 @@ class Pool:
     def start(self, job: Job, probing: bool = False) -> None:
         job.directory.mkdir(parents=True, exist_ok=True)
         words = list(job.probe) if probing else words_of(job)
-        with (job.directory / "log.txt").open("ab") as log:
-            process = subprocess.Popen(words, stdout=log, stderr=log, env=self.environment)
+        process = started(words, job.directory / "log.txt", self.environment)
         self.running.append(Running(job, process, time.monotonic(), probing))
 
     def end(self, running: Running) -> None:
@@ -394,6 +394,11 @@ class Pool:
         begun = sum(min(now - one.begun, statistics.mean(self.walls)) for one in self.running)
         seconds = (left * statistics.mean(self.walls) - begun) / min(self.args.jobs, max(left, 1))
         return f"{left} left, about {max(0, seconds) / 60:.0f} min" if left else "all done"
+
+
+def started(words: list[str], log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    with log.open("ab") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env=environment)
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -513,9 +518,22 @@ def show(args: Args, grid: Grid, table: dict[int, list[Job]], rows: list[Row], p
     lines = [f"{grid.title}, {dataset}", "", *table_lines(grid, points), *verdicts(points)]
     print("\n".join(lines))
     with written_whole(path.with_suffix(".md")) as file:
-        file.write("\n".join([*lines, "", f"`{command()}`", ""]).encode())
+        file.write("\n".join([*lines, "", f"`{short_command(args)}`", ""]).encode())
     draw(path.with_suffix(".png"), grid, dataset, points)
     print(f"Results are in {path}, {path.with_suffix('.md').name} and {path.with_suffix('.png').name}")
+
+
+def short_command(args: Args) -> str:
+    """What decides the results, without the machine's own paths."""
+    given = {
+        "dataset": args.dataset,
+        "seeds": args.seeds,
+        "epochs": args.epochs,
+        "limit": args.limit,
+        "arch": args.arch,
+    }
+    words = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    return " ".join(["python examples/sweep.py --grid", args.grid, *words])
 
 
 def table_lines(grid: Grid, points: list[Point]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -25,14 +26,15 @@ import gradient_norm
 import sweep
 import train_moco
 from pretrain import arguments
+from pretrain.run import write_rows
 from sweep import Args, Grid, Job, Setting
 
 
 class Started:
     """subprocess.Popen, from a server that has imported everything."""
 
-    def __init__(self, words: list[str], stdout: Any, stderr: Any, env: dict[str, str]) -> None:
-        script = Script(Path(stdout.name).parent, Path(words[1]).name)
+    def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
+        script = Script(log.parent, Path(words[1]).name)
         self.process = script.start(*words[2:])
 
     @property
@@ -123,7 +125,7 @@ def test_a_grid_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return Started(*words, **more)
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", stop_at_the_second)
+    monkeypatch.setattr(sweep, "started", stop_at_the_second)
     with pytest.raises(SystemExit) as stop:
         sweep.main(args)
     assert stop.value.code == 130
@@ -131,7 +133,7 @@ def test_a_grid_goes_on_where_it_stopped(
     assert len(first) == 1
     assert "[1/2] SiMo, k 16, alpha 256" in capsys.readouterr().out
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Started)
+    monkeypatch.setattr(sweep, "started", Started)
     sweep.main(args)
     output = capsys.readouterr().out
     assert "1 runs done, 1 to do" in output
@@ -148,7 +150,7 @@ def test_a_grid_goes_on_where_it_stopped(
         assert row["device"].endswith("threads")
     assert table[0]["knn"] != "" != table[1]["knn"]
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", refuse)
+    monkeypatch.setattr(sweep, "started", refuse)
     sweep.main(args)
     assert "2 runs done, 0 to do" in capsys.readouterr().out
     found.unlink()  # the run directories tell it again
@@ -156,7 +158,7 @@ def test_a_grid_goes_on_where_it_stopped(
     assert rows(found) == table
     for directory in (tmp_path / "runs").rglob("row.json"):
         directory.unlink()
-    sweep.main(sweep.replace(args, draw_only=True, run_dir=tmp_path / "elsewhere"))
+    sweep.main(replace(args, draw_only=True, run_dir=tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()
     assert (tmp_path / "out" / "norm.png").read_bytes().startswith(b"\x89PNG")
 
@@ -186,12 +188,12 @@ def test_the_papers_probe_follows_the_run(images: Path, tmp_path: Path, monkeypa
     setting = Setting("moco", "MoCo v2", 8, {**small, "queue_size": 16}, 53.28)
     grid = Grid("tiny", lambda dataset: [setting], "cifar100", "N", 1, 1, False, "simco", "CIFAR-100")
     monkeypatch.setitem(sweep.GRIDS, "tiny", grid)
-    monkeypatch.setattr(sweep.subprocess, "Popen", Started)
+    monkeypatch.setattr(sweep, "started", Started)
     places: dict[str, Any] = {"data_dir": images, "run_dir": tmp_path / "runs", "out": tmp_path / "out"}
     args = Args(grid="tiny", arch="small", limit=16, device="cpu", probe_epochs=1, linear_eval=False, **places)
     sweep.main(args)
     assert [row["probe"] for row in rows(tmp_path / "out" / "tiny.csv")] == [""]
-    args = sweep.replace(args, linear_eval=None)  # the grid's own: it is run now, and nothing is trained again
+    args = replace(args, linear_eval=None)  # the grid's own: it is run now, and nothing is trained again
     sweep.main(args)
     (row,) = rows(tmp_path / "out" / "tiny.csv")
     (job,) = all_jobs(args)
@@ -207,7 +209,7 @@ class Endless:
 
     ended = 0
 
-    def __init__(self, *words: Any, **more: Any) -> None:
+    def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -224,7 +226,7 @@ class Endless:
 def test_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     args = Args(grid="norm", time_limit=0.01, jobs=2, run_dir=tmp_path / "runs", out=tmp_path / "out")
     jobs = all_jobs(args)
-    monkeypatch.setattr(sweep.subprocess, "Popen", Endless)
+    monkeypatch.setattr(sweep, "started", Endless)
     begun = time.monotonic()
     assert list(sweep.Pool(args, []).finished(jobs)) == []  # none is done: nobody knows how long one takes
     assert time.monotonic() - begun < 10
@@ -232,8 +234,8 @@ def test_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "0.01 minutes are over" in capsys.readouterr().out
     assert all(sweep.spent(job) > 0.5 for job in jobs[:2])  # what they took is not forgotten
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", refuse)
-    pool = sweep.Pool(sweep.replace(args, time_limit=1), [120.0, 130.0])
+    monkeypatch.setattr(sweep, "started", refuse)
+    pool = sweep.Pool(replace(args, time_limit=1), [120.0, 130.0])
     assert list(pool.finished(jobs)) == []
     assert "no time for another run of 125 s" in capsys.readouterr().out
     sweep.spend(jobs[0], 100)
@@ -243,11 +245,11 @@ def test_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(Endless):
-        def __init__(self, *words: Any, stdout: Any, **more: Any) -> None:
+        def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
             self.returncode = 1
-            stdout.write(b"starting\nerror: the loss of epoch 1 is nan.\n")
+            log.write_text("starting\nerror: the loss of epoch 1 is nan.\n")
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Failing)
+    monkeypatch.setattr(sweep, "started", Failing)
     with pytest.raises(SystemExit, match=r"seed 0 failed: error: the loss of epoch 1 is nan\.\nSee .*log\.txt"):
         sweep.main(Args(grid="norm", run_dir=tmp_path / "runs", out=tmp_path / "out"))
 
@@ -259,7 +261,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*arguments: Any, **more: Any) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", refuse)
+    monkeypatch.setattr(sweep, "started", refuse)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     places: dict[str, Any] = {"run_dir": tmp_path / "runs", "out": tmp_path / "out", "device": "cpu"}
     with pytest.raises(SystemExit, match=r"grid: expected one of digits-k, cifar10-k, cifar100-dual, alpha.*got k\."):
@@ -286,14 +288,17 @@ def test_drawn_from_the_csv(grid: str, tmp_path: Path, capsys: pytest.CaptureFix
         knn = 80 - (2 * math.log2(4096 / k) if k == alpha else 0) + job.args.seed
         more = {"train_seconds": "9.0", "wall_seconds": "10.0", "device": "1 threads", "versions": "", "commit": ""}
         table.append({**job.key, "knn": f"{knn:.3f}", "probe": f"{knn + 5:.3f}", **more})
-    sweep.write_rows(tmp_path / f"{grid}.csv", table)
+    write_rows(tmp_path / f"{grid}.csv", table)
     sweep.main(args)
     output = capsys.readouterr().out
     text = (tmp_path / f"{grid}.md").read_text()
     assert (tmp_path / f"{grid}.png").read_bytes().startswith(b"\x89PNG")
     assert text.split("\n\n`")[0] in output
+    assert text.endswith(f"`python examples/sweep.py --grid {grid} --seeds 2`\n")  # and no machine's paths
     settings = sweep.GRIDS[grid].settings(sweep.GRIDS[grid].dataset)
-    assert text.count("| 2 |") == len(settings)
+    assert sum(
+        line.startswith(tuple(f"| {name} |" for name in sweep.NAMES.values())) for line in text.splitlines()
+    ) == len(settings)
     papers = [s.paper for s in settings if s.paper is not None]
     assert [float(value) for value in re.findall(r"\| ([\d.]+) \|$", text, re.MULTILINE)] == papers
     if grid == "digits-k":
@@ -372,8 +377,8 @@ def test_gradient_norms_go_on_where_they_stopped(
     assert "2 trainings done, 2 to do" in capsys.readouterr().out
     assert rows(tmp_path / "stopped" / "gradient_norm.csv") == whole
     assert (tmp_path / "stopped" / "gradient_norm.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="was made with epochs 1. Give the same, or another --out"):
-        gradient_norm.main(gradient_norm.replace(stopped, epochs=2))
+    with pytest.raises(SystemExit, match=r"was made with epochs 1\. Give the same, or another --out"):
+        gradient_norm.main(replace(stopped, epochs=2))
 
 
 def test_gradient_norms_with_a_queue(images: Path, tmp_path: Path) -> None:
