@@ -5,9 +5,9 @@
     python examples/sweep.py --grid cifar100-dual --data-dir DIR         # the dual-temperature paper's table, one GPU
     python examples/sweep.py --grid cifar10-k --draw-only                # from the CSV alone
 
-alpha (Tables 3 and 4), batch (Table 1), momentum (Table 6) and norm (Table 7) run on digits, or with --dataset on
-CIFAR. Each run is a training script in a directory of its own, and a row of the CSV once it is done. Run the same
-command again to go on: what the CSV has is skipped, and a run that was stopped goes on from its checkpoint.
+alpha (Tables 3 and 4, Figure 3 (b)), batch (Table 1), momentum (Table 6) and norm (Table 7) run on digits, or with
+--dataset on CIFAR. Each run is a training script in a directory of its own, and a row of the CSV once it is done. Run
+the same command again to go on: what the CSV has is skipped, and a run that was stopped goes on from its checkpoint.
 """
 
 import csv
@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 import train_moco
+import train_simclr
 import train_simco
 import train_simmoco
 import train_simo
@@ -40,15 +41,17 @@ HERE = Path(__file__).parent
 DEFAULTS: dict[str, dict[str, Any]] = {
     "simo": train_simo.DEFAULTS,
     "moco": train_moco.DEFAULTS,
+    "simclr": train_simclr.DEFAULTS,
     "simco": train_simco.DEFAULTS,
     "simmoco": train_simmoco.DEFAULTS,
 }
-NAMES = {"simo": "SiMo", "moco": "MoCo v2", "simco": "SimCo", "simmoco": "SimMoCo"}
+NAMES = {"simo": "SiMo", "moco": "MoCo v2", "simclr": "SimCLR", "simco": "SimCo", "simmoco": "SimMoCo"}
 ALPHAS = (256, 1024, 4096, 16384, 65536)
 # What the papers report (top-1 of a linear probe, %): EqCo's of ImageNet and ResNet-50, Zhang et al.'s of CIFAR-100.
 TABLE_1 = {256: 67.5, 512: 67.5, 1024: 67.4}
 TABLE_3 = dict(zip(ALPHAS, (68.0, 68.1, 68.1, 68.4, 68.5), strict=True))
 TABLE_4 = dict(zip(ALPHAS, (67.0, 67.1, 67.6, 67.3, 67.5), strict=True))
+FIGURE_3B = {256: 62.0, 4096: 65.3}  # SimCLR, by alpha
 TABLE_6 = {False: 62.1, True: 64.4}  # without a momentum encoder and with one
 TABLE_7 = {"split": 58.8, "batch": 64.4}  # shuffling BN and SyncBN, as one process has them
 DUAL = {
@@ -155,7 +158,8 @@ def by_alpha(dataset: str) -> list[Setting]:
     most = 127 if dataset == "digits" else 255
     simo = [Setting("simo", "ours", a, {"num_negatives": most, "alpha": a}, TABLE_3[a]) for a in ALPHAS]
     moco = [Setting("moco", "ours", a, {"queue_size": 256, "alpha": float(a)}, TABLE_4[a]) for a in ALPHAS]
-    return simo + moco
+    simclr = [Setting("simclr", "ours", a, {"alpha": float(a)}, paper) for a, paper in FIGURE_3B.items()]
+    return simo + moco + simclr
 
 
 def by_batch(dataset: str) -> list[Setting]:
@@ -189,7 +193,7 @@ GRIDS = {
     "cifar100-dual": Grid(
         "Dual temperature: the batch size", by_batch_dual, "cifar100", "N", 1, 200, False, "simco", "CIFAR-100"
     ),
-    "alpha": Grid("Tables 3 and 4: alpha", by_alpha, "digits", "alpha", seeds=3, epochs=40),
+    "alpha": Grid("Tables 3 and 4, Figure 3 (b): alpha", by_alpha, "digits", "alpha", seeds=3, epochs=40),
     "batch": Grid("Table 1: queries of a batch", by_batch, "digits", "N", seeds=3, epochs=40),
     "momentum": Grid("Table 6: the key encoder's momentum", by_momentum, "digits", "momentum", seeds=3, epochs=40),
     "norm": Grid("Table 7: shuffling BN (split) and SyncBN (batch)", by_norm, "digits", "norm", seeds=3, epochs=40),
@@ -200,6 +204,9 @@ def negatives_of(method: str, args: Common) -> tuple[int, float]:
     """K, and how many the loss mimics."""
     if isinstance(args, train_moco.Args):
         return args.queue_size, float(args.alpha or args.queue_size)
+    if isinstance(args, train_simclr.Args):
+        k = 2 * args.batch_size - 2
+        return k, float(args.alpha if args.eqco else k)
     k = args.batch_size - 1
     if isinstance(args, train_simo.Args):
         k = min(k, args.num_negatives)
