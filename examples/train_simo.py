@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
+from pretrain.norms import shuffled
 from pretrain.run import clear_errors
 from pretrain.training import Training, mean_of
 
@@ -55,18 +56,24 @@ def main(args: Args) -> None:
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
     model = training.start(encoder, criterion, loss, key_encoder=key_encoder)
 
+    def encode_keys(views: torch.Tensor, shuffle: torch.Generator) -> torch.Tensor:
+        """As the norm asks: MoCo's two must not show a query the statistics of its key."""
+        mixed = args.norm in ("shuffle", "split")
+        keys: torch.Tensor = shuffled(key_encoder, views, shuffle) if mixed else key_encoder(views)
+        return keys
+
     for batch in training.batches():
         if batch.first:
             momentum_update(encoder, key_encoder, args.key_momentum)
         with torch.no_grad(), training.autocast():
-            keys = key_encoder(batch.key_view).float()  # (N, D)
+            keys = encode_keys(batch.key_view, batch.shuffle).float()  # (N, D)
         queries = model(batch.query_view)
         embeddings: tuple[torch.Tensor, ...] = (queries,)
         with training.loss_timer():
             metrics = criterion.with_metrics(queries, keys)  # the negatives: K other rows of keys
         if args.symmetric:
             with torch.no_grad(), training.autocast():
-                keys = key_encoder(batch.query_view).float()
+                keys = encode_keys(batch.query_view, batch.shuffle).float()
             swapped = model(batch.key_view)
             metrics = mean_of(metrics, criterion.with_metrics(swapped, keys))
             embeddings += (swapped,)

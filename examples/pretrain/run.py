@@ -76,6 +76,19 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
         raise
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV file with the columns of the first row, written whole."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        with written_whole(path) as file:
+            file.write(text.getvalue().encode())
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror}). Make room, or give another --out; the last one is whole.")
+
+
 class Run:
     """One run in one directory. To resume it, the ``fixed`` arguments must agree; the ``free`` ones may change."""
 
