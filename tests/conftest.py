@@ -4,12 +4,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest's workers share the cores; torch reads it as it is imported
 
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch.utils.deterministic  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+import torch
+import torch.utils.deterministic
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 if not torch.cuda.is_available():  # kernels asked for by name run in Triton's interpreter, on CPU tensors
