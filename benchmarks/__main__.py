@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts me
 import torch
 import tyro
 
-from .measure import interleave, peak_extra_bytes, provenance
+from .measure import interleave, peak_extra_bytes, provenance, write_csv
 from .workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,11 +78,7 @@ def main(args: Args) -> None:
                     **origin,
                 }
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out, rows)
     print(f"\nwritten to {args.out}")
 
 

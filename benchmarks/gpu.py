@@ -8,7 +8,6 @@ results/gpu.csv as each workload ends, so a run that is stopped keeps what it ha
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import sys
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from eqco_loss import EqCoLoss
 
-from .measure import provenance
+from .measure import provenance, write_csv
 
 T = 0.2
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"
@@ -323,11 +322,7 @@ def main(args: Args) -> None:
                     **origin,
                 }
             )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(args.out, table)
 
 
 if __name__ == "__main__":

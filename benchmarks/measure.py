@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import statistics
 import subprocess
@@ -53,6 +54,15 @@ def peak_extra_bytes(step: Callable[[], object]) -> int:
         held += int(event["args"]["Bytes"])
         peak = max(peak, held)
     return peak
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    """All rows, which have the same columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def provenance() -> dict[str, str]:
