@@ -256,7 +256,7 @@ def logsumexp_keys_gradient(
     if keys.dim() == 3:
         k, block = keys.shape[1], 32
         kernels().keys_gradient_own[(n, _blocks(k, block))](
-            query, *query.stride(), keys, *keys.stride(), *common, out, n, k, norm_eps(query.dtype), eps,
+            query, *query.stride(), keys, *keys.stride(), *common, out, n, k, eps,
             D=d, BLOCK_KEYS=block, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys, enable_fp_fusion=True,
         )  # fmt: skip
     elif pairs.picked is not None:

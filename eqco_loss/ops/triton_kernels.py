@@ -728,7 +728,7 @@ def merge_keys_gradient(
 @triton.jit(do_not_specialize=["n", "k"])
 def keys_gradient_own(
     query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, per_row, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, out, n, k, query_eps, key_eps,
+    ids_stride_n, ids_stride_k, out, n, k, key_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Some keys of one row's own, (N, K, D)."""
