@@ -1,86 +1,81 @@
-"""python -m benchmarks: loss throughput and memory, side by side in one run."""
+"""Loss throughput and memory against everything a user would pick instead, side by side in one run.
+
+    python -m benchmarks --quick                      # two minutes on two CPU cores
+    python -m benchmarks                              # the whole matrix of this machine: a GPU's, where there is one
+    python -m benchmarks --workloads M1 S1            # parts of it, one by one; the other rows of the CSV stay
+
+Workloads: M1 (MoCo's queue), R (M1 at ragged sizes), M2 (the positive is one of the keys), T1 (dual temperature), S1
+(in-batch), C1 (CLIP), S2 (NT-Xent), P1 (SiMo). Every way to the loss is checked against float64, value and gradients,
+before it is timed; one that is wrong, cannot run here or takes too long is a row that says why.
+"""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, otherwise writes its own log
 import torch
 import tyro
 
-from .measure import interleave, peak_extra_bytes, provenance, write_csv
-from .workloads import WORKLOADS
+from .measure import RESULTS
+from .peers import PEERS, Peer
+from .runner import run_all
+from .workloads import DTYPES, WORKLOADS, cases, quick_cases
 
-RESULTS = Path(__file__).parent / "results"
 
-
-@dataclass
+@dataclass(frozen=True)
 class Args:
-    """Time each workload's variants in turn, forward and backward, after each has agreed with float64."""
-
-    workloads: tuple[str, ...] = tuple(WORKLOADS)
-    """Which ones: M1 (MoCo's queue), S1 (in-batch, both gradients)."""
-    rounds: int = 15
-    """Rounds after the warm-up; each variant runs once a round, medians are reported."""
-    threads: int | None = None
-    """Threads for torch; default: torch's own choice."""
-    out: Path = RESULTS / "cpu.csv"
-    """Where the rows go."""
-
-
-MAX_ERROR = 2e-5  # relative, of loss and gradients in float32: a variant that is further from float64 is not timed
+    workloads: tuple[str, ...] = tuple(WORKLOADS)  # which ones
+    peers: tuple[str, ...] = ()  # only these ways, by the beginning of their names; ours and the baseline always run
+    dtypes: tuple[str, ...] = DTYPES  # float32, high (TF32 products), bfloat16, float16, amp (float32 under autocast)
+    device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
+    quick: bool = False  # smaller sizes, fewer rounds, and a CSV of its own
+    rounds: int | None = None  # each way runs once a round; medians are reported. None: 15, on a GPU 50, quick 3
+    step_limit: float | None = None  # seconds a step may take to be timed. None: 20, quick 2
+    threads: int | None = None  # of torch, on a CPU. None: torch's own choice
+    out: Path | None = None  # None: benchmarks/results/{cpu,gpu,quick}.csv
 
 
 def main(args: Args) -> None:
-    unknown = [name for name in args.workloads if name not in WORKLOADS]
-    if unknown:
-        raise SystemExit(f"unknown workload {', '.join(unknown)}; known: {', '.join(WORKLOADS)}")
-    if args.rounds < 1:
-        raise SystemExit(f"--rounds: expected at least 1, got {args.rounds}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(args, device)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    origin = provenance()
-    print(f"{origin['device']}; torch {origin['torch']}; commit {origin['commit']}; float32, forward + backward")
-    rows: list[dict[str, str]] = []
-    for name in args.workloads:
-        workload = WORKLOADS[name]()
-        errors = {variant: workload.error(variant) for variant in workload.variants}
-        wrong = {variant: error for variant, error in errors.items() if not error <= MAX_ERROR}
+    out = args.out or RESULTS / ("quick.csv" if args.quick else "gpu.csv" if device == "cuda" else "cpu.csv")
+    rounds = args.rounds or (3 if args.quick else 50 if device == "cuda" else 15)
+    step_limit = args.step_limit or (2.0 if args.quick else 20.0)
+    chosen = [
+        case
+        for case in (quick_cases() if args.quick else cases(device))
+        if case.workload in args.workloads and case.dtype in args.dtypes
+    ]
+    if not chosen:
+        raise SystemExit(f"error: dtypes: no case of these on a {device} in {', '.join(args.dtypes)}.")
+    run_all(chosen, lambda one: wants(args, one), device, rounds, step_limit, out)
+
+
+def check(args: Args, device: str) -> None:
+    def among(name: str, given: tuple[str, ...], known: list[str], begins: bool = False) -> None:
+        wrong = [one for one in given if not any(k == one or (begins and k.startswith(one)) for k in known)]
         if wrong:
-            raise SystemExit(f"{name}: not timed, since these disagree with float64: {wrong}")
-        steps = {variant: partial(workload.step, variant) for variant in workload.variants}
-        memory = {variant: peak_extra_bytes(step) for variant, step in steps.items()}
-        timings = interleave(steps, args.rounds, name)
-        base = timings[workload.baseline].median
-        print(f"\n{workload.name}: {workload.size}, {args.rounds} rounds")
-        print(f"{'':48}{'ms':>9}{'min-max':>17}{'x faster':>10}{'peak extra MB':>15}{'error':>10}")
-        for variant, timing in timings.items():
-            span = f"{timing.low * 1e3:.0f}-{timing.high * 1e3:.0f}"
-            ratio, megabytes = base / timing.median, memory[variant] / 1e6
-            print(
-                f"{variant:48}{timing.median * 1e3:9.1f}{span:>17}{ratio:10.2f}{megabytes:15.2f}{errors[variant]:10.1e}"
-            )
-            rows.append(
-                {
-                    "workload": workload.name,
-                    "size": workload.size,
-                    "variant": variant,
-                    "median_ms": f"{timing.median * 1e3:.2f}",
-                    "min_ms": f"{timing.low * 1e3:.2f}",
-                    "max_ms": f"{timing.high * 1e3:.2f}",
-                    "times_faster_than_baseline": f"{ratio:.3f}",
-                    "peak_extra_mb": f"{megabytes:.3f}",
-                    "relative_error": f"{errors[variant]:.2e}",
-                    "rounds": str(args.rounds),
-                    **origin,
-                }
-            )
-    write_csv(args.out, rows)
-    print(f"\nwritten to {args.out}")
+            raise SystemExit(f"error: {name}: unknown {', '.join(wrong)}; known: {', '.join(known)}.")
+
+    among("workloads", args.workloads, list(WORKLOADS))
+    among("dtypes", args.dtypes, list(DTYPES))
+    among("peers", args.peers, list(dict.fromkeys(one.name for one in PEERS)), begins=True)
+    for name in ("rounds", "threads", "step_limit"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise SystemExit(f"error: {name}: expected more than 0, got {value}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: device: torch sees no GPU. Leave --device out, or give --device cpu.")
+
+
+def wants(args: Args, one: Peer) -> bool:
+    always = {"eqco_loss", *(kind.baseline for kind in WORKLOADS.values())}
+    return not args.peers or one.name in always or one.name.startswith(args.peers)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=Args.__doc__))
+    main(tyro.cli(Args, description=__doc__))

@@ -1,11 +1,13 @@
-"""How a figure comes about: interleaved rounds, medians, and the bytes torch's allocator was asked for."""
+"""How a figure comes about: interleaved rounds, medians, memory, kernels, and what the machine can do at best."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+
+Step = Callable[[], object]
+Row = dict[str, str]
+RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
@@ -24,22 +31,39 @@ class Timing(NamedTuple):
     low: float
     high: float
 
-
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, label: str) -> dict[str, Timing]:
-    """Time every variant once a round, in turn: all of them meet the same machine. One round first to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in tqdm(range(rounds + 1), desc=label, leave=False):
-        for name, step in variants.items():
-            start = time.perf_counter()
-            step()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        return cls(statistics.median(seconds), min(seconds), max(seconds))
 
 
-def peak_extra_bytes(step: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held at once in ``step``, beyond what was there: temporaries and results."""
+def interleave(steps: Mapping[str, Step], rounds: int, label: str, device: str = "cpu") -> dict[str, Timing]:
+    """Wall-clock of every step once a round, in turn: all of them meet the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
+        for name, step in steps.items():
+            seconds[name].append(wall_clock(step, device))
+    return {name: Timing.of(s) for name, s in seconds.items()}
+
+
+def wall_clock(step: Step, device: str) -> float:
+    start = time.perf_counter()
     step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------------------------------- CPU
+
+
+def peak_extra_bytes(step: Step) -> int:
+    """The most that torch's allocator held at once in ``step``, beyond what was there: temporaries and results."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,27 +80,138 @@ def peak_extra_bytes(step: Callable[[], object]) -> int:
     return peak
 
 
-def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
-    """All rows, which have the same columns."""
+def available_bytes() -> float:
+    """Memory that can still be had; infinite where the system does not tell."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    lines = [line for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
+    return 1024.0 * int(lines[0].split()[1]) if lines else float("inf")
+
+
+# --------------------------------------------------------------------------------------------------------------- GPU
+
+
+def captured(step: Step) -> torch.cuda.CUDAGraph:
+    """The step as a graph: what is left is the GPU's own time."""
+    torch.cuda.empty_cache()  # a graph has a pool of its own
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, tuple[Timing, Timing]]:
+    """GPU seconds of each graph, in turn: with L2 flushed before, and without."""
+    flush = torch.empty(128 * 2**20, dtype=torch.int8, device="cuda")
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            for warm in (False, True):
+                if not warm:
+                    flush.zero_()
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                begin.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                seconds[name][warm].append(begin.elapsed_time(end) / 1e3)
+    return {name: (Timing.of(cold), Timing.of(warm)) for name, (cold, warm) in seconds.items()}
+
+
+def kernels_launched(step: Step) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return len([e for e in profile.events() or [] if e.device_type == torch.profiler.DeviceType.CUDA])
+
+
+# ------------------------------------------------------------------------------------------------- the machine's limits
+
+
+class Limits(NamedTuple):
+    """What this machine reached here: matrix products in a dtype, and memory."""
+
+    operations: float  # a second
+    bytes: float  # a second
+
+    def seconds(self, operations: float, size: float) -> float:
+        """The least that so much work can take."""
+        return max(operations / self.operations, size / self.bytes)
+
+
+def limits(device: str, dtype: str) -> Limits:
+    """Best of five: a large square product (as autocast multiplies for amp), and a copy far beyond the caches."""
+    kind = {"high": "float32", "amp": "bfloat16"}.get(dtype, dtype)
+    n, size = (8192, 2**30) if device == "cuda" else (2048, 2**28)
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, kind)) for _ in range(2))
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+
+    def best(step: Step) -> float:
+        step()
+        return min(wall_clock(step, device) for _ in range(5))
+
+    return Limits(2.0 * n**3 / best(lambda: a @ b), 2.0 * size / best(lambda: target.copy_(source)))
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def relative_error(got: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest, in the norm, of loss and gradients. A NaN is infinitely wrong."""
+    errors = [float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True)]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """All rows, which have the same columns; a file that cannot be finished leaves the one before whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(part, path)
 
 
-def provenance() -> dict[str, str]:
+def read_csv(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def provenance() -> Row:
     """What every row carries."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    processor = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown"
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", "eqco_loss"], capture_output=True, text=True, check=False
     )
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+        capability = torch.backends.cpu.get_cpu_capability()
+        device = f"{names[0] if names else 'unknown CPU'}, {torch.get_num_threads()} threads, {capability}"
     return {
-        "device": f"{processor}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device,
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "triton": _triton_version(),
+        "commit": (commit.stdout.strip() or "unknown") + ("+changes" if changed.stdout.strip() else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
 
 
 def _lines(path: str) -> list[str]:

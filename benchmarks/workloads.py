@@ -1,134 +1,202 @@
-"""What is timed: each workload's inputs, and the ways to get its loss and gradients."""
+"""What is timed: a workload's inputs, and its loss and gradients in float64, which every way to them must meet."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
-from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
-
-TEMPERATURE = 0.2
-
-
-class Variant(NamedTuple):
-    """One way to get the loss: a function of the leaves, and the float64 truth it must agree with."""
-
-    loss: Callable[[], Tensor]
-    truth: Callable[[], Tensor]
-    needs: str  # what a user has to install for it
+T = 0.2  # temperature
+INTER_T = 1.0  # of the dual temperature, across rows
+ALPHA = 65536.0
+DTYPES = ("float32", "high", "bfloat16", "float16", "amp")  # high: float32 with TF32 products; amp: float32, autocast
+CHUNK = 2**24  # similarities of the truth at a time
 
 
-class Workload(NamedTuple):
-    """Inputs and variants; every step is the loss and the gradients of ``leaves``."""
+@dataclass(frozen=True)
+class Case:
+    """One workload at one size: N queries, K negatives each, D features."""
 
-    name: str
-    size: str
-    leaves: list[Tensor]
-    baseline: str
-    variants: dict[str, Variant]
+    workload: str
+    n: int
+    k: int
+    d: int = 128
+    dtype: str = "float32"
+    layout: str = "rows"  # of a queue: "rows" (K, D), or "columns" (D, K) as MoCo keeps it
 
-    def step(self, name: str) -> tuple[Tensor, ...]:
-        loss = self.variants[name].loss()
-        return loss, *torch.autograd.grad(loss, self.leaves)
+    @property
+    def size(self) -> str:
+        columns = ", queue (D, K)" if self.layout == "columns" else ""
+        return f"N={self.n} K={self.k} D={self.d}{columns}"
 
-    def error(self, name: str) -> float:
-        """Largest relative error (in the norm) of the loss and its gradients against float64."""
-        got = self.step(name)
-        truth = self.variants[name].truth()
-        expected = (truth, *torch.autograd.grad(truth, self.leaves))
-        return max(
-            float((g.detach() - e.detach()).norm() / e.detach().norm()) for g, e in zip(got, expected, strict=True)
-        )
+    @property
+    def keys_learn(self) -> bool:
+        """Whether the keys get a gradient: in-batch, yes; a queue's, another encoder's and SiMo's do not."""
+        return WORKLOADS[self.workload].keys_learn
 
+    @property
+    def operations(self) -> float:
+        """Of the matrix products that no exact way to loss and gradients can do without."""
+        return WORKLOADS[self.workload].products * 2.0 * self.rows * self.k * self.d
 
-def m1(n: int = 256, k: int = 65536, d: int = 128) -> Workload:
-    """MoCo: N queries against a queue of K detached keys."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(n, d, generator=generator)
-    positive = F.normalize(query + torch.randn(n, d, generator=generator), dim=1)
-    query = query.requires_grad_()
-    queue = MomentumQueue(k, d)
-    queue.enqueue(torch.randn(k, d, generator=generator))
-    moco_queue = queue.contents.T.contiguous()  # (D, K), as MoCo keeps it
+    @property
+    def rows(self) -> int:
+        return 2 * self.n if self.workload == "S2" else self.n
 
-    def moco() -> Tensor:
-        q = F.normalize(query, dim=1)
-        l_pos = torch.einsum("nc,nc->n", [q, positive]).unsqueeze(-1)
-        l_neg = torch.einsum("nc,ck->nk", [q, moco_queue.clone().detach()])
-        logits = torch.cat([l_pos, l_neg], dim=1)
-        logits /= TEMPERATURE
-        return F.cross_entropy(logits, torch.zeros(n, dtype=torch.long))
-
-    eqco = EqCoLoss(TEMPERATURE, alpha=k)
-    dual = DualTempInfoNCE(TEMPERATURE, 1.0)
-
-    def infonce_truth() -> Tensor:
-        q = F.normalize(query.double(), dim=1)
-        s = (q * F.normalize(positive.double(), dim=1)).sum(1)
-        lse = torch.logsumexp(q @ queue.contents.double().T / TEMPERATURE, 1)
-        return F.softplus(lse - s / TEMPERATURE).mean()
-
-    def dual_truth() -> Tensor:
-        q = F.normalize(query.double(), dim=1)
-        s, neg = (q * F.normalize(positive.double(), dim=1)).sum(1), q @ queue.contents.double().T
-        gap, inter_gap = (s / t - torch.logsumexp(neg / t, 1) for t in (TEMPERATURE, 1.0))
-        return (torch.exp(F.softplus(gap) - F.softplus(inter_gap)).detach() * F.softplus(-gap)).mean()
-
-    return Workload(
-        "M1",
-        f"N={n} K={k} D={d}, queue detached",
-        [query],
-        "eager MoCo (einsum, cat, divide, cross_entropy)",
-        {
-            "eager MoCo (einsum, cat, divide, cross_entropy)": Variant(moco, infonce_truth, "torch"),
-            "eqco_loss.EqCoLoss": Variant(lambda: eqco(query, positive, queue), infonce_truth, "eqco_loss"),
-            "eqco_loss.DualTempInfoNCE": Variant(lambda: dual(query, positive, queue), dual_truth, "eqco_loss"),
-        },
-    )
+    @property
+    def bytes(self) -> float:
+        """Inputs read once and gradients written once."""
+        each = 2 if self.dtype in ("bfloat16", "float16") else 4
+        inputs = 2 * self.n + (self.k if WORKLOADS[self.workload].queue else 0)
+        gradients = 2 * self.n if self.keys_learn else self.n
+        return float(each * self.d * (inputs + gradients))
 
 
-def s1(n: int = 4096, d: int = 128) -> Workload:
-    """In-batch: N queries against the other N - 1 keys, gradients to both sides."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(n, d, generator=generator)
-    key = (query + torch.randn(n, d, generator=generator)).requires_grad_()
-    query = query.requires_grad_()
-    alpha = 65536
-    margin = math.log(alpha / (n - 1))
-    diagonal = torch.eye(n, dtype=torch.bool)
+@dataclass(frozen=True)
+class Kind:
+    """What a workload asks."""
 
-    def eager_eqco() -> Tensor:
-        logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
-        lse = torch.logsumexp(logits.masked_fill(diagonal, -math.inf), 1)
-        return F.softplus(margin + lse - logits.diagonal()).mean()
-
-    def cross_entropy() -> Tensor:
-        logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
-        return F.cross_entropy(logits, torch.arange(n))
-
-    eqco = EqCoLoss(TEMPERATURE, alpha=alpha)
-
-    def truth(shift: float) -> Tensor:
-        logits = F.normalize(query.double(), dim=1) @ F.normalize(key.double(), dim=1).T / TEMPERATURE
-        lse = torch.logsumexp(logits.masked_fill(diagonal, -math.inf), 1)
-        return F.softplus(shift + lse - logits.diagonal()).mean()
-
-    return Workload(
-        "S1",
-        f"N={n} K={n - 1} D={d}, in-batch, both gradients",
-        [query, key],
-        "eager EqCo (matmul, mask, logsumexp, softplus)",
-        {
-            "eager EqCo (matmul, mask, logsumexp, softplus)": Variant(eager_eqco, lambda: truth(margin), "torch"),
-            "eager InfoNCE (matmul, cross_entropy)": Variant(cross_entropy, lambda: truth(0.0), "torch"),
-            "eqco_loss.EqCoLoss": Variant(lambda: eqco(query, key), lambda: truth(margin), "eqco_loss"),
-        },
-    )
+    title: str
+    queue: bool  # negatives are K given keys; otherwise they are of the batch
+    keys_learn: bool
+    products: int  # of N x K x D
+    baseline: str  # the peer that ratios are over
 
 
-WORKLOADS: dict[str, Callable[[], Workload]] = {"M1": m1, "S1": s1}
+WORKLOADS = {
+    "M1": Kind("MoCo: N queries against a queue of K detached keys", True, False, 2, "eager MoCo"),
+    "R": Kind("M1 at sizes that no tile divides", True, False, 2, "eager MoCo"),
+    "M2": Kind("the positive is a row of the K detached keys", True, False, 2, "eager cross entropy"),
+    "T1": Kind("dual temperature against a queue of K detached keys", True, False, 2, "eager dual temperature"),
+    "S1": Kind("in-batch InfoNCE, gradients to both sides", False, True, 3, "eager cross entropy"),
+    "C1": Kind("CLIP: both directions of S1", False, True, 3, "eager CLIP"),
+    "S2": Kind("NT-Xent over 2N embeddings", False, True, 2, "eager NT-Xent"),
+    "P1": Kind("SiMo: K negatives of the batch, detached, and EqCo's margin", False, False, 2, "eager masked"),
+}
+
+
+class Problem:
+    """A case's tensors. ``query`` and, where keys learn, ``key`` are leaves; a queue's keys have unit rows."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, torch.device(device)
+        n, k, d = case.n, case.k, case.d
+        self.kind = torch.float32 if case.dtype in ("float32", "high", "amp") else getattr(torch, case.dtype)
+        generator = torch.Generator().manual_seed(0)
+
+        def random(rows: int) -> Tensor:
+            return torch.randn(rows, d, generator=generator).to(self.device)
+
+        query = random(n)
+        self.queue: Tensor | None = None  # (K, D)
+        if WORKLOADS[case.workload].queue:
+            rows = F.normalize(random(k)).to(self.kind)
+            self.queue = rows.T.contiguous().T if case.layout == "columns" else rows
+        if case.workload == "M2":  # a positive that is near, and a row of the keys
+            self.target = torch.randperm(k, generator=generator)[:n].to(self.device)
+            key = self.queue[self.target]  # type: ignore[index]
+            query = F.normalize(query) + key.float()
+        else:
+            key = query + 0.7 * random(n)
+        self.key = key.to(self.kind).requires_grad_(case.keys_learn)
+        self.query = query.to(self.kind).requires_grad_()
+        self.leaves = [self.query, self.key] if case.keys_learn else [self.query]
+
+    def truth(self) -> list[Tensor]:
+        """Loss and gradients in float64 on these inputs, some rows at a time."""
+        doubles = [self.query.detach().double().requires_grad_(), self.key.detach().double().requires_grad_()]
+        unit = [F.normalize(x) for x in doubles]
+        grads = [torch.zeros_like(x) for x in unit]
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        leaves = [x.detach().requires_grad_() for x in unit]
+        for rows in self._rows(leaves):
+            value = rows()
+            loss += value.detach()
+            for total, grad in zip(grads, torch.autograd.grad(value, leaves, allow_unused=True), strict=True):
+                if grad is not None:
+                    total += grad
+        grads = list(torch.autograd.grad(unit, doubles, grads))
+        return [loss, *grads[: len(self.leaves)]]
+
+    def _rows(self, leaves: list[Tensor]) -> Iterator[Callable[[], Tensor]]:
+        """The loss of some anchors, as their part of the mean."""
+        query, key = leaves
+        workload, n = self.case.workload, self.case.n
+        keys = None if self.queue is None else self.queue.double()
+        step = max(1, CHUNK // (self.case.k + 1))
+        directions = [(query, key), (key, query)] if workload in ("C1", "S2") else [(query, key)]
+        for anchors, others in directions:
+            for start in range(0, n, step):
+                rows = torch.arange(start, min(n, start + step), device=self.device)
+
+                def part(anchors: Tensor = anchors, others: Tensor = others, rows: Tensor = rows) -> Tensor:
+                    q, positive = anchors[rows], (anchors[rows] * others[rows]).sum(1)
+                    logits = q @ (others if keys is None else keys).T
+                    if workload == "S2":
+                        own = (q @ anchors.T).scatter(1, rows[:, None], -math.inf)
+                        logits = torch.cat([logits.scatter(1, rows[:, None], -math.inf), own], 1)
+                    elif keys is None:
+                        gone = ~band(rows, n, self.case.k)
+                        logits = logits.masked_fill(gone, -math.inf)
+                    elif workload == "M2":
+                        logits = logits.scatter(1, self.target[rows, None], -math.inf)
+                    gap = positive / T - (logits / T).logsumexp(1)
+                    if workload == "T1":
+                        inter = positive / INTER_T - (logits / INTER_T).logsumexp(1)
+                        weight = (exact_softplus(gap) - exact_softplus(inter)).exp().detach()
+                        return (weight * exact_softplus(-gap)).sum() / n
+                    margin = math.log(ALPHA / self.case.k) if workload == "P1" else 0.0
+                    return exact_softplus(margin - gap).sum() / (n * len(directions))
+
+                yield part
+
+
+def exact_softplus(x: Tensor) -> Tensor:
+    """F.softplus returns its argument above 20."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def band(rows: Tensor, n: int, k: int) -> Tensor:
+    """(rows, N): which of the N keys are among the next K of each row."""
+    return (torch.arange(n, device=rows.device) - rows[:, None] - 1) % n < k
+
+
+def cases(device: str) -> list[Case]:
+    """The whole matrix. On a CPU in float32, and without the sizes that take it minutes a step."""
+    kinds = DTYPES if device == "cuda" else ("float32", "amp")
+    single = kinds[2:] if device == "cuda" else ("float32",)
+    found = [Case("M1", 256, 65536, dtype=dtype) for dtype in kinds]
+    for dtype in single:
+        found += [Case("M1", 256, 65536, dtype=dtype, layout="columns"), Case("M1", 1024, 65536, dtype=dtype)]
+        found += [Case("R", 250, 65521, 120, dtype), Case("M2", 256, 65536, dtype=dtype)]
+        found += [Case("T1", 256, 65536, dtype=dtype)]
+        found += [Case("S1", n, n - 1, d, dtype) for n in (4096, 16384) for d in (128, 512) if fits(n, d, device)]
+        found += [Case("C1", 4096, 4095, 512, dtype)]
+        sizes = (4096, 16384, 32768) if device == "cuda" else (4096,)
+        found += [Case("S2", n, 2 * n - 2, dtype=dtype) for n in sizes]
+        found += [Case("P1", 256, k, dtype=dtype) for k in (16, 64, 255)]
+        found += [Case("S1", 256, 255, dtype=dtype), Case("S2", 256, 510, dtype=dtype)]
+    return found
+
+
+def fits(n: int, d: int, device: str) -> bool:
+    return device == "cuda" or n * d <= 4096 * 512
+
+
+def quick_cases() -> list[Case]:
+    """A look at every workload, at sizes that two CPU cores pass in two minutes."""
+    return [
+        Case("M1", 256, 16384),
+        Case("M1", 256, 16384, layout="columns"),
+        Case("R", 250, 8191, 120),
+        Case("M2", 256, 8192),
+        Case("T1", 256, 16384),
+        Case("S1", 2048, 2047),
+        Case("C1", 1024, 1023),
+        Case("S2", 1024, 2046),
+        *(Case("P1", 256, k) for k in (16, 64, 255)),
+    ]

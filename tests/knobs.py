@@ -23,10 +23,11 @@ def patched(name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def tiles(elements: int | None = None, *, flash: bool = True) -> Iterator[None]:
-    """At most `elements` similarities per tile; without torch's flash attention where `flash` is False."""
+    """At most `elements` similarities per tile, and numbers of keys made ready at once; without torch's flash attention where `flash` is False."""
     with ExitStack() as stack:
         if elements is not None:
             stack.enter_context(patched("TILE_ELEMENTS", elements))
+            stack.enter_context(patched("_FLASH_ELEMENTS", elements))
         if not flash:
             stack.enter_context(patched("flash_works", lambda *_: False))
         yield

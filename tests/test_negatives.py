@@ -10,8 +10,7 @@ from torch import Tensor
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
 from eqco_loss.functional import random_negatives
-from eqco_loss.ops import tiles
-from tests import oracle
+from tests import knobs, oracle
 from tests.cases import Answer, answer, eager
 from tests.tolerance import assert_as_exact_as_eager
 
@@ -183,11 +182,11 @@ def test_metrics_by_definition(choice: Choice) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES[:: max(1, len(CHOICES) // 24)], ids=str)
-def test_tile_size_does_not_matter(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_size_does_not_matter(choice: Choice) -> None:
     d = data(choice)
     whole = ours(choice, d, "mean")
-    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 10)
-    small = ours(choice, d, "mean")
+    with knobs.tiles(10):
+        small = ours(choice, d, "mean")
     torch.testing.assert_close(small.loss, whole.loss, atol=1e-13, rtol=1e-13)
     torch.testing.assert_close(small.gradients, whole.gradients, atol=1e-13, rtol=1e-13)
 

@@ -22,6 +22,7 @@ from .tiles import Pairs, Scratch, Tile, blocks
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
+_FLASH_ELEMENTS = 2**19  # of keys that flash attention cannot take as they lie: made ready so many at a time
 _MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
 
@@ -292,8 +293,8 @@ def _attend(
     positive_logit: Tensor | None,  # (N,): count what is above it
     row_hint: int = 256,
 ) -> Iterator[_Passed]:
-    if positive_logit is None and _flash_serves(q, keys, pairs, ready):
-        yield slice(0, len(q)), _attend_flash(q * scale, keys, pairs, ratio), None
+    if positive_logit is None and _flash_serves(keys, pairs):
+        yield slice(0, len(q)), _attend_flash(q * scale, keys, pairs, ready, ratio), None
         return
     scratch, inter_scratch = Scratch(q), Scratch(q)
     for block in blocks(q, keys, pairs, ready, row_hint):
@@ -340,22 +341,25 @@ def _whole(parts: list[_Seen]) -> _Seen:
 def _merged(passes: Iterator[_Passed], extra: _Seen) -> Iterator[_Passed]:
     """The same rows with the negatives of both sets."""
     for rows, seen, only in passes:
-        other = _Seen(*(field[rows] for field in extra))
-        lse = torch.logaddexp(seen.lse, other.lse)
-        share, other_share = torch.exp(seen.lse - lse), torch.exp(other.lse - lse)
-        mean_key = seen.mean_key
-        if len(mean_key):
-            mean_key = mean_key * share[:, None] + other.mean_key * other_share[:, None]
-        merged = _Seen(
-            lse,
-            seen.negatives + other.negatives,
-            mean_key,
-            torch.logaddexp(seen.inter_lse, other.inter_lse),
-            seen.rank + other.rank,
-            seen.logit_sum + other.logit_sum,
-            seen.unit * share,
-        )
-        yield rows, merged, only
+        yield rows, _both(seen, _Seen(*(field[rows] for field in extra))), only
+
+
+def _both(seen: _Seen, other: _Seen) -> _Seen:
+    """What one pass over both sets of negatives would have seen."""
+    lse = torch.logaddexp(seen.lse, other.lse)
+    share, other_share = torch.exp(seen.lse - lse), torch.exp(other.lse - lse)
+    mean_key = seen.mean_key
+    if len(mean_key):
+        mean_key = mean_key * share[:, None] + other.mean_key * other_share[:, None]
+    return _Seen(
+        lse,
+        seen.negatives + other.negatives,
+        mean_key,
+        torch.logaddexp(seen.inter_lse, other.inter_lse),
+        seen.rank + other.rank,
+        seen.logit_sum + other.logit_sum,
+        seen.unit * share,
+    )
 
 
 def _check_negatives(negatives: Tensor, first: int) -> None:
@@ -370,13 +374,10 @@ def _check_negatives(negatives: Tensor, first: int) -> None:
 # -------------------------------------------------------------------------------- flash attention on CPU, value = key
 
 
-def _flash_serves(q: Tensor, keys: Tensor, pairs: Pairs, ready: _Ready) -> bool:
+def _flash_serves(keys: Tensor, pairs: Pairs) -> bool:
     return (
         keys.device.type == "cpu"
         and keys.dim() == 2
-        and not ready.normalize
-        and keys.dtype == q.dtype
-        and keys.is_contiguous()
         and (pairs.query_ids is None or pairs.key_ids is None)
         and pairs.picked is None
         and not pairs.band
@@ -384,8 +385,15 @@ def _flash_serves(q: Tensor, keys: Tensor, pairs: Pairs, ready: _Ready) -> bool:
     )
 
 
-def _attend_flash(logits: Tensor, keys: Tensor, pairs: Pairs, ratio: float | Tensor | None) -> _Seen:
+def _attend_flash(logits: Tensor, keys: Tensor, pairs: Pairs, ready: _Ready, ratio: float | Tensor | None) -> _Seen:
     keys = keys if pairs.valid_count is None else keys[: int(pairs.valid_count)]
+    as_they_lie = keys.is_contiguous() and keys.dtype == ready.dtype and not ready.normalize
+    size = len(keys) if as_they_lie else max(1, _FLASH_ELEMENTS // keys.shape[1])
+    seen = (_seen_by_flash(logits, ready(part).contiguous(), ratio) for part in torch.split(keys, max(1, size)))
+    return functools.reduce(_both, seen)
+
+
+def _seen_by_flash(logits: Tensor, keys: Tensor, ratio: float | Tensor | None) -> _Seen:
     mean_key, lse = _flash(logits, keys)
     inter_lse = lse if ratio is None else _flash(logits * ratio, keys)[1]
     count, unseen = torch.full_like(lse, len(keys)), torch.zeros_like(lse)

@@ -1,0 +1,495 @@
+"""Every way to a workload's loss that a user might pick: ours, torch's own, and the packages'.
+
+A way is a function of a :class:`Problem` that prepares what its user would have, and returns the call that is timed.
+Where it cannot serve, it raises :class:`UnavailableError` with the reason, which becomes its row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
+
+from .workloads import ALPHA, INTER_T, Problem, T, band
+
+Loss = Callable[[], Tensor]
+EXTRA = 'pip install -e ".[benchmarks]"'
+PACKAGES = {  # distribution, and the module to import
+    "lightly": ("lightly", "lightly.loss"),
+    "info-nce-pytorch": ("info-nce-pytorch", "info_nce"),
+    "pytorch-metric-learning": ("pytorch-metric-learning", "pytorch_metric_learning.losses"),
+    "open_clip": ("open_clip_torch", "open_clip.loss"),
+    "cut-cross-entropy": ("cut-cross-entropy", "cut_cross_entropy"),
+    "liger-kernel": ("liger_kernel", "liger_kernel.transformers"),
+    "inf-cl": ("inf-cl", "inf_cl"),
+}
+
+
+class UnavailableError(Exception):
+    """Why a peer cannot serve a case."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to the loss of some workloads."""
+
+    name: str
+    workloads: tuple[str, ...]
+    prepare: Callable[[Problem], Loss]
+    logits: float = 0.0  # how many float32 tensors of its logits' size it holds at once, forward and backward
+    pairs: bool = False  # its logits have a column for every pair of a positive and a negative of any row
+
+    @property
+    def package(self) -> str | None:
+        return next((package for package in PACKAGES if self.name.startswith(package)), None)
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version(PACKAGES[self.package][0]) if self.package else ""
+
+    def bytes(self, problem: Problem) -> float:
+        """What it is expected to hold at once."""
+        case = problem.case
+        columns = case.k * (case.rows if self.pairs else 1)
+        return 4.0 * self.logits * case.rows * columns
+
+
+PEERS: list[Peer] = []
+
+
+def peer(name: str, *workloads: str, logits: float = 0.0, pairs: bool = False) -> Callable[[Any], Any]:
+    def add(prepare: Callable[[Problem], Loss]) -> Callable[[Problem], Loss]:
+        PEERS.append(Peer(name, workloads, prepare, logits, pairs))
+        return prepare
+
+    return add
+
+
+def load(package: str) -> Any:
+    """Its module, or the extra to install."""
+    distribution, module = PACKAGES[package]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{distribution} is not installed ({error}): {EXTRA}") from error
+
+
+def gpu_only(problem: Problem) -> None:
+    if problem.device.type != "cuda":
+        raise UnavailableError("no CPU path: its kernels are Triton's")
+
+
+def half_only(problem: Problem) -> None:
+    if problem.device.type == "cuda" and problem.case.dtype in ("float32", "high"):
+        raise UnavailableError("flash attention is for half precision")
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1)
+
+
+def amp_dtype(problem: Problem, x: Tensor) -> Tensor:
+    """Autocast does not reach a package's own kernels: their user converts."""
+    return x.bfloat16() if problem.case.dtype == "amp" else x
+
+
+# ------------------------------------------------------------------------------------------- M1, R: a queue's K keys
+
+
+@peer("eager MoCo", "M1", "R", logits=4)
+def eager_moco(problem: Problem) -> Loss:
+    """MoCo's code path, with its (D, K) queue."""
+    query, key = problem.query, problem.key
+    stored = queue_of(problem).T
+    if problem.case.layout == "rows":
+        stored = stored.contiguous()
+    labels = torch.zeros(len(query), dtype=torch.long, device=query.device)
+
+    def loss() -> Tensor:
+        q, k = unit(query), unit(key)
+        l_pos = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+        l_neg = torch.einsum("nc,ck->nk", q, stored.clone().detach())
+        logits = torch.cat([l_pos.to(l_neg.dtype), l_neg], dim=1)
+        logits /= T
+        return F.cross_entropy(logits.float(), labels)
+
+    return loss
+
+
+@peer("eager logsumexp", "M1", "R", logits=4)
+def eager_logsumexp(problem: Problem) -> Loss:
+    """Without the concatenation: the best eager form."""
+    query, key, keys = problem.query, problem.key, queue_of(problem)
+
+    def loss() -> Tensor:
+        q, k = unit(query), unit(key)
+        logits = (q @ keys.T).float() / T
+        return F.softplus(logits.logsumexp(1) - (q * k).sum(1).float() / T).mean()
+
+    return loss
+
+
+@peer("flash-attention trick", "M1", "R")
+def flash_trick(problem: Problem) -> Loss:
+    """Attention with value = key returns the mean key and the log-sum-exp: a private operator and an epilogue."""
+    half_only(problem)
+    query, key, keys = problem.query, problem.key, queue_of(problem).contiguous()
+
+    def loss() -> Tensor:
+        out: Tensor = FlashTrick.apply(amp_dtype(problem, unit(query)), unit(key), amp_dtype(problem, keys))
+        return out
+
+    return loss
+
+
+class FlashTrick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, keys: Tensor) -> Tensor:
+        queries, four = q[None, None], keys[None, None]
+        if q.is_cuda:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(queries, four, four, scale=1 / T)
+        else:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, four, four, scale=1 / T)
+        loss = F.softplus(lse.reshape(-1) - (q.float() * k.float()).sum(1) / T)
+        weight = -torch.expm1(-loss) / (T * len(q))
+        ctx.save_for_backward((out[0, 0].float() - k.float()) * weight[:, None])
+        ctx.dtype = q.dtype
+        return loss.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (unit_gradient,) = ctx.saved_tensors
+        return (unit_gradient * grad).to(ctx.dtype), None, None
+
+
+@peer("lightly NTXentLoss, memory bank", "M1", "R", logits=5)
+def lightly_bank(problem: Problem) -> Loss:
+    module = load("lightly").NTXentLoss(T, memory_bank_size=(problem.case.k, problem.case.d))
+    bank = module.memory_bank
+    bank.bank, bank.bank_ptr = queue_of(problem).clone(), torch.zeros(1, dtype=torch.long, device=problem.device)
+    return lambda: module(problem.query, problem.key)
+
+
+@peer("info-nce-pytorch", "M1", "R", logits=4)
+def info_nce_queue(problem: Problem) -> Loss:
+    module, keys = load("info-nce-pytorch").InfoNCE(T), queue_of(problem)
+    return lambda: module(problem.query, problem.key, keys)
+
+
+@peer("pytorch-metric-learning CrossBatchMemory", "M1")
+def metric_learning_memory(problem: Problem) -> Loss:
+    n, k = problem.case.n, problem.case.k
+    needed = 4 * n * n * k / 1e9
+    raise UnavailableError(f"its memory holds the batch's own keys too, and its pairs, N x N x K, are {needed:.0f} GB")
+
+
+@peer("eqco_loss", "M1", "R")
+def ours_queue(problem: Problem) -> Loss:
+    """With a MomentumQueue; a (D, K) tensor as it lies in memory."""
+    keys = queue_of(problem)
+    if problem.case.layout == "columns":
+        criterion = EqCoLoss(T, alpha=None, normalize=False)
+        return lambda: criterion(unit(problem.query), unit(problem.key), keys)
+    criterion, queue = EqCoLoss(T, alpha=None), filled(problem)
+    return lambda: criterion(problem.query, problem.key, queue)
+
+
+# ---------------------------------------------------------------------------- M2: the positive is a row of the keys
+
+
+@peer("eager cross entropy", "M2", logits=4)
+def eager_rows(problem: Problem) -> Loss:
+    keys = queue_of(problem)
+    return lambda: F.cross_entropy((unit(problem.query) @ keys.T).float() / T, problem.target)
+
+
+@peer("eqco_loss", "M2")
+def ours_rows(problem: Problem) -> Loss:
+    """The positive's own row is left out by its id, and counted as the positive."""
+    criterion, keys = EqCoLoss(T, alpha=None, normalize=False), queue_of(problem)
+    rows = torch.arange(len(keys), device=problem.device)
+    ids = {"query_ids": problem.target, "negative_ids": rows}
+    return lambda: criterion(unit(problem.query), problem.key, keys, **ids)
+
+
+# The packages' cross entropies, which take (queries, rows, labels): M2 with a queue's keys, S1 with the batch's.
+
+
+def labelled(problem: Problem) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Unit queries over the temperature, unit keys, and each query's row."""
+    if problem.queue is None:
+        labels = torch.arange(problem.case.n, device=problem.device)
+        return lambda: (
+            amp_dtype(problem, unit(problem.query) / T),
+            amp_dtype(problem, unit(problem.key)),
+            labels,
+        )
+    keys = amp_dtype(problem, problem.queue)
+    return lambda: (amp_dtype(problem, unit(problem.query) / T), keys, problem.target)
+
+
+@peer("cut-cross-entropy", "M2", "S1")
+def cut_cross_entropy(problem: Problem) -> Loss:
+    """Exact: its filter of small gradients is off."""
+    gpu_only(problem)
+    cut, inputs = load("cut-cross-entropy").linear_cross_entropy, labelled(problem)
+    return lambda: cut(*inputs(), filter_eps=None)
+
+
+@peer("cut-cross-entropy, impl=torch_compile", "M2", "S1", logits=3)
+def cut_cross_entropy_compiled(problem: Problem) -> Loss:
+    """The package's way for machines without its kernels."""
+    compiled, inputs = load("cut-cross-entropy").linear_cross_entropy, labelled(problem)
+    return lambda: compiled(*inputs(), impl="torch_compile")
+
+
+@peer("liger-kernel", "M2", "S1")
+def liger(problem: Problem) -> Loss:
+    gpu_only(problem)
+    module, inputs = load("liger-kernel").LigerFusedLinearCrossEntropyLoss(), labelled(problem)
+
+    def loss() -> Tensor:
+        q, keys, labels = inputs()
+        value: Tensor = module(keys, q, labels)
+        return value
+
+    return loss
+
+
+@peer("inf-cl", "M2", "S1")
+def inf_cl(problem: Problem) -> Loss:
+    gpu_only(problem)
+    flash, inputs = load("inf-cl").cal_flash_loss, labelled(problem)
+
+    def loss() -> Tensor:
+        q, keys, labels = inputs()
+        return flash(q, keys, labels, head_dim=problem.case.d).mean()  # type: ignore[no-any-return]
+
+    return loss
+
+
+def chunked(problem: Problem, **options: Any) -> Loss:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UnavailableError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    inputs, chosen = labelled(problem), torch.nn.LinearCrossEntropyOptions(**options)
+
+    def loss() -> Tensor:
+        q, keys, labels = inputs()
+        return F.linear_cross_entropy(q, keys, labels, options=chosen)
+
+    return loss
+
+
+@peer("F.linear_cross_entropy, default chunk", "M2", "S1")
+def linear_cross_entropy(problem: Problem) -> Loss:
+    return chunked(problem)
+
+
+@peer("F.linear_cross_entropy, 64 MB chunk", "M2", "S1")
+def linear_cross_entropy_tuned(problem: Problem) -> Loss:
+    rows = max(1, min(problem.case.n, 2**24 // problem.case.k))
+    return chunked(problem, batch_chunk_size=rows)
+
+
+# ------------------------------------------------------------------------------------------ T1: the dual temperature
+
+
+@peer("eager dual temperature", "T1", logits=6)
+def eager_dual(problem: Problem) -> Loss:
+    """As its authors write it: two softmaxes and the weight between them."""
+    query, key, keys = problem.query, problem.key, queue_of(problem)
+
+    def loss() -> Tensor:
+        q = unit(query)
+        logits = torch.cat([(q * unit(key)).sum(1, keepdim=True).to(query.dtype), q @ keys.T], 1).float()
+        intra, inter = (logits / T).softmax(1)[:, 0], (logits / INTER_T).softmax(1)[:, 0]
+        weight = ((1 - inter) / (1 - intra)).detach()
+        return -(weight * intra.log()).mean()
+
+    return loss
+
+
+@peer("eqco_loss", "T1")
+def ours_dual(problem: Problem) -> Loss:
+    criterion, queue = DualTempInfoNCE(T, INTER_T), filled(problem)
+    return lambda: criterion(problem.query, problem.key, queue)
+
+
+# ------------------------------------------------------------------------------------------------ S1, C1: in-batch
+
+
+@peer("eager cross entropy", "S1", logits=4)
+def eager_batch(problem: Problem) -> Loss:
+    labels = torch.arange(problem.case.n, device=problem.device)
+    return lambda: F.cross_entropy((unit(problem.query) @ unit(problem.key).T).float() / T, labels)
+
+
+def masked(problem: Problem, margin: float) -> Loss:
+    """EqCo as one would write it: a mask, a log-sum-exp, a softplus."""
+    n = problem.case.n
+    keep = band(torch.arange(n, device=problem.device), n, problem.case.k)
+
+    def loss() -> Tensor:
+        logits = (unit(problem.query) @ unit(problem.key).T).float() / T
+        lse = logits.masked_fill(~keep, -math.inf).logsumexp(1)
+        return F.softplus(margin + lse - logits.diagonal()).mean()
+
+    return loss
+
+
+@peer("eager masked", "S1", logits=5)
+def eager_masked(problem: Problem) -> Loss:
+    return masked(problem, 0.0)
+
+
+@peer("info-nce-pytorch", "S1", logits=4)
+def info_nce_batch(problem: Problem) -> Loss:
+    module = load("info-nce-pytorch").InfoNCE(T)
+    return lambda: module(problem.query, problem.key)
+
+
+@peer("pytorch-metric-learning NTXentLoss", "S1", logits=3, pairs=True)
+def metric_learning_batch(problem: Problem) -> Loss:
+    losses = load("pytorch-metric-learning")
+    module = losses.SelfSupervisedLoss(losses.NTXentLoss(T), symmetric=False)
+    return lambda: module(problem.query, problem.key)
+
+
+@peer("eqco_loss", "S1")
+def ours_batch(problem: Problem) -> Loss:
+    criterion = EqCoLoss(T, alpha=None)
+    return lambda: criterion(problem.query, problem.key)
+
+
+@peer("eager CLIP", "C1", logits=6)
+def eager_clip(problem: Problem) -> Loss:
+    labels = torch.arange(problem.case.n, device=problem.device)
+
+    def loss() -> Tensor:
+        logits = (unit(problem.query) @ unit(problem.key).T).float() / T
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    return loss
+
+
+@peer("open_clip ClipLoss", "C1", logits=8)
+def open_clip(problem: Problem) -> Loss:
+    module = load("open_clip").ClipLoss()
+    return lambda: module(unit(problem.query), unit(problem.key), 1 / T)
+
+
+@peer("eqco_loss", "C1")
+def ours_clip(problem: Problem) -> Loss:
+    criterion = EqCoLoss(T, alpha=None, symmetric=True)
+    return lambda: criterion(problem.query, problem.key)
+
+
+# ------------------------------------------------------------------------------------------------------ S2: NT-Xent
+
+
+@peer("eager NT-Xent", "S2", logits=4)
+def eager_views(problem: Problem) -> Loss:
+    n = problem.case.n
+    partner = torch.arange(2 * n, device=problem.device).roll(n)
+
+    def loss() -> Tensor:
+        z = unit(torch.cat([problem.query, problem.key]))
+        return F.cross_entropy(((z @ z.T).float() / T).fill_diagonal_(-math.inf), partner)
+
+    return loss
+
+
+@peer("lightly NTXentLoss", "S2", logits=6)
+def lightly_views(problem: Problem) -> Loss:
+    module = load("lightly").NTXentLoss(T)
+    return lambda: module(problem.query, problem.key)
+
+
+@peer("pytorch-metric-learning NTXentLoss", "S2", logits=3, pairs=True)
+def metric_learning_views(problem: Problem) -> Loss:
+    losses = load("pytorch-metric-learning")
+    module = losses.SelfSupervisedLoss(losses.NTXentLoss(T))
+    return lambda: module(problem.query, problem.key)
+
+
+@peer("eqco_loss", "S2")
+def ours_views(problem: Problem) -> Loss:
+    criterion = EqCoLoss(T, alpha=None, in_batch="views", symmetric=True)
+    return lambda: criterion(problem.query, problem.key)
+
+
+# --------------------------------------------------------------------------------------------------------- P1: SiMo
+
+
+@peer("eager masked", "P1", logits=5)
+def eager_picked(problem: Problem) -> Loss:
+    return masked(problem, math.log(ALPHA / problem.case.k))
+
+
+@peer("eager gathered", "P1", logits=5)
+def eager_gathered(problem: Problem) -> Loss:
+    """(N, K, D) negatives, one product a query."""
+    n, k = problem.case.n, problem.case.k
+    picked = (torch.arange(n)[:, None] + 1 + torch.arange(k)).remainder(n).to(problem.device)
+    margin = math.log(ALPHA / k)
+
+    def loss() -> Tensor:
+        q, keys = unit(problem.query), unit(problem.key)
+        logits = torch.einsum("nd,nkd->nk", q, keys[picked]).float() / T
+        return F.softplus(margin + logits.logsumexp(1) - (q * keys).sum(1).float() / T).mean()
+
+    return loss
+
+
+@peer("eqco_loss", "P1")
+def ours_picked(problem: Problem) -> Loss:
+    criterion = EqCoLoss(T, ALPHA, num_negatives=problem.case.k)
+    return lambda: criterion(problem.query, problem.key)
+
+
+# ---------------------------------------------------------------------------------------- torch.compile of the eager
+
+
+def compiled(prepare: Callable[[Problem], Loss]) -> Callable[[Problem], Loss]:
+    def prepare_compiled(problem: Problem) -> Loss:
+        torch._dynamo.reset()  # every case its own program, none of them made general by another's shapes
+        loss: Loss = torch.compile(prepare(problem), dynamic=False)
+        return loss
+
+    return prepare_compiled
+
+
+EAGER: dict[Callable[[Problem], Loss], tuple[str, ...]] = {
+    eager_logsumexp: ("M1", "R"),
+    eager_rows: ("M2",),
+    eager_dual: ("T1",),
+    eager_batch: ("S1",),
+    eager_clip: ("C1",),
+    eager_views: ("S2",),
+    eager_picked: ("P1",),
+}
+for eager, of in EAGER.items():
+    PEERS.append(Peer("torch.compile", of, compiled(eager), logits=3))
+
+
+def queue_of(problem: Problem) -> Tensor:
+    if problem.queue is None:
+        raise ValueError(f"{problem.case.workload}: has no queue.")
+    return problem.queue
+
+
+def filled(problem: Problem) -> MomentumQueue:
+    """A queue of the problem's keys."""
+    keys = queue_of(problem)
+    queue = MomentumQueue(*keys.shape, dtype=keys.dtype, device=keys.device)
+    queue.load_moco(keys.T)
+    return queue

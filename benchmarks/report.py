@@ -1,0 +1,224 @@
+"""The README's table and the figures, from the committed CSVs.
+
+    python -m benchmarks.report             # rewrites README.md between its markers, and docs/benchmarks-*.png
+    python -m benchmarks.report --check     # fails where they do not agree with the CSVs
+
+A figure carries the digest of the rows it shows, so that an old one is found out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from .measure import RESULTS, Row, read_csv
+from .workloads import DTYPES, WORKLOADS, Case
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
+README_ROWS = {  # of a CPU, and of a GPU
+    "cpu": (
+        ("M1", 256, 128, "float32"),
+        ("T1", 256, 128, "float32"),
+        ("S1", 4096, 128, "float32"),
+        ("S2", 4096, 128, "float32"),
+    ),
+    "gpu": tuple((name, n, 128, "amp") for name, n in (("M1", 256), ("S1", 4096), ("S2", 4096), ("P1", 256))),
+}
+SHARES = {"eqco_loss": "tab:orange"}  # ours; the others are grey
+
+
+@dataclass(frozen=True)
+class Args:
+    check: bool = False  # change nothing; fail where something does not agree
+
+
+def main(args: Args) -> None:
+    stale = []
+    readme = ROOT / "README.md"
+    text, new = readme.read_text(), with_table(readme.read_text())
+    if text != new:
+        stale.append("README.md")
+        if not args.check:
+            readme.write_text(new)
+    for name, (draw, rows) in figures().items():
+        path = ROOT / "docs" / name
+        if digest_in(path) != digest(rows):
+            stale.append(f"docs/{name}")
+            if not args.check:
+                save(draw(rows), path, rows)
+    if args.check and stale:
+        raise SystemExit(f"error: {', '.join(stale)}: not what the CSVs say. Run python -m benchmarks.report.")
+    print("nothing to change" if not stale else f"written: {', '.join(stale)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- README
+
+
+def with_table(readme: str) -> str:
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{rest[rest.index(END) :]}"
+
+
+def table() -> str:
+    """Every way of some cases of each device that has a CSV."""
+    parts = []
+    for device, chosen in README_ROWS.items():
+        path = RESULTS / f"{device}.csv"
+        rows = read_csv(path) if path.exists() else []
+        shown = [row for choice in chosen for row in rows if matches(row, *choice)]
+        if not shown:
+            continue
+        graph = any(row["graph_us"] for row in shown)
+        time = "GPU us (eager ms)" if graph else "ms"
+        lines = [f"| | | {time} | times faster | extra memory |", "| --- | --- | --- | --- | --- |"]
+        for row in shown:
+            lines.append(table_row(row, first=row is next(r for r in shown if r["workload"] == row["workload"])))
+        first = shown[0]
+        commits = ", ".join(dict.fromkeys(f"{row['commit']} ({row['date']})" for row in shown))
+        lines += [
+            "",
+            f"Medians of {first['rounds']} interleaved rounds, forward and backward; {first['device']}; "
+            f"torch {first['torch']}; commit {commits}.",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def matches(row: Row, workload: str, n: int, d: int, dtype: str) -> bool:
+    given = row["workload"], int(row["n"]), int(row["d"]), row["dtype"], row["layout"]
+    return given == (workload, n, d, dtype, "rows")
+
+
+def table_row(row: Row, first: bool) -> str:
+    kind = WORKLOADS[row["workload"]]
+    what = f"{kind.title}: {case_of(row).size}" if first else ""
+    name = f"**{row['peer']}**" if row["peer"] == "eqco_loss" else row["peer"]
+    if row["version"]:
+        name += f" {row['version']}"
+    if row["status"] != "timed":
+        return f"| {what} | {name} | {row['status']} | | |"
+    time = f"{float(row['ms']):.4g}"
+    ratio = row["times_faster"]
+    if row["graph_us"]:
+        time, ratio = f"{float(row['graph_us']):.4g} ({time})", row["times_faster_graph"] or ratio
+    return f"| {what} | {name} | {time} | {float(ratio):.2f} | {float(row['peak_extra_mb']):.1f} MB |"
+
+
+def case_of(row: Row) -> Case:
+    return Case(row["workload"], int(row["n"]), int(row["k"]), int(row["d"]), row["dtype"], row["layout"])
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+Draw = Callable[[list[Row]], Any]
+
+
+def figures() -> dict[str, tuple[Draw, list[Row]]]:
+    """Of the CSVs that there are: how to draw each, and its rows."""
+    found: dict[str, tuple[Draw, list[Row]]] = {}
+    for device in ("cpu", "gpu"):
+        for name, draw in (("", draw_bars), ("scaling-", draw_scaling)):
+            path = RESULTS / f"{name}{device}.csv"
+            if path.exists():
+                rows = read_csv(path)
+                shown = rows if name else [row for row in rows if row["layout"] == "rows"]
+                found[f"benchmarks-{name}{device}.png"] = draw, shown
+    return found
+
+
+def draw_bars(rows: list[Row]) -> Any:
+    """Ways side by side in each workload's first case: times faster than the baseline, and share of the limit."""
+    import matplotlib.pyplot as plt
+
+    cases = [[r for r in rows if r["workload"] == name and r["status"] == "timed"] for name in WORKLOADS]
+    cases = [[r for r in case if place(r) == max(map(place, case))] for case in cases if case]
+    heights = [len(case) for case in cases]
+    figure, axes = plt.subplots(
+        len(cases), 2, figsize=(11, 0.28 * sum(heights) + 0.75 * len(cases)), height_ratios=heights, squeeze=False
+    )
+    for (bars, share), case in zip(axes, cases, strict=True):
+        names = [r["peer"] for r in case]
+        colors = [SHARES.get(name, "0.6") for name in names]
+        ratios = [float(r["times_faster_graph"] or r["times_faster"] or "nan") for r in case]
+        bars.barh(names, ratios, color=colors)
+        bars.bar_label(bars.containers[0], fmt="%.2f", padding=2, fontsize=8)
+        bars.axvline(1, color="0.3", linewidth=0.8)
+        bars.set_title(f"{case[0]['workload']}: {case_of(case[0]).size}, {case[0]['dtype']}", fontsize=9, loc="left")
+        share.barh(names, [100 * float(r["limit_share"]) for r in case], color=colors)
+        share.bar_label(share.containers[0], fmt="%.0f", padding=2, fontsize=8)
+        share.set_yticks([])
+        for one in (bars, share):
+            one.invert_yaxis()
+            one.tick_params(labelsize=8)
+            one.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(f"times faster than {'the baseline'}, forward and backward", fontsize=9)
+    axes[-1, 1].set_xlabel("% of the machine's limit (matrix products, memory)", fontsize=9)
+    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=10)
+    return figure
+
+
+def place(row: Row) -> tuple[int, ...]:
+    """The case a reader looks for first: float32 on a CPU, autocast on a GPU; of the README's size."""
+    usual = any(matches(row, *choice) for choices in README_ROWS.values() for choice in choices)
+    return int(usual), -DTYPES.index(row["dtype"]), -int(row["n"]), -int(row["k"]), -int(row["d"])
+
+
+def draw_scaling(rows: list[Row]) -> Any:
+    """Time and memory against K, and against N."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex="col")
+    for column, (workload, size) in enumerate((("M1", "k"), ("S1", "n"))):
+        mine = [r for r in rows if r["workload"] == workload]
+        for name in dict.fromkeys(r["peer"] for r in mine):
+            timed = [r for r in mine if r["peer"] == name and r["status"] == "timed"]
+            x = [int(r[size]) for r in timed]
+            style = {"color": "tab:orange", "linewidth": 2.2} if name == "eqco_loss" else {"linewidth": 1}
+            for axis, key in zip(axes[:, column], ("ms", "peak_extra_mb"), strict=True):
+                axis.loglog(x, [float(r[key]) for r in timed], marker="o", markersize=3, label=name, **style)
+        title = "K keys of a queue, N = 256" if workload == "M1" else "N in-batch, gradients to both sides"
+        axes[0, column].set_title(f"{workload}: {title}", fontsize=10)
+        axes[1, column].set_xlabel(size.upper())
+        axes[0, column].legend(fontsize=8)
+    axes[0, 0].set_ylabel("ms, forward and backward")
+    axes[1, 0].set_ylabel("peak extra memory, MB")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, torch {rows[0]['torch']}", fontsize=10)
+    return figure
+
+
+def digest(rows: list[Row]) -> str:
+    return hashlib.sha256(repr([sorted(row.items()) for row in rows]).encode()).hexdigest()
+
+
+def digest_in(path: Path) -> str:
+    from PIL import Image
+
+    if not path.exists():
+        return ""
+    with Image.open(path) as image:
+        return str(image.info.get("Description", ""))
+
+
+def save(figure: Any, path: Path, rows: list[Row]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Description": digest(rows)})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    if "--check" not in sys.argv:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    main(tyro.cli(Args, description=__doc__))
