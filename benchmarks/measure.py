@@ -187,10 +187,6 @@ def read_csv(path: Path) -> list[Row]:
 
 def provenance() -> Row:
     """What every row carries."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "eqco_loss"], capture_output=True, text=True, check=False
-    )
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -201,9 +197,20 @@ def provenance() -> Row:
         "device": device,
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "commit": (commit.stdout.strip() or "unknown") + ("+changes" if changed.stdout.strip() else ""),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown")
+        + ("+changes" if _git("status", "--porcelain", "--", "eqco_loss") else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent.parent
+        )
+    except OSError:
+        return ""  # no git here
+    return done.stdout.strip()
 
 
 def _triton_version() -> str:

@@ -33,6 +33,11 @@ Form = Literal["keys detached", "both gradients"]
 FORMS: tuple[Form, ...] = ("keys detached", "both gradients")  # SiMo's and SimCo's
 
 
+NETWORK = 50e9  # bytes a second and GPU: 400 Gb/s
+PRODUCTS = 4e14  # operations a second of half-precision matrix products: about half of an H200's peak
+STEP = 0.15  # seconds of a SiMo step of ResNet-50 with 256 images of 224 px: 1,700 images/s
+
+
 @dataclass(frozen=True)
 class Args:
     ranks: tuple[int, ...] = (1, 2, 4)
@@ -57,6 +62,44 @@ def traffic(ranks: int, n: int, d: int, form: Form, element: int = 4) -> Traffic
     """The arithmetic: every rank sees all rows, and returns a gradient for each where keys learn."""
     rows = ranks * n * d * element
     return Traffic(rows, rows if form == "both gradients" else 0, ranks * AGREED)
+
+
+class Projection(NamedTuple):
+    """A step of one GPU among many: N = 256 queries, D = 128, float32 keys."""
+
+    ranks: int
+    keys: int  # of all ranks: K + 1
+    gathered_mb: float
+    reduced_mb: float
+    detached_ms: float  # on the network, keys detached
+    learning_ms: float  # on the network, gradients to both sides
+    compute_ms: float  # matrix products of this rank's rows, gradients to both sides
+    share: float  # of a step, the network with gradients to both sides
+
+
+def projection(ranks: int, n: int = 256, d: int = 128) -> Projection:
+    """The arithmetic of ``traffic`` at the speeds above."""
+    detached, learning = (traffic(ranks, n, d, form) for form in FORMS)
+    compute = 4 * 2.0 * n * (ranks * n) * d / PRODUCTS
+    network = learning.sent(ranks) / NETWORK
+    return Projection(
+        ranks,
+        ranks * n,
+        detached.gathered / 1e6,
+        learning.reduced / 1e6,
+        1e3 * detached.sent(ranks) / NETWORK,
+        1e3 * network,
+        1e3 * compute,
+        network / STEP,
+    )
+
+
+def largest_world(share: float, form: Form, n: int = 256, d: int = 128) -> int:
+    """How many ranks there can be while the network takes no more than this share of a step."""
+    ranks = 2
+    while traffic(ranks + 1, n, d, form).sent(ranks + 1) / NETWORK <= share * STEP:
+        ranks += 1
+    return ranks
 
 
 def main(args: Args) -> None:

@@ -1,6 +1,6 @@
-"""The README's table and the figures, from the committed CSVs.
+"""The README's table, docs/scaling.md's and the figures, from the committed CSVs.
 
-    python -m benchmarks.report             # rewrites README.md between its markers, and docs/benchmarks-*.png
+    python -m benchmarks.report             # rewrites both pages between their markers, and docs/benchmarks-*.png
     python -m benchmarks.report --check     # fails where they do not agree with the CSVs
 
 A figure carries the digest of the rows it shows, so that an old one is found out.
@@ -18,6 +18,7 @@ from typing import Any
 import tyro
 
 from .measure import RESULTS, Row, read_csv
+from .ranks import FORMS, largest_world, projection, traffic
 from .workloads import DTYPES, WORKLOADS, Case
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +42,14 @@ class Args:
 
 def main(args: Args) -> None:
     stale = []
-    readme = ROOT / "README.md"
-    text, new = readme.read_text(), with_table(readme.read_text())
-    if text != new:
-        stale.append("README.md")
-        if not args.check:
-            readme.write_text(new)
+    for name, write in PAGES.items():
+        page = ROOT / name
+        before = page.read_text()
+        after = between_markers(before, write())
+        if before != after:
+            stale.append(name)
+            if not args.check:
+                page.write_text(after)
     for name, (draw, rows) in figures().items():
         path = ROOT / "docs" / name
         if digest_in(path) != digest(rows):
@@ -58,12 +61,12 @@ def main(args: Args) -> None:
     print("nothing to change" if not stale else f"written: {', '.join(stale)}")
 
 
-# ------------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------------------------- pages
 
 
-def with_table(readme: str) -> str:
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{rest[rest.index(END) :]}"
+def between_markers(page: str, text: str) -> str:
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{rest[rest.index(END) :]}"
 
 
 def table() -> str:
@@ -114,6 +117,39 @@ def table_row(row: Row, first: bool) -> str:
 def case_of(row: Row) -> Case:
     return Case(row["workload"], int(row["n"]), int(row["k"]), int(row["d"]), row["dtype"], row["layout"])
 
+
+def scaling_page() -> str:
+    """What the ranks showed beside the arithmetic, and the arithmetic further on."""
+    lines = ["| | ranks | gathered | reduced | sent, all ranks: arithmetic | measured | peak memory a rank |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = read_csv(RESULTS / "ranks.csv")
+    for row in rows:
+        ranks = int(row["ranks"])
+        one = traffic(
+            ranks, int(row["n"]), int(row["d"]), "keys detached" if "det" in row["form"] else "both gradients"
+        )
+        lines.append(
+            f"| {row['form']} | {ranks} | {int(row['gathered_bytes']):,} | {int(row['reduced_bytes']):,} "
+            f"| {ranks * one.sent(ranks):,.0f} | {int(row['wire_bytes_all_ranks']):,} | {row['peak_extra_mb']} MB |"
+        )
+    lines += ["", f"Bytes a step; N = {rows[0]['n']} a rank, D = {rows[0]['d']}, float32; {rows[0]['device']}; torch "]
+    lines[-1] += f"{rows[0]['torch']}; commit {rows[0]['commit']}, {rows[0]['date']}."
+    lines += ["", "| GPUs | keys | gathered, MB | reduced, MB | network, keys detached | network, both gradients |"]
+    lines[-1] += " products | network's share of a step |"
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for count in (8, 64, 256, 1024):
+        p = projection(count)
+        lines.append(
+            f"| {p.ranks} | {p.keys:,} | {p.gathered_mb:.1f} | {p.reduced_mb:.1f} | {p.detached_ms:.2f} ms "
+            f"| {p.learning_ms:.2f} ms | {p.compute_ms:.3f} ms | {100 * p.share:.1f} % |"
+        )
+    limits = [largest_world(0.1, form) for form in FORMS]
+    lines += ["", "The network takes a tenth of a step at "]
+    lines[-1] += f"{limits[0]:,} GPUs with keys detached, and at {limits[1]:,} with gradients to both sides."
+    return "\n".join(lines)
+
+
+PAGES = {"README.md": table, "docs/scaling.md": scaling_page}
 
 # ------------------------------------------------------------------------------------------------------------ figures
 

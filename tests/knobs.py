@@ -23,7 +23,7 @@ def patched(name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def tiles(elements: int | None = None, *, flash: bool = True) -> Iterator[None]:
-    """At most `elements` similarities per tile, and numbers of keys made ready at once; without torch's flash attention where `flash` is False."""
+    """At most `elements` similarities per tile, and numbers of keys ready at once; flash attention only if `flash`."""
     with ExitStack() as stack:
         if elements is not None:
             stack.enter_context(patched("TILE_ELEMENTS", elements))

@@ -1,0 +1,196 @@
+"""Benchmarks: nothing wrong is timed, nothing is left out without a reason, and pages say what was measured."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import peers, ranks, report, runner, workloads
+from benchmarks.measure import RESULTS, Limits, peak_extra_bytes, read_csv
+from benchmarks.peers import PEERS, Peer
+from benchmarks.workloads import Case, Problem
+
+SMALL = {
+    "M1": Case("M1", 6, 40, 16),
+    "R": Case("R", 5, 37, 12),
+    "M2": Case("M2", 6, 40, 16),
+    "T1": Case("T1", 6, 40, 16),
+    "S1": Case("S1", 9, 8, 16),
+    "C1": Case("C1", 9, 8, 16),
+    "S2": Case("S2", 7, 12, 16),
+    "P1": Case("P1", 9, 4, 16),
+}
+NO_CPU = {"cut-cross-entropy", "liger-kernel", "inf-cl"}
+
+
+def answer(one: Peer, case: Case, limit: float = 60.0) -> runner.Way | str:
+    problem = Problem(case, "cpu")
+    return runner.ready(one, problem, [x.detach() for x in problem.truth()], limit)
+
+
+@pytest.mark.parametrize(
+    ("one", "workload"),
+    [(one, w) for one in PEERS for w in one.workloads if "compile" not in one.name],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_every_way_is_right_or_says_why(one: Peer, workload: str) -> None:
+    got = answer(one, SMALL[workload])
+    if one.name in NO_CPU:
+        assert got == "no CPU path: its kernels are Triton's"
+    elif one.name.endswith("CrossBatchMemory"):
+        assert isinstance(got, str)
+        assert "N x N x K" in got
+    else:
+        assert not isinstance(got, str), got
+        assert got.error < 1e-5
+
+
+@pytest.mark.parametrize("workload", ["M1", "S1", "S2", "P1", "T1"])
+def test_the_truth_is_the_definition(workload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row it is what it is at once."""
+    problem = Problem(SMALL[workload], "cpu")
+    whole = problem.truth()
+    monkeypatch.setattr(workloads, "CHUNK", 1)
+    for a, b in zip(whole, problem.truth(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_columns_are_the_same_problem() -> None:
+    rows, columns = (Problem(dataclasses.replace(SMALL["M1"], layout=layout), "cpu") for layout in ("rows", "columns"))
+    assert rows.queue is not None
+    assert columns.queue is not None
+    assert torch.equal(rows.queue, columns.queue)
+    assert columns.queue.stride() == (1, 40)
+    for one in PEERS:
+        if "M1" in one.workloads and "compile" not in one.name and "Memory" not in one.name:
+            assert not isinstance(answer(one, columns.case), str)
+
+
+def failing(problem: Problem) -> peers.Loss:
+    raise torch.OutOfMemoryError("no memory")
+
+
+def wrong(problem: Problem) -> peers.Loss:
+    return lambda: 1.01 * peers.eager_batch(problem)()
+
+
+def missing(problem: Problem) -> peers.Loss:
+    return peers.load("nobody")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        (failing, "out of memory"),
+        (wrong, "wrong: relative error 1.0e-02, over 2e-05"),
+        (missing, "nobody is not installed (No module named 'nobody_at_all'): pip install -e \".[benchmarks]\""),
+        (
+            lambda problem: lambda: torch.ones(2) @ torch.ones(3),
+            "fails: RuntimeError: inconsistent tensor size, expected",
+        ),
+    ],
+)
+def test_what_cannot_be_timed_is_a_row(prepare: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.PACKAGES, "nobody", ("nobody", "nobody_at_all"))
+    broken = Peer("broken", ("S1",), prepare)
+    ours = next(one for one in PEERS if one.name == "eqco_loss" and "S1" in one.workloads)
+    eager = next(one for one in PEERS if one.name == "eager cross entropy" and "S1" in one.workloads)
+    rows = runner.run(SMALL["S1"], [eager, broken, ours], "cpu", 1, 60.0, Limits(1e9, 1e9))
+    assert [row["status"] for row in rows][::2] == ["timed", "timed"]
+    assert rows[1]["status"].startswith(expected)
+    assert rows[1]["ms"] == ""
+    assert float(rows[0]["times_faster"]) == 1.0
+
+
+def test_too_slow_and_too_large_are_rows() -> None:
+    eager = next(one for one in PEERS if one.name == "eager cross entropy" and "S1" in one.workloads)
+    assert "too slow: a step took" in str(answer(eager, SMALL["S1"], limit=0.0))
+    huge = dataclasses.replace(eager, logits=1e15)
+    assert "GB, " in str(answer(huge, SMALL["S1"]))
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts of the matrix, one after the other, in one CSV; a second time, its rows are replaced."""
+    monkeypatch.setattr(command, "quick_cases", lambda: [SMALL["P1"], SMALL["T1"]])
+    args = command.Args(quick=True, peers=("eqco",), out=tmp_path / "out.csv", rounds=1)
+    for part in (("T1",), ("P1",), ("P1",)):
+        command.main(dataclasses.replace(args, workloads=part))
+    rows = read_csv(tmp_path / "out.csv")
+    assert [(r["workload"], r["peer"]) for r in rows] == [
+        ("T1", "eager dual temperature"),
+        ("T1", "eqco_loss"),
+        ("P1", "eager masked"),
+        ("P1", "eqco_loss"),
+    ]
+    assert all(r["status"] == "timed" and float(r["ms"]) > 0 and r["commit"] and r["torch"] for r in rows)
+    assert "SiMo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workloads": ("M7",)}, "workloads: unknown M7; known: M1, R, M2, T1, S1, C1, S2, P1"),
+        ({"peers": ("nccl",)}, "peers: unknown nccl; known: eager MoCo, "),
+        ({"dtypes": ("int8",)}, "dtypes: unknown int8; known: float32, high, bfloat16, float16, amp"),
+        ({"rounds": 0}, "rounds: expected more than 0, got 0"),
+        ({"device": "cpu", "workloads": ("S1",), "dtypes": ("float16",)}, "no case of these on a cpu in float16"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=message.replace("(", r"\(")):
+        command.main(command.Args(**change))
+
+
+def test_every_workload_has_its_baseline_and_ours() -> None:
+    for name, kind in workloads.WORKLOADS.items():
+        names = [one.name for one in PEERS if name in one.workloads]
+        assert kind.baseline in names
+        assert "eqco_loss" in names
+        assert len(names) == len(set(names))
+
+
+def test_memory_is_counted() -> None:
+    x = torch.ones(100_000)
+    assert 8e5 <= peak_extra_bytes(lambda: (x + 1) + 1) < 8.1e5
+
+
+# ------------------------------------------------------------------------------------------------- what is published
+
+
+def test_the_pages_and_figures_are_the_csvs() -> None:
+    report.main(report.Args(check=True))
+
+
+def test_a_changed_csv_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in RESULTS.glob("*.csv"):
+        (tmp_path / path.name).write_text(path.read_text().replace(",timed,", ",timed ,"))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="not what the CSVs say"):
+        report.main(report.Args(check=True))
+
+
+def test_ranks_moved_what_the_arithmetic_says() -> None:
+    """To the byte where collectives were counted; on the wire, headers and a quiet machine allowed, to 3 %."""
+    peaks: dict[tuple[str, int], float] = {}
+    for row in read_csv(RESULTS / "ranks.csv"):
+        count, n, d, form = int(row["ranks"]), int(row["n"]), int(row["d"]), row["form"]
+        assert form in ranks.FORMS
+        expected = ranks.traffic(count, n, d, form)
+        assert (int(row["gathered_bytes"]), int(row["reduced_bytes"])) == (expected.gathered, expected.reduced)
+        if count > 1:
+            assert int(row["agreed_bytes"]) == expected.agreed
+            assert int(row["wire_bytes_all_ranks"]) == pytest.approx(count * expected.sent(count), rel=0.03)
+        peaks[form, count] = 1e6 * float(row["peak_extra_mb"])
+    for form, copies in (("keys detached", 2), ("both gradients", 3)):
+        rows, tile = 2 * n * d * 4, 2 * n * n * 4  # of the two ranks that 4 have more than 2
+        assert peaks[form, 4] - peaks[form, 2] <= 1.01 * (copies * rows + tile)
+
+
+def test_two_ranks_move_what_the_arithmetic_says() -> None:
+    found = ranks.measured(2, 8, 4, "both gradients")
+    assert {name: found[name] for name in ("gathered", "reduced", "agreed")} == ranks.traffic(
+        2, 8, 4, "both gradients"
+    )._asdict()
