@@ -31,8 +31,8 @@ class Args:
     dtypes: tuple[str, ...] = DTYPES  # float32, high (TF32 products), bfloat16, float16, amp (float32 under autocast)
     device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
     quick: bool = False  # smaller sizes, fewer rounds, and a CSV of its own
-    rounds: int | None = None  # each way runs once a round; medians are reported. None: 15, on a GPU 50, quick 3
-    step_limit: float | None = None  # seconds a step may take to be timed. None: 20, quick 2
+    rounds: int | None = None  # each way runs once a round; medians are reported. None: 7, on a GPU 50, quick 3
+    step_limit: float | None = None  # seconds a step may take to be timed. None: 5, quick 2
     threads: int | None = None  # of torch, on a CPU. None: torch's own choice
     out: Path | None = None  # None: benchmarks/results/{cpu,gpu,quick}.csv
 
@@ -43,8 +43,8 @@ def main(args: Args) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     out = args.out or RESULTS / ("quick.csv" if args.quick else "gpu.csv" if device == "cuda" else "cpu.csv")
-    rounds = args.rounds or (3 if args.quick else 50 if device == "cuda" else 15)
-    step_limit = args.step_limit or (2.0 if args.quick else 20.0)
+    rounds = args.rounds or (3 if args.quick else 50 if device == "cuda" else 7)
+    step_limit = args.step_limit or (2.0 if args.quick else 5.0)
     chosen = [
         case
         for case in (quick_cases() if args.quick else cases(device))

@@ -38,6 +38,7 @@ from .workloads import DTYPES, WORKLOADS, Case, Problem
 
 # Relative, of loss and gradients, in the norm: who is further from float64 is not timed.
 MAX_ERROR = {"float32": 2e-5, "high": 5e-3, "bfloat16": 2e-2, "float16": 2e-2, "amp": 2e-2}
+MANY, QUICK = 50, 1.0  # steps that are over at once are measured in up to so many rounds, as fit into so many seconds
 FIGURES = (
     "forward_ms",
     "ms",  # forward and backward, wall-clock, median
@@ -50,6 +51,7 @@ FIGURES = (
     "peak_extra_mb",
     "kernels",
     "relative_error",
+    "rounds",
     "limit_share",  # the least that the machine's limits allow, over the time
 )
 
@@ -66,8 +68,8 @@ def run_all(
             machine[case.dtype] = limits(device, case.dtype)
         wanted = [one for one in PEERS if case.workload in one.workloads and wants(one)]
         rows = run(case, wanted, device, rounds, step_limit, machine[case.dtype])
-        show(case, rows, rounds)
-        stamped = [{**row, "rounds": str(rounds), **origin} for row in rows]
+        show(case, rows)
+        stamped = [{**row, **origin} for row in rows]
         kept = [row for row in (read_csv(out) if out.exists() else []) if place(row) != place(stamped[0])]
         write_csv(out, sorted(kept + stamped, key=place))
     print(f"\nwritten to {out}")
@@ -86,6 +88,7 @@ class Way(NamedTuple):
     forward: Callable[[], Tensor]
     step: Callable[[], list[Tensor]]  # loss and gradients
     error: float
+    seconds: float  # of a step after the first
 
 
 class Measured(NamedTuple):
@@ -95,6 +98,7 @@ class Measured(NamedTuple):
     forward: Timing
     both: Timing
     peak_bytes: int
+    rounds: int
     kernels: int | None
     graph: tuple[Timing, Timing] | None  # L2 flushed before, and not
 
@@ -136,6 +140,7 @@ def run(case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: fl
 def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measured]:
     """All in turn."""
     steps = {name: way.step for name, way in ways.items()}
+    rounds = max(rounds, min(MANY, int(QUICK / sum(way.seconds for way in ways.values()))) if ways else 0)
     forwards = interleave({name: way.forward for name, way in ways.items()}, rounds, "forward", device)
     both = interleave(steps, rounds, "forward and backward", device)
     memory = {name: peak_extra_bytes(step) for name, step in steps.items()}
@@ -151,7 +156,7 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
                 torch.cuda.synchronize()
         graphs = interleave_graphs(recorded, rounds)
     return {
-        name: Measured(way.error, forwards[name], both[name], memory[name], kernels.get(name), graphs.get(name))
+        name: Measured(way.error, forwards[name], both[name], memory[name], rounds, kernels.get(name), graphs.get(name))
         for name, way in ways.items()
     }
 
@@ -165,6 +170,7 @@ def figures(way: Measured, base: Measured | None, least: float) -> Row:
         "max_ms": f"{1e3 * way.both.high:.4g}",
         "peak_extra_mb": f"{way.peak_bytes / 1e6:.2f}",
         "relative_error": f"{way.error:.1e}",
+        "rounds": str(way.rounds),
         "limit_share": f"{least / way.seconds:.3f}",
     }
     if base is not None:
@@ -208,7 +214,7 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
         return f"wrong: relative error {error:.1e}, over {MAX_ERROR[case.dtype]:.0e}"
     if seconds > step_limit:
         return f"too slow: a step took {seconds:.1f} s, over {step_limit:g}"
-    return Way(forward, step, error)
+    return Way(forward, step, error, seconds)
 
 
 def forward_of(problem: Problem, loss: Callable[[], Tensor]) -> Tensor:
@@ -227,8 +233,8 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def show(case: Case, rows: list[Row], rounds: int) -> None:
-    tqdm.write(f"\n{case.workload} {case.dtype}: {WORKLOADS[case.workload].title}; {case.size}; {rounds} rounds")
+def show(case: Case, rows: list[Row]) -> None:
+    tqdm.write(f"\n{case.workload} {case.dtype}: {WORKLOADS[case.workload].title}; {case.size}")
     graph = any(row["graph_us"] for row in rows)
     head = f"{'':42}{'fwd ms':>9}{'ms':>9}{'min-max':>17}{'x':>7}"
     head += f"{'graph us':>10}{'x':>7}{'kernels':>9}" if graph else ""

@@ -48,7 +48,7 @@ def main(args: Args) -> None:
             if case.workload in one.workloads and one.name in ("eqco_loss", "eager masked", "eager MoCo"):
                 problem = Problem(case, device)
                 losses[f"{one.name}, K = {case.k}"] = partial(step_of, problem, one.prepare(problem))
-    step = "the whole step, K = 16"
+    step = f"the whole step, K = {picked.k}"
     steps: dict[str, Step] = {step: SimoStep(n, args.image_size, device), **losses}
     for warm_up in steps.values():
         warm_up()
