@@ -61,6 +61,35 @@ def unbroken(method: str, folder: Path) -> Path:
     return folder / "unbroken"
 
 
+# ------------------------------------------------------------------------------------------- SiMo's shared negatives
+
+
+def test_shared_negatives_are_columns_of_the_similarities() -> None:
+    """Of the N x (N - 1) that are left of them without the diagonal, the same K for all rows."""
+    similarities = torch.randn(7, 7)
+    off_diagonal = similarities[~torch.eye(7, dtype=torch.bool)].view(7, 6)
+    draw = torch.Generator().manual_seed(1)
+    columns = torch.randperm(6, generator=torch.Generator().manual_seed(1))[:4]
+    found = train_simo.shared_negatives(torch.arange(7)[:, None], torch.arange(7), 4, draw)[:, :, 0]
+    assert torch.equal(similarities.gather(1, found), off_diagonal[:, columns])
+
+
+def test_shared_negatives_are_31_distinct_keys() -> None:
+    """As in the authors' code, of N = 256 with K = 16: 2 K less the neighbours among the columns."""
+    keys, rows, draw = torch.arange(256)[:, None], torch.arange(256), torch.Generator().manual_seed(0)
+    distinct = [train_simo.shared_negatives(keys, rows, 16, draw).unique().numel() for _ in range(2000)]
+    assert max(distinct) == 32
+    assert sum(distinct) / 2000 == pytest.approx(32 - 16 * 15 / 255, abs=0.06)
+
+
+def test_shared_negatives_are_the_same_after_a_kill(tmp_path: Path) -> None:
+    simo, words = script("simo", tmp_path), [*SHORT, "--sampling=shared", "--save-minutes=0"]
+    simo.run(*words, f"--run-dir={tmp_path / 'unbroken'}")
+    simo.run(*words, f"--run-dir={tmp_path / 'run'}", die=("replace", 7), code=-signal.SIGKILL)
+    assert "resumed after epoch 0 and step 2" in simo.run(*words, f"--run-dir={tmp_path / 'run'}")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
+
+
 # --------------------------------------------------------------------------------------------------- kills and damage
 
 
@@ -129,11 +158,22 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- ranks and pieces
 
 
-@pytest.mark.parametrize("method", SCRIPTS)
-def test_two_ranks_give_the_curve_of_one_process(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("simo", ["--num-negatives=5"]),
+        ("simo", ["--num-negatives=5", "--sampling=shared", "--symmetric"]),
+        ("moco", ["--queue-size=48"]),
+        ("simclr", []),
+        ("simco", []),
+        ("simmoco", []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_two_ranks_give_the_curve_of_one_process(method: str, own: list[str], tmp_path: Path) -> None:
     words = ["--epochs=2", "--limit=64", "--batch-size=16", "--knn-every=1", "--no-probe", "--norm=group"]
     words += ["--optimizer=sgd", "--base-lr=0.05"]  # Adam divides by gradients that are rounding errors
-    words += ["--queue-size=48"] * (method == "moco") + ["--num-negatives=5"] * (method == "simo")
+    words += own
     output = script(method, tmp_path).run_ranks(2, *words, f"--run-dir={tmp_path / 'two'}")
     assert "cpu (1 threads), 2 ranks" in output
     assert "command  torchrun --nproc-per-node=2" in output

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
 
-ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE = range(1, 7)  # what a seed is for
+ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
 UNREADABLE = 0.1  # share of images above which there is something wrong with the folder
 
 

@@ -27,7 +27,7 @@ from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
 from eqco_loss.functional import LossMetrics
 
 from .arguments import FREE, Args, Common, check, ranks
-from .data import INIT, SHUFFLE, STEP, Data, DataError, Share, generator_of, open_data, seed_of
+from .data import DRAW, INIT, SHUFFLE, STEP, Data, DataError, Share, generator_of, open_data, seed_of
 from .encoders import Encoder, Head, make_encoder
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     ids: Tensor  # (N,), the images' numbers
     first: bool  # piece of an accumulated batch: the key encoder moves once a batch
     shuffle: torch.Generator  # for shuffling BN, the same on every rank
+    draw: torch.Generator  # for negatives that the ranks draw alike
 
 
 class Training(Generic[Args]):
@@ -152,11 +153,11 @@ class Training(Generic[Args]):
                     if first:
                         set_learning_rate(self.plain_optimizer, self.rate)
                     torch.manual_seed(seed_of(STEP, args.seed, *number, fabric.global_rank))  # for whatever draws
-                    shuffle = generator_of(SHUFFLE, args.seed, *number)
+                    shuffle, draw = (generator_of(purpose, args.seed, *number) for purpose in (SHUFFLE, DRAW))
                     views = fabric.to_device(query_view), fabric.to_device(key_view)
                     self.clock.begin_piece(piece)
                     with fabric.no_backward_sync(self.model, enabled=not self.last):
-                        yield Batch(*views, fabric.to_device(ids), first, shuffle)
+                        yield Batch(*views, fabric.to_device(ids), first, shuffle, draw)
                     self.clock.end_piece()
                     if self.last:
                         self.done += 1
