@@ -54,6 +54,7 @@ class Common:
     # Evaluation
     knn_every: int = 20  # epochs from one kNN to the next
     knn_k: int = 20  # neighbours that vote
+    online_probe: bool = False  # a linear classifier that learns beside the encoder and does not change it
     probe: bool = True  # a logistic regression on the features at the end; minutes where images are many
 
     # Run
@@ -85,6 +86,7 @@ CIFAR: dict[str, Any] = {  # of MoCo's authors; the other methods' differ in the
 SIMCO = {  # SimCo's and SimMoCo's, on CIFAR-100
     **CIFAR,
     "recipe": "simco",
+    "online_probe": True,
     "schedule": "cosine",
     "warmup_epochs": 10,
     "warmup_from": 0.1,

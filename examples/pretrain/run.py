@@ -18,6 +18,14 @@ import torch
 from .data import DataError
 
 Row = dict[str, float | int | None]
+PANELS = (  # of the curves: column, title, top
+    ("loss", "loss", None),
+    ("top1", "contrast accuracy, %", 100),
+    ("feature_std", "feature std (0: collapsed)", 1.1),
+    ("knn", "kNN, %", 100),
+    ("online_probe", "online probe, %", 100),
+)
+MEASURED = ("knn", "online_probe")  # columns with a value now and then
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
 
 
@@ -232,16 +240,11 @@ class Run:
             return
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-        panels = (
-            ("loss", "loss", None),
-            ("top1", "contrast accuracy, %", 100),
-            ("feature_std", "feature std (0: collapsed)", 1.1),
-            ("knn", "kNN, %", 100),
-        )
-        figure = Figure(figsize=(12, 3), layout="constrained")
+        panels = [panel for panel in PANELS if any(row.get(panel[0]) is not None for row in self.rows)]
+        figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
         for axes, (name, label, top) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             points = [(row["epoch"], row[name]) for row in self.rows if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), marker="o" if name == "knn" else "")
+            axes.plot(*zip(*points, strict=True), marker="o" if name in MEASURED else "")
             axes.set(xlabel="epoch", title=label)
             axes.grid(alpha=0.3)
             axes.set_ylim(0, top)
