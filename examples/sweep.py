@@ -35,7 +35,7 @@ import train_simo
 import tyro
 from pretrain.arguments import Common, check
 from pretrain.data import open_data
-from pretrain.run import clear_errors, command, fail, write_rows, written_whole
+from pretrain.run import check_device, clear_errors, command, fail, write_rows, written_whole
 
 HERE = Path(__file__).parent
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -269,8 +269,7 @@ def check_args(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"{name}: expected more than 0, got {value}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("device: there is no CUDA device here. Leave --device out, or give --device cpu.")
+    check_device(args.device)
     for directory in (args.out, *(() if args.draw_only else (args.run_dir,))):
         try:
             directory.mkdir(parents=True, exist_ok=True)

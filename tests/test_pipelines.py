@@ -132,7 +132,7 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     process.join(60)
     output = moco.log.read_text()
     assert process.exitcode == 128 + signal.SIGTERM, output
-    assert "stopping after this step" in output
+    assert "stopping after this step, as SIGTERM asks" in output
     assert "Continue with\n  python " in output
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["at"] == f"epoch 0 and step {saved['state']['progress']['step']}"
@@ -449,6 +449,14 @@ def test_bad_arguments(
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         train_moco.main(parsed("moco", *words))
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        SystemExit, match=r"error: device: there is no CUDA device here\. Leave --device out, or .* cpu\.$"
+    ):
+        train_simo.main(parsed("simo", "--device=cuda"))
 
 
 def test_the_commands_of_the_readme_are_understood() -> None:

@@ -34,6 +34,13 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
 
 
+def check_device(device: str) -> None:
+    """One that is asked for by name must be there."""
+    no_cuda = device == "cuda" and not torch.cuda.is_available()
+    if no_cuda or (device == "mps" and not torch.backends.mps.is_available()):
+        fail(f"device: there is no {device.upper()} device here. Leave --device out, or give --device cpu.")
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """What the library, torch or the data find wrong with an argument, as one line for a person."""

@@ -32,7 +32,7 @@ from .encoders import Encoder, Head, make_encoder
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
 from .probe import BASE_LR, OnlineProbe
-from .run import Row, Run, clear_errors, command, fail, peak_memory_mb
+from .run import Row, Run, check_device, clear_errors, command, fail, peak_memory_mb
 from .schedule import learning_rate, set_learning_rate
 
 TIMED = ("images_per_s", "data_share", "loss_share", "seconds", "memory_mb")  # columns that no two runs share
@@ -289,7 +289,8 @@ class Training(Generic[Args]):
             if not self.signal:
                 self.signal, asked = number, time.monotonic()
                 if self.fabric.is_global_zero:
-                    print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+                    again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ", as SIGTERM asks"
+                    print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -393,6 +394,7 @@ class Training(Generic[Args]):
 
 def launch(args: Common) -> Fabric:
     """Lightning Fabric for one process, or for those that torchrun started."""
+    check_device(args.device)
     if args.precision == "16-mixed" and (args.device in ("cpu", "mps") or not torch.cuda.is_available()):
         fail("precision: 16-mixed needs a GPU. Give --precision bf16-mixed, or leave it out.")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the header says it all
