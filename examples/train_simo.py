@@ -11,7 +11,7 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import copy
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
@@ -44,9 +44,13 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 def main(args: Args) -> None:
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
-        sampling: dict[str, Any] = {"num_negatives": args.num_negatives, "sampling": args.sampling}
-        sampling = {} if args.sampling == "shared" else sampling  # whose negatives are given to it
-        criterion = EqCoLoss(args.temperature, alpha, **sampling, gather=ranks() > 1)
+        criterion = EqCoLoss(
+            args.temperature,
+            alpha,
+            num_negatives=None if args.sampling == "shared" else args.num_negatives,  # shared ones are given to it
+            sampling="rolled" if args.sampling == "shared" else args.sampling,
+            gather=ranks() > 1,
+        )
     label = f"k{args.num_negatives}-" + (f"alpha{args.alpha:g}" if args.eqco else "infonce")
     training = Training("simo", args, label)
     encoder = training.encoder(head="simo")
@@ -83,8 +87,7 @@ def main(args: Args) -> None:
             with torch.no_grad(), training.autocast():
                 keys = encode_keys(batch.query_view, batch.shuffle).float()
             swapped = model(batch.key_view)
-            second = criterion.with_metrics(swapped, keys, negatives_of(keys, batch.draw))
-            metrics = mean_of(metrics, second)
+            metrics = mean_of(metrics, criterion.with_metrics(swapped, keys, negatives_of(keys, batch.draw)))
             embeddings += (swapped,)
         training.step(metrics, *embeddings)
 
