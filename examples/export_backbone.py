@@ -66,12 +66,15 @@ def main(args: Args) -> None:
     state = backbone_state(encoder)
     content: dict[str, Any] = detectron2_file(state) if args.format == "detectron2" else dict(state)
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(args.out) as file:
             if args.format == "detectron2" and args.out.suffix == ".pkl":
                 pickle.dump({**content, "model": {name: t.numpy() for name, t in content["model"].items()}}, file)
             else:
                 torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except OSError as error:
+        fail(f"out: {args.out} cannot be written ({error.strerror}). Give another --out.")
+    except RuntimeError as error:  # torch.save reports a full disk so
         fail(f"out: {args.out} cannot be written ({(str(error).splitlines() or [''])[0]}).")
     print(f"{args.out}: {spec['arch']} for {args.format}, {len(state)} tensors. {how_to_load(args, spec['arch'])}")
     if args.verify:

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 examples/linear_eval.py RUN_DIR --protocol simo
 
 moco: SGD, learning rate 30, 100 epochs, a tenth of it from epoch 60, and again from 80. simo: the same in 90 epochs.
-simco: learning rate 0.3, 100 epochs of a cosine; its authors train theirs beside the encoder, at that rate.
+simco: learning rate 0.3, 100 epochs of a cosine; its authors train theirs beside the encoder (--online-probe).
 Each is for a batch of 256 and grows with it; momentum 0.9, no weight decay, the backbone in eval mode. Training images
 are random crops (0.08 to 1 of the area) and flips, test images centre crops; digits are placed anew in each epoch.
 
@@ -48,7 +48,7 @@ from pretrain.data import (
 )
 from pretrain.encoders import Encoder
 from pretrain.evaluate import features_of
-from pretrain.run import command, fail, written_whole
+from pretrain.run import check_device, command, fail, written_whole
 from pretrain.schedule import set_learning_rate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -148,6 +148,7 @@ def main(args: Args) -> None:
 
 
 def make_fabric(args: Args) -> Fabric:
+    check_device(args.device)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
     try:

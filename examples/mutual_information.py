@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 from pretrain.data import seed_of
-from pretrain.run import command, fail, written_whole
+from pretrain.run import check_device, command, fail, written_whole
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -87,8 +87,7 @@ def main(args: Args) -> None:
     for name, least in {"steps": POINTS, "batches": 2, "workers": 0, "seed": 0}.items():
         if getattr(args, name) < least:
             fail(f"{name}: expected {least} or more, got {getattr(args, name)}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("device: there is no CUDA device here. Leave --device out.")
+    check_device(args.device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

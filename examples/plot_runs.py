@@ -1,4 +1,4 @@
-"""Several runs in one figure: loss, contrast accuracy, feature std and kNN, with a band over seeds.
+"""Several runs in one figure: loss, contrast accuracy, feature std, kNN and online probe, with a band over seeds.
 
     python examples/plot_runs.py runs/* --out runs.png
 
@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pretrain.run import fail, written_whole
+from pretrain.run import MEASURED, PANELS, fail, written_whole
 
-PANELS = (
-    ("loss", "loss", None),
-    ("top1", "contrast accuracy, %", 100),
-    ("feature_std", "feature std (0: collapsed)", 1.1),
-    ("knn", "kNN, %", 100),
-)
-# Of config.json's arguments, what makes no other curve: where the run is, how it is computed, how often it is measured
+# Of config.json's arguments, what makes no other curve: where the run is, how it is computed, what is measured of it
 IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "tensorboard", "compile", "channels_last"}
+IGNORED |= {"online_probe"}
 
 Curve = dict[int, float]  # epoch to value
 
@@ -109,13 +104,14 @@ def mean(values: list[float]) -> float:
 def draw(groups: list[list[Record]], names: list[str], out: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-    figure = Figure(figsize=(13, 3.4 + 0.22 * len(groups)), layout="constrained")
-    for axes, (column, title, top) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    panels = [panel for panel in PANELS if any(record.curves[panel[0]] for group in groups for record in group)]
+    figure = Figure(figsize=(3.25 * len(panels), 3.4 + 0.22 * len(groups)), layout="constrained")
+    for axes, (column, title, top) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, group in enumerate(groups):
             points = band([record.curves[column] for record in group])
             if points:
                 epochs, middle, least, most = zip(*points, strict=True)
-                axes.plot(epochs, middle, color=f"C{number}", marker="." if column == "knn" else "")
+                axes.plot(epochs, middle, color=f"C{number}", marker="." if column in MEASURED else "")
                 axes.fill_between(epochs, least, most, color=f"C{number}", alpha=0.25, linewidth=0)
         axes.set(xlabel="epoch", title=title)
         axes.set_ylim(0, top)

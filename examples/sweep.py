@@ -35,7 +35,7 @@ import train_simo
 import tyro
 from pretrain.arguments import Common, check
 from pretrain.data import open_data
-from pretrain.run import clear_errors, command, fail, write_rows, written_whole
+from pretrain.run import check_device, clear_errors, command, fail, write_rows, written_whole
 
 HERE = Path(__file__).parent
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ class Args:
     jobs: int = 1  # runs at a time; with more than one, a thread each
     time_limit: float | None = None  # minutes from now; no run is started that would not finish, and none goes on
     draw_only: bool = False  # draw from the CSV and run nothing
-    linear_eval: bool | None = None  # the papers' probe after each run, beside kNN. None: the grid's own; not on digits
+    linear_eval: bool = False  # MoCo's probe after each run; not on digits, nor where one learns with the run
     probe_epochs: int | None = None  # of that probe. None: its protocol's
     limit: int | None = None  # use no more than so many images: for a try
     arch: Literal["small", "resnet18"] | None = None  # None: the training script's
@@ -101,7 +101,6 @@ class Grid(NamedTuple):
     seeds: int = 1
     epochs: int | None = None  # None: the training script's
     panels: bool = True  # a panel for each method, or one for all
-    protocol: str = ""  # of the linear probe; none: kNN tells
     paper_on: str = "ImageNet"  # what the paper's values are of
 
 
@@ -183,7 +182,7 @@ def by_norm(dataset: str) -> list[Setting]:
 
 def by_batch_dual(dataset: str) -> list[Setting]:
     sizes = (256, 64, 128, 512, 1024)  # the paper's own first
-    same = {"recipe": "simco"}  # the same views for all three
+    same = {"recipe": "simco", "online_probe": True}  # the same views and probe for all three
     return [Setting(m, NAMES[m], n, {"batch_size": n, **same}, DUAL[m][n]) for n in sizes for m in DUAL]
 
 
@@ -191,7 +190,7 @@ GRIDS = {
     "digits-k": Grid("Figures 3 and 4: the number of negatives", by_negatives, "digits", "K", seeds=3, epochs=40),
     "cifar10-k": Grid("Figures 3 and 4: the number of negatives", by_negatives, "cifar10", "K", epochs=100),
     "cifar100-dual": Grid(
-        "Dual temperature: the batch size", by_batch_dual, "cifar100", "N", 1, 200, False, "simco", "CIFAR-100"
+        "Dual temperature: the batch size", by_batch_dual, "cifar100", "N", 1, 200, False, "CIFAR-100"
     ),
     "alpha": Grid("Tables 3 and 4, Figure 3 (b): alpha", by_alpha, "digits", "alpha", seeds=3, epochs=40),
     "batch": Grid("Table 1: queries of a batch", by_batch, "digits", "N", seeds=3, epochs=40),
@@ -236,11 +235,10 @@ def job_of(args: Args, grid: Grid, dataset: Dataset, setting: Setting, seed: int
     varied = [f"{name}{value}" for name, value in job.key.items() if value and name not in ("method", "dataset")]
     directory = args.run_dir / dataset / "-".join([setting.method, *varied])
     job = job._replace(directory=directory, args=replace(run_args, run_dir=directory))
-    wanted = bool(grid.protocol) if args.linear_eval is None else args.linear_eval
-    if dataset == "digits" or not wanted:
+    if dataset == "digits" or run_args.online_probe or not args.linear_eval:
         return job
     probe = [sys.executable, str(HERE / "linear_eval.py"), str(directory), f"--device={args.device}"]
-    probe += [f"--protocol={grid.protocol or 'moco'}", "--augment=device", f"--precision={run_args.precision}"]
+    probe += ["--protocol=moco", "--augment=device", f"--precision={run_args.precision}"]
     probe += [f"--epochs={args.probe_epochs}"] if args.probe_epochs else []
     probe += [f"--limit={args.limit}", f"--batch-size={min(256, args.limit)}"] if args.limit else []
     return job._replace(probe=tuple(probe))
@@ -271,8 +269,7 @@ def check_args(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             fail(f"{name}: expected more than 0, got {value}.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("device: there is no CUDA device here. Leave --device out, or give --device cpu.")
+    check_device(args.device)
     for directory in (args.out, *(() if args.draw_only else (args.run_dir,))):
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -443,7 +440,7 @@ def finished_row(job: Job) -> Row:
     config = json.loads((directory / "config.json").read_text())
     with (directory / "metrics.csv").open(newline="") as file:
         seconds = sum(float(row["seconds"] or 0) for row in csv.DictReader(file))
-    probe = result.get("linear_probe", "")
+    probe = result.get("online_probe", result.get("linear_probe", ""))
     if job.probe:
         probe = json.loads((directory / "linear_eval.json").read_text())["top1"]
     device = torch.cuda.get_device_name() if config["device"].startswith("cuda") else f"{config['threads']} threads"

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
-from pretrain.norms import shuffled
+from pretrain.norms import gathered, shuffled
 from pretrain.run import clear_errors
 from pretrain.training import Training, mean_of
 
@@ -29,7 +29,8 @@ class Args(Common):
     temperature: float = 0.2  # t
     alpha: float = 256  # how many negatives to mimic
     num_negatives: int = 16  # K, how many there are
-    sampling: Literal["rolled", "random"] = "rolled"  # the next K keys, or a draw per query
+    # The next K keys, or a draw per query. shared, to reproduce the authors' code: one draw for all, of 2K keys at most
+    sampling: Literal["rolled", "random", "shared"] = "rolled"
     eqco: bool = True  # --no-eqco is InfoNCE: alpha = K
     symmetric: bool = False  # the mean of both directions, for twice the time
 
@@ -44,7 +45,11 @@ def main(args: Args) -> None:
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(
-            args.temperature, alpha, num_negatives=args.num_negatives, sampling=args.sampling, gather=ranks() > 1
+            args.temperature,
+            alpha,
+            num_negatives=None if args.sampling == "shared" else args.num_negatives,  # shared ones are given to it
+            sampling="rolled" if args.sampling == "shared" else args.sampling,
+            gather=ranks() > 1,
         )
     label = f"k{args.num_negatives}-" + (f"alpha{args.alpha:g}" if args.eqco else "infonce")
     training = Training("simo", args, label)
@@ -62,6 +67,13 @@ def main(args: Args) -> None:
         keys: torch.Tensor = shuffled(key_encoder, views, shuffle) if mixed else key_encoder(views)
         return keys
 
+    def negatives_of(keys: torch.Tensor, draw: torch.Generator) -> torch.Tensor | None:
+        """Shared ones, of all ranks' keys. None: K other rows of the keys, which the criterion takes itself."""
+        if args.sampling != "shared":
+            return None
+        rows = torch.arange(len(keys), device=keys.device) + training.share.rank * len(keys)
+        return shared_negatives(gathered(keys, ranks()), rows, k, draw)
+
     for batch in training.batches():
         if batch.first:
             momentum_update(encoder, key_encoder, args.key_momentum)
@@ -70,14 +82,20 @@ def main(args: Args) -> None:
         queries = model(batch.query_view)
         embeddings: tuple[torch.Tensor, ...] = (queries,)
         with training.loss_timer():
-            metrics = criterion.with_metrics(queries, keys)  # the negatives: K other rows of keys
+            metrics = criterion.with_metrics(queries, keys, negatives_of(keys, batch.draw))
         if args.symmetric:
             with torch.no_grad(), training.autocast():
                 keys = encode_keys(batch.query_view, batch.shuffle).float()
             swapped = model(batch.key_view)
-            metrics = mean_of(metrics, criterion.with_metrics(swapped, keys))
+            metrics = mean_of(metrics, criterion.with_metrics(swapped, keys, negatives_of(keys, batch.draw)))
             embeddings += (swapped,)
         training.step(metrics, *embeddings)
+
+
+def shared_negatives(keys: torch.Tensor, rows: torch.Tensor, k: int, draw: torch.Generator) -> torch.Tensor:
+    """(rows, K, D) of the keys (N, D): one choice of K of N - 1 columns, of which row i leaves out its own, key i."""
+    columns = torch.randperm(len(keys) - 1, generator=draw)[:k].to(keys.device)  # (K,)
+    return keys[columns + (columns >= rows[:, None])]
 
 
 if __name__ == "__main__":

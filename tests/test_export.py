@@ -204,8 +204,12 @@ def test_bad_paths(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=re.escape(f"{tmp_path / 'checkpoint.pt'} is not there")):
         export(tmp_path)
     trained(tmp_path)
-    with pytest.raises(SystemExit, match=r"out: .* cannot be written"):
-        export(tmp_path, "no/such/folder.pth")
+    assert export(tmp_path, "new/folder/out.pth").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        SystemExit, match=r"out: \S+file/out\.pth cannot be written \(File exists\)\. Give another --out"
+    ):
+        export(tmp_path, "file/out.pth")
 
 
 # ------------------------------------------------------------------------------------------------ several runs

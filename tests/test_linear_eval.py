@@ -215,3 +215,6 @@ def test_data_of_another_kind(run: Path, images: Path, tmp_path: Path) -> None:
         linear_eval.main(Args(run, data_dir=images, **SHORT))
     with pytest.raises(SystemExit, match=re.escape(f"{tmp_path / 'checkpoint.pt'} is not there. Give a checkpoint.pt")):
         linear_eval.main(Args(tmp_path, **SHORT))
+    (tmp_path / "table.csv").write_text("epoch,loss\n1,0.5\n")
+    with pytest.raises(SystemExit, match=r"table\.csv is no checkpoint, or a damaged one\. Give a checkpoint\.pt of a"):
+        linear_eval.main(Args(tmp_path / "table.csv", **SHORT))

@@ -16,9 +16,10 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.datasets  # type: ignore[import-untyped]
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from eqco_loss import EqCoLoss
 from eqco_loss.functional import LossMetrics
@@ -31,6 +32,8 @@ import train_simco  # isort: skip
 import train_simmoco  # isort: skip
 import train_simo  # isort: skip
 from pretrain import arguments, data  # isort: skip
+from pretrain.encoders import make_encoder  # isort: skip
+from pretrain.probe import OnlineProbe  # isort: skip
 from pretrain.run import Run  # isort: skip
 from pretrain.training import Training  # isort: skip
 
@@ -46,8 +49,8 @@ OWN = {  # what makes a run of a method hard to resume
     "simo": ["--sampling=random"],
     "moco": ["--queue-size=50", "--queue-ids", "--splits=4"],
     "simclr": [],
-    "simco": ["--accumulate=2"],
-    "simmoco": ["--plus"],
+    "simco": ["--accumulate=2", "--online-probe"],
+    "simmoco": ["--plus", "--online-probe"],
 }
 
 
@@ -59,6 +62,35 @@ def unbroken(method: str, folder: Path) -> Path:
     """A short run that was never stopped."""
     script(method, folder).run(*SHORT, *OWN[method], f"--run-dir={folder / 'unbroken'}")
     return folder / "unbroken"
+
+
+# ------------------------------------------------------------------------------------------- SiMo's shared negatives
+
+
+def test_shared_negatives_are_columns_of_the_similarities() -> None:
+    """Of the N x (N - 1) that are left of them without the diagonal, the same K for all rows."""
+    similarities = torch.randn(7, 7)
+    off_diagonal = similarities[~torch.eye(7, dtype=torch.bool)].view(7, 6)
+    draw = torch.Generator().manual_seed(1)
+    columns = torch.randperm(6, generator=torch.Generator().manual_seed(1))[:4]
+    found = train_simo.shared_negatives(torch.arange(7)[:, None], torch.arange(7), 4, draw)[:, :, 0]
+    assert torch.equal(similarities.gather(1, found), off_diagonal[:, columns])
+
+
+def test_shared_negatives_are_31_distinct_keys() -> None:
+    """As in the authors' code, of N = 256 with K = 16: 2 K less the neighbours among the columns."""
+    keys, rows, draw = torch.arange(256)[:, None], torch.arange(256), torch.Generator().manual_seed(0)
+    distinct = [len(set(train_simo.shared_negatives(keys, rows, 16, draw).flatten().tolist())) for _ in range(2000)]
+    assert max(distinct) == 32
+    assert sum(distinct) / 2000 == pytest.approx(32 - 16 * 15 / 255, abs=0.06)
+
+
+def test_shared_negatives_are_the_same_after_a_kill(tmp_path: Path) -> None:
+    simo, words = script("simo", tmp_path), [*SHORT, "--sampling=shared", "--save-minutes=0"]
+    simo.run(*words, f"--run-dir={tmp_path / 'unbroken'}")
+    simo.run(*words, f"--run-dir={tmp_path / 'run'}", die=("replace", 7), code=-signal.SIGKILL)
+    assert "resumed after epoch 0 and step 2" in simo.run(*words, f"--run-dir={tmp_path / 'run'}")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------- kills and damage
@@ -100,7 +132,7 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     process.join(60)
     output = moco.log.read_text()
     assert process.exitcode == 128 + signal.SIGTERM, output
-    assert "stopping after this step" in output
+    assert "stopping after this step, as SIGTERM asks" in output
     assert "Continue with\n  python " in output
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["at"] == f"epoch 0 and step {saved['state']['progress']['step']}"
@@ -129,11 +161,23 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- ranks and pieces
 
 
-@pytest.mark.parametrize("method", SCRIPTS)
-def test_two_ranks_give_the_curve_of_one_process(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("simo", ["--num-negatives=5"]),
+        ("simo", ["--num-negatives=5", "--sampling=shared", "--symmetric"]),
+        ("moco", ["--queue-size=48"]),
+        ("simclr", []),
+        ("simco", []),
+        ("simmoco", []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_two_ranks_give_the_curve_of_one_process(method: str, own: list[str], tmp_path: Path) -> None:
     words = ["--epochs=2", "--limit=64", "--batch-size=16", "--knn-every=1", "--no-probe", "--norm=group"]
+    words += ["--online-probe"]
     words += ["--optimizer=sgd", "--base-lr=0.05"]  # Adam divides by gradients that are rounding errors
-    words += ["--queue-size=48"] * (method == "moco") + ["--num-negatives=5"] * (method == "simo")
+    words += own
     output = script(method, tmp_path).run_ranks(2, *words, f"--run-dir={tmp_path / 'two'}")
     assert "cpu (1 threads), 2 ranks" in output
     assert "command  torchrun --nproc-per-node=2" in output
@@ -143,11 +187,57 @@ def test_two_ranks_give_the_curve_of_one_process(method: str, tmp_path: Path) ->
     for first, second in zip(one[1:], two[1:], strict=True):
         assert float(second["loss"]) == pytest.approx(float(first["loss"]), rel=1e-5)
         assert float(second["top1"]) == pytest.approx(float(first["top1"]), abs=1e-4)
-        assert float(second["knn"]) == pytest.approx(float(first["knn"]), abs=0.5)  # two votes of 320
+        for name in ("knn", "online_probe"):
+            assert float(second[name]) == pytest.approx(float(first[name]), abs=0.5)  # two votes of 320
     states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("one", "two")]
-    for name in states[0].keys() & {"encoder", "key_encoder", "queue"}:
+    for name in states[0].keys() & {"encoder", "key_encoder", "queue", "online_probe"}:
         for key, value in states[0][name].items():
-            torch.testing.assert_close(states[1][name][key], value, rtol=1e-3, atol=1e-5, msg=f"{name}.{key}")
+            rtol = 0 if name == "online_probe" else 1e-3
+            torch.testing.assert_close(states[1][name][key], value, rtol=rtol, atol=1e-5, msg=f"{name}.{key}")
+
+
+def test_the_online_probe_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    words, simclr = [*SHORT, "--accumulate=2"], script("simclr", tmp_path)
+    simclr.run(*words, f"--run-dir={tmp_path / 'without'}")
+    output = simclr.run(*words, "--online-probe", f"--run-dir={tmp_path / 'with'}")
+    table, plain = rows(tmp_path / "with"), rows(tmp_path / "without")
+    assert [bool(row.pop("online_probe")) for row in table] == [False, False, True]
+    assert [row.pop("online_probe") for row in plain] == [""] * 3
+    assert table == plain
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("with", "without")]
+    assert states[0].keys() - states[1].keys() == {"online_probe", "online_probe_optimizer"}
+    for key, value in states[1]["encoder"].items():  # weights and statistics of batch norm
+        assert torch.equal(value, states[0]["encoder"][key]), key
+    assert len(re.findall(r"online probe \d+\.\d %", output)) == 2
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_the_online_probe_is_the_plain_classifier(pieces: int) -> None:
+    """Against torch's own SGD, on the features of a whole batch, with an image that has no label."""
+    digits = data.PlacedDigits(seed=0, device=torch.device("cpu"), limit=32)
+    digits.labels["train"][3] = -1
+    encoder = make_encoder("small", channels=1, image_size=32, head="simco", dim=8, norm="group")
+    online = OnlineProbe(encoder, digits, ranks=1)
+    plain = nn.Linear(128, 10)
+    plain.load_state_dict(online.state_dict())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    for epoch in range(2):
+        ids, other = torch.arange(32).view(pieces, -1), digits.view(epoch, 1)
+        for piece in ids:
+            encoder(digits.view(epoch, 0)[piece])
+            encoder(other[piece])
+            online.backward(piece, pieces)
+        online.step(0.3)
+        features = encoder.features(digits.view(epoch, 0)).detach()
+        online.kept.clear()
+        losses = F.cross_entropy(plain(features), digits.labels["train"], ignore_index=-1, reduction="none")
+        counts = torch.tensor([int((digits.labels["train"][piece] >= 0).sum()) for piece in ids])
+        optimizer.zero_grad()
+        (losses.view(pieces, -1).sum(1) / counts).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(online.state_dict()[name], value)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
 def test_shares_are_the_batches_in_order() -> None:
@@ -261,6 +351,7 @@ def test_torchvision_data(dataset: str, size: int, tmp_path: Path, monkeypatch: 
     (batch,) = found.batches(0, data.Share(4))
     assert batch.views[0].shape == (4, 3, size, size)
     assert [labels.tolist() for _, labels in found.labelled("train", 0)] == [[0, 1, 0, 1]]
+    assert found.view_labels().tolist() == ([-1, -1, 0, 1] if dataset == "stl10" else [0, 1, 0, 1])
 
 
 def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +450,14 @@ def test_bad_arguments(
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         train_moco.main(parsed("moco", *words))
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        SystemExit, match=r"error: device: there is no CUDA device here\. Leave --device out, or .* cpu\.$"
+    ):
+        train_simo.main(parsed("simo", "--device=cuda"))
 
 
 def test_the_commands_of_the_readme_are_understood() -> None:

@@ -101,7 +101,7 @@ def test_the_grids_are_the_papers() -> None:
         ("simco", 256), ("simmoco", 256), ("moco", 256), ("simco", 64),
     ]  # fmt: skip
     assert {(job.args.epochs, job.args.arch, job.args.recipe) for job in dual} == {(200, "resnet18", "simco")}
-    assert all("--protocol=simco" in job.probe for job in dual)
+    assert all(job.args.online_probe and not job.probe for job in dual)
     settings = sweep.GRIDS["cifar100-dual"].settings("cifar100")
     assert [s.paper for s in settings if s.x == 256] == [58.35, 54.11, 53.28]
     papers = {grid: [s.paper for s in sweep.GRIDS[grid].settings("digits")] for grid in ("alpha", "momentum", "norm")}
@@ -192,25 +192,29 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_papers_probe_follows_the_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"batch_size": 8, "splits": 2, "recipe": "simco"}
-    setting = Setting("moco", "MoCo v2", 8, {**small, "queue_size": 16}, 53.28)
-    grid = Grid("tiny", lambda dataset: [setting], "cifar100", "N", 1, 1, False, "simco", "CIFAR-100")
+def test_the_papers_probes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dual temperature's learns with the run; MoCo's follows it."""
+    moco = Setting("moco", "MoCo v2", 8, {"batch_size": 8, "splits": 2, "queue_size": 16}, 53.28)
+    simco = Setting("simco", "SimCo", 8, {"batch_size": 8}, 58.35)
+    grid = Grid("tiny", lambda dataset: [moco, simco], "cifar100", "N", 1, 1, False, "CIFAR-100")
     monkeypatch.setitem(sweep.GRIDS, "tiny", grid)
     monkeypatch.setattr(sweep, "started", Started)
     places: dict[str, Any] = {"data_dir": images, "run_dir": tmp_path / "runs", "out": tmp_path / "out"}
-    args = Args(grid="tiny", arch="small", limit=16, device="cpu", probe_epochs=1, linear_eval=False, **places)
+    args = Args(grid="tiny", arch="small", limit=16, device="cpu", probe_epochs=1, **places)
     sweep.main(args)
-    assert [row["probe"] for row in rows(tmp_path / "out" / "tiny.csv")] == [""]
-    args = replace(args, linear_eval=None)  # the grid's own: it is run now, and nothing is trained again
+    first, second = rows(tmp_path / "out" / "tiny.csv")
+    online = rows(all_jobs(args)[1].directory / "metrics.csv")[-1]["online_probe"]
+    assert first["probe"] == ""
+    assert float(second["probe"]) == pytest.approx(float(online), abs=1e-3)
+    args = replace(args, linear_eval=True)  # it is run now, and nothing is trained again
     sweep.main(args)
-    (row,) = rows(tmp_path / "out" / "tiny.csv")
-    (job,) = all_jobs(args)
-    probe = json.loads((job.directory / "linear_eval.json").read_text())
-    assert float(row["probe"]) == pytest.approx(probe["top1"], abs=1e-3)
-    assert (probe["arguments"]["protocol"], probe["arguments"]["augment"]) == ("simco", "device")
+    found = {row["method"]: row for row in rows(tmp_path / "out" / "tiny.csv")}
+    probe = json.loads((all_jobs(args)[0].directory / "linear_eval.json").read_text())
+    assert float(found["moco"]["probe"]) == pytest.approx(probe["top1"], abs=1e-3)
+    assert (probe["arguments"]["protocol"], probe["arguments"]["augment"]) == ("moco", "device")
+    assert found["simco"] == second
     table = (tmp_path / "out" / "tiny.md").read_text()
-    assert f"| MoCo v2 | 8 | 1 | {float(row['knn']):.1f} | {probe['top1']:.1f} | 53.28 |" in table
+    assert f"| MoCo v2 | 8 | 1 | {float(first['knn']):.1f} | {probe['top1']:.1f} | 53.28 |" in table
 
 
 class Endless:

@@ -54,6 +54,7 @@ class Common:
     # Evaluation
     knn_every: int = 20  # epochs from one kNN to the next
     knn_k: int = 20  # neighbours that vote
+    online_probe: bool = False  # a linear classifier that learns beside the encoder and does not change it
     probe: bool = True  # a logistic regression on the features at the end; minutes where images are many
 
     # Run
@@ -85,6 +86,7 @@ CIFAR: dict[str, Any] = {  # of MoCo's authors; the other methods' differ in the
 SIMCO = {  # SimCo's and SimMoCo's, on CIFAR-100
     **CIFAR,
     "recipe": "simco",
+    "online_probe": True,
     "schedule": "cosine",
     "warmup_epochs": 10,
     "warmup_from": 0.1,
@@ -118,11 +120,11 @@ def parse(words: list[str], defaults: dict[str, Args], description: str | None) 
 
 
 def check(args: Common) -> None:
-    """Bad numbers, before anything is loaded. K is the criterion's to check."""
+    """Bad numbers, before anything is loaded. A queue checks its own."""
     smallest = {"limit": 2, "image_size": 8, "batch_size": 2, "accumulate": 1, "epochs": 1, "dim": 1, "splits": 1}
     smallest |= {"knn_every": 1, "knn_k": 1, "workers": 0, "seed": 0, "warmup_epochs": 0, "weight_decay": 0}
-    for name, least in {**smallest, "warmup_from": 0, "save_minutes": 0}.items():
-        value = getattr(args, name)
+    for name, least in {**smallest, "warmup_from": 0, "save_minutes": 0, "num_negatives": 1}.items():
+        value = getattr(args, name, None)
         if value is not None and not least <= value < math.inf:
             fail(f"{name}: expected {least} or more, got {value}.")
     for name, advice in {"alpha": " Leave it out, or give --no-eqco for InfoNCE.", "temperature": ""}.items():

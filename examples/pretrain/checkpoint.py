@@ -26,10 +26,10 @@ def restore_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     file = checkpoint_file(path)
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of the reader
-        reason = (str(error).splitlines() or [""])[0][:120]
-        why = f"{type(error).__name__}: {reason}"
-        raise CheckpointError(f"{file} cannot be read ({why}): it is damaged, or none. Give {EXPECTED}.") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}). Give {EXPECTED}.") from None
+    except Exception:  # whatever another or a damaged file makes of the reader; its words are not for a person
+        raise CheckpointError(f"{file} is no checkpoint, or a damaged one. Give {EXPECTED}.") from None
     wanted = ("encoder_spec", "state", "data")
     missing = wanted if not isinstance(saved, dict) else [key for key in wanted if not isinstance(saved.get(key), dict)]
     if missing:

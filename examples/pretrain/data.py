@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
 
-ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE = range(1, 7)  # what a seed is for
+ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
 UNREADABLE = 0.1  # share of images above which there is something wrong with the folder
 
 
@@ -68,6 +68,9 @@ class Data(Protocol):
 
     def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         """This rank's pieces of every shuffled batch from the ``start``-th on; an incomplete last one is left out."""
+
+    def view_labels(self) -> Tensor:
+        """(M,) by the numbers of the samples; -1 where an image has none."""
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of "train" or "test" in order, with labels, for the evaluation."""
@@ -132,6 +135,9 @@ class PlacedDigits:
         first, second = self.view(epoch, 0), self.view(epoch, 1)
         for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(first.device):
             yield Views((first[rows], second[rows]), rows)
+
+    def view_labels(self) -> Tensor:
+        return self.labels["train"]
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         generator = generator_of(EVALUATION, placement, int(split == "test"))  # the same placements for every run
@@ -217,6 +223,9 @@ class ImageData:
         self._sampler.epoch, self._sampler.start = epoch, start
         for first, second, samples in self._loader:
             yield Views((first, second), samples)
+
+    def view_labels(self) -> Tensor:
+        return torch.tensor(self.splits["views"].labels)
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         mine = part(len(self.splits[split].labels), rank, ranks)

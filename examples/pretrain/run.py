@@ -18,12 +18,27 @@ import torch
 from .data import DataError
 
 Row = dict[str, float | int | None]
+PANELS = (  # of the curves: column, title, top
+    ("loss", "loss", None),
+    ("top1", "contrast accuracy, %", 100),
+    ("feature_std", "feature std (0: collapsed)", 1.1),
+    ("knn", "kNN, %", 100),
+    ("online_probe", "online probe, %", 100),
+)
+MEASURED = ("knn", "online_probe")  # columns with a value now and then
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
 
 
 def fail(message: object) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
+
+
+def check_device(device: str) -> None:
+    """One that is asked for by name must be there."""
+    no_cuda = device == "cuda" and not torch.cuda.is_available()
+    if no_cuda or (device == "mps" and not torch.backends.mps.is_available()):
+        fail(f"device: there is no {device.upper()} device here. Leave --device out, or give --device cpu.")
 
 
 @contextmanager
@@ -232,16 +247,11 @@ class Run:
             return
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
-        panels = (
-            ("loss", "loss", None),
-            ("top1", "contrast accuracy, %", 100),
-            ("feature_std", "feature std (0: collapsed)", 1.1),
-            ("knn", "kNN, %", 100),
-        )
-        figure = Figure(figsize=(12, 3), layout="constrained")
+        panels = [panel for panel in PANELS if any(row.get(panel[0]) is not None for row in self.rows)]
+        figure = Figure(figsize=(3 * len(panels), 3), layout="constrained")
         for axes, (name, label, top) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             points = [(row["epoch"], row[name]) for row in self.rows if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), marker="o" if name == "knn" else "")
+            axes.plot(*zip(*points, strict=True), marker="o" if name in MEASURED else "")
             axes.set(xlabel="epoch", title=label)
             axes.grid(alpha=0.3)
             axes.set_ylim(0, top)

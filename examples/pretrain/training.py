@@ -27,15 +27,16 @@ from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
 from eqco_loss.functional import LossMetrics
 
 from .arguments import FREE, Args, Common, check, ranks
-from .data import INIT, SHUFFLE, STEP, Data, DataError, Share, generator_of, open_data, seed_of
+from .data import DRAW, INIT, SHUFFLE, STEP, Data, DataError, Share, generator_of, open_data, seed_of
 from .encoders import Encoder, Head, make_encoder
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
-from .run import Row, Run, clear_errors, command, fail, peak_memory_mb
+from .probe import BASE_LR, OnlineProbe
+from .run import Row, Run, check_device, clear_errors, command, fail, peak_memory_mb
 from .schedule import learning_rate, set_learning_rate
 
 TIMED = ("images_per_s", "data_share", "loss_share", "seconds", "memory_mb")  # columns that no two runs share
-COLUMNS = ("epoch", "loss", "top1", "feature_std", "knn", "lr", *TIMED)
+COLUMNS = ("epoch", "loss", "top1", "feature_std", "knn", "online_probe", "lr", *TIMED)
 MEASURED = 50  # on a GPU, the loss's share is measured in every so many pieces
 COLLAPSED = 0.1  # feature std below which a run is called so
 
@@ -48,6 +49,7 @@ class Batch(NamedTuple):
     ids: Tensor  # (N,), the images' numbers
     first: bool  # piece of an accumulated batch: the key encoder moves once a batch
     shuffle: torch.Generator  # for shuffling BN, the same on every rank
+    draw: torch.Generator  # for negatives that the ranks draw alike
 
 
 class Training(Generic[Args]):
@@ -95,6 +97,9 @@ class Training(Generic[Args]):
 
         ``loss`` is what the header says about it.
         """
+        self.probe = OnlineProbe(encoder, self.data, self.ranks) if self.args.online_probe else None
+        if self.probe is not None:
+            others["online_probe"] = self.probe
         self.query_encoder, self.modules = encoder, {"encoder": encoder, **others}
         optimizer = make_optimizer(self.args, encoder)
         if self.state is not None:
@@ -111,6 +116,8 @@ class Training(Generic[Args]):
         self.plain_optimizer = optimizer
         if self.state is not None:
             optimizer.load_state_dict(self.state["optimizer"])
+            if self.probe is not None:
+                self.probe.optimizer.load_state_dict(self.state["online_probe_optimizer"])
             self.fabric.strategy.precision.load_state_dict(self.state["scaler"])
             self.done = self.state["progress"]["step"]
             self.sums = self.fabric.to_device(self.state["progress"]["sums"])
@@ -150,15 +157,20 @@ class Training(Generic[Args]):
                     number = (epoch, piece)
                     first, self.last = piece % args.accumulate == 0, (piece + 1) % args.accumulate == 0
                     if first:
-                        set_learning_rate(self.plain_optimizer, self.rate)
+                        set_learning_rate(self.plain_optimizer, self.rate(args.base_lr))
                     torch.manual_seed(seed_of(STEP, args.seed, *number, fabric.global_rank))  # for whatever draws
-                    shuffle = generator_of(SHUFFLE, args.seed, *number)
+                    shuffle, draw = (generator_of(purpose, args.seed, *number) for purpose in (SHUFFLE, DRAW))
                     views = fabric.to_device(query_view), fabric.to_device(key_view)
+                    ids = fabric.to_device(ids)
                     self.clock.begin_piece(piece)
                     with fabric.no_backward_sync(self.model, enabled=not self.last):
-                        yield Batch(*views, fabric.to_device(ids), first, shuffle)
+                        yield Batch(*views, ids, first, shuffle, draw)
+                    if self.probe is not None:
+                        self.probe.backward(ids, args.accumulate)
                     self.clock.end_piece()
                     if self.last:
+                        if self.probe is not None:
+                            self.probe.step(self.rate(BASE_LR))
                         self.done += 1
                         self.bar.update()
                         self._between_steps()
@@ -166,11 +178,10 @@ class Training(Generic[Args]):
             self.bar.close()
             self._finish()
 
-    @property
-    def rate(self) -> float:
+    def rate(self, base_lr: float) -> float:
         """Learning rate of the next step: linear in the queries of a batch."""
         args = self.args
-        peak = args.base_lr * args.batch_size / 256
+        peak = base_lr * args.batch_size / 256
         shape = args.schedule, self.done, self.steps, args.epochs, args.warmup_epochs, args.warmup_from
         return peak * learning_rate(*shape)
 
@@ -221,6 +232,8 @@ class Training(Generic[Args]):
         row["data_share"], row["loss_share"] = round(times.data_share, 4), round(times.loss_share, 4)
         row["seconds"], row["memory_mb"] = round(times.seconds, 3), peak_memory_mb(self.fabric.device)
         row["knn"] = self._knn() if measure else None
+        if measure and self.probe is not None:
+            row["online_probe"] = self.probe.accuracy(self.query_encoder, self.data)
         self.run.rows.append(row)
         self.sums.zero_()
         self._save(epoch, 0)
@@ -234,6 +247,8 @@ class Training(Generic[Args]):
     def _finish(self) -> None:
         rows = self.run.rows
         self.run.result = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]}
+        if self.probe is not None:
+            self.run.result["online_probe"] = rows[-1]["online_probe"]
         if self.args.probe:
             self.run.result["linear_probe"] = linear_probe(self.query_encoder, self.data)
         self._save(self.args.epochs, 0)
@@ -243,6 +258,8 @@ class Training(Generic[Args]):
         self.sums = self._mean_over_ranks(self.sums)  # rank 0's file speaks for all
         state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
         state["optimizer"] = self.plain_optimizer.state_dict()
+        if self.probe is not None:
+            state["online_probe_optimizer"] = self.probe.optimizer.state_dict()
         state["scaler"] = self.fabric.strategy.precision.state_dict()
         state["progress"] = {"step": self.done, "sums": self.sums}
         self.run.save(epoch, state, step)
@@ -272,7 +289,8 @@ class Training(Generic[Args]):
             if not self.signal:
                 self.signal, asked = number, time.monotonic()
                 if self.fabric.is_global_zero:
-                    print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+                    again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ", as SIGTERM asks"
+                    print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -348,16 +366,17 @@ class Training(Generic[Args]):
     # ------------------------------------------------------------------------------------------------ for a person
 
     def _print_epoch(self, row: Row) -> None:
-        knn = "" if row["knn"] is None else f"  kNN {row['knn']:.1f} %"
+        measured = "" if row["knn"] is None else f"  kNN {row['knn']:.1f} %"
+        measured += f"  online probe {row['online_probe']:.1f} %" if "online_probe" in row else ""
         collapsed = " (collapsed)" if row["feature_std"] < COLLAPSED else ""  # type: ignore[operator]
-        curves = f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  std {row['feature_std']:.2f}{collapsed}{knn}"
+        curves = f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  std {row['feature_std']:.2f}{collapsed}{measured}"
         speed = f"{row['images_per_s']:.0f} images/s (data {row['data_share']:.0%}, loss {row['loss_share']:.0%})"
         line = f"epoch {row['epoch']}/{self.args.epochs}  {curves}  {speed}  {row['memory_mb']:.0f} MB"
         if not sys.stderr.isatty():
             self.say(line)
         elif self.fabric.is_global_zero:
             self.bar.set_postfix_str(curves)
-            if knn:
+            if measured:
                 self.bar.write(line)
 
     def _write_tensorboard(self, row: Row) -> None:
@@ -375,6 +394,7 @@ class Training(Generic[Args]):
 
 def launch(args: Common) -> Fabric:
     """Lightning Fabric for one process, or for those that torchrun started."""
+    check_device(args.device)
     if args.precision == "16-mixed" and (args.device in ("cpu", "mps") or not torch.cuda.is_available()):
         fail("precision: 16-mixed needs a GPU. Give --precision bf16-mixed, or leave it out.")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the header says it all
@@ -415,9 +435,10 @@ def mean_of(first: LossMetrics, second: LossMetrics) -> LossMetrics:
 
 
 def summary(result: Row) -> str:
-    knn = f"kNN {result['knn_untrained']:.1f} % untrained, {result['knn']:.1f} % trained"
-    probe = f"; linear probe {result['linear_probe']:.1f} %" if "linear_probe" in result else ""
-    return f"{knn}{probe}."
+    figures = [f"kNN {result['knn_untrained']:.1f} % untrained, {result['knn']:.1f} % trained"]
+    probes = [name for name in ("online_probe", "linear_probe") if name in result]
+    figures += [f"{name.replace('_', ' ')} {result[name]:.1f} %" for name in probes]
+    return "; ".join(figures) + "."
 
 
 class Times(NamedTuple):
