@@ -38,6 +38,8 @@ from .workloads import DTYPES, WORKLOADS, Case, Problem
 
 # Relative, of loss and gradients, in the norm: who is further from float64 is not timed.
 MAX_ERROR = {"float32": 2e-5, "high": 5e-3, "bfloat16": 2e-2, "float16": 2e-2, "amp": 2e-2}
+CASE = ("workload", "n", "k", "d", "layout", "dtype", "peer", "version", "status")
+WORK = ("operations", "bytes")  # of the matrix products, and of inputs and gradients, that nobody can do without
 MANY, QUICK = 50, 1.0  # steps that are over at once are measured in up to so many rounds, as fit into so many seconds
 FIGURES = (
     "forward_ms",
@@ -61,6 +63,9 @@ def run_all(
 ) -> None:
     """Case by case into the CSV; what it has of other cases stays."""
     origin = provenance()
+    columns = (*CASE, *FIGURES, *WORK, *origin)
+    if out.exists() and any(tuple(row) != columns for row in read_csv(out)):
+        raise SystemExit(f"error: out: {out} has other columns than {', '.join(columns)}. Remove it, or give another.")
     print(f"{origin['device']}; torch {origin['torch']}, triton {origin['triton']}; commit {origin['commit']}")
     machine: dict[str, Limits] = {}
     for case in tqdm(chosen, desc="cases", unit="case", disable=not sys.stderr.isatty()):
@@ -128,12 +133,13 @@ def run(case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: fl
     base = measured.get(WORKLOADS[case.workload].baseline)
     rows = []
     for one in wanted:
-        row = {"workload": case.workload, "n": str(case.n), "k": str(case.k), "d": str(case.d)}
-        row |= {"layout": case.layout, "dtype": case.dtype, "peer": one.name}
-        row |= {"version": "", "status": refused.get(one.name, "timed"), **dict.fromkeys(FIGURES, "")}
+        of = case.workload, case.n, case.k, case.d, case.layout, case.dtype, one.name
+        version = one.version if one.name in measured else ""
+        row = dict(zip(CASE, (*map(str, of), version, refused.get(one.name, "timed")), strict=True))
+        row |= dict.fromkeys(FIGURES, "")
         if one.name in measured:
-            row |= {"version": one.version, **figures(measured[one.name], base, least)}
-        rows.append({**row, "operations": f"{case.operations:.3g}", "bytes": f"{case.bytes:.3g}"})
+            row |= figures(measured[one.name], base, least)
+        rows.append(row | dict(zip(WORK, (f"{case.operations:.3g}", f"{case.bytes:.3g}"), strict=True)))
     return rows
 
 
