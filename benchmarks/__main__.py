@@ -28,7 +28,8 @@ from .workloads import DTYPES, WORKLOADS, cases, quick_cases
 class Args:
     workloads: tuple[str, ...] = tuple(WORKLOADS)  # which ones
     peers: tuple[str, ...] = ()  # only these ways, by the beginning of their names; ours and the baseline always run
-    dtypes: tuple[str, ...] = DTYPES  # float32, high (TF32 products), bfloat16, float16, amp (float32 under autocast)
+    # float32, high (TF32 products), bfloat16, float16, amp (float32 under autocast). None: all; on a CPU float32
+    dtypes: tuple[str, ...] | None = None
     device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
     quick: bool = False  # smaller sizes, fewer rounds, and a CSV of its own
     rounds: int | None = None  # each way runs once a round; medians are reported. None: 7, on a GPU 50, quick 3
@@ -45,13 +46,12 @@ def main(args: Args) -> None:
     out = args.out or RESULTS / ("quick.csv" if args.quick else "gpu.csv" if device == "cuda" else "cpu.csv")
     rounds = args.rounds or (3 if args.quick else 50 if device == "cuda" else 7)
     step_limit = args.step_limit or (2.0 if args.quick else 5.0)
+    dtypes = args.dtypes or (DTYPES if device == "cuda" else ("float32",))
     chosen = [
-        case
-        for case in (quick_cases() if args.quick else cases(device))
-        if case.workload in args.workloads and case.dtype in args.dtypes
+        case for case in (quick_cases() if args.quick else cases(device, dtypes)) if case.workload in args.workloads
     ]
     if not chosen:
-        raise SystemExit(f"error: dtypes: no case of these on a {device} in {', '.join(args.dtypes)}.")
+        raise SystemExit(f"error: dtypes: no case of these workloads in {', '.join(dtypes)}.")
     run_all(chosen, lambda one: wants(args, one), device, rounds, step_limit, out)
 
 
@@ -62,7 +62,7 @@ def check(args: Args, device: str) -> None:
             raise SystemExit(f"error: {name}: unknown {', '.join(wrong)}; known: {', '.join(known)}.")
 
     among("workloads", args.workloads, list(WORKLOADS))
-    among("dtypes", args.dtypes, list(DTYPES))
+    among("dtypes", args.dtypes or (), list(DTYPES))
     among("peers", args.peers, list(dict.fromkeys(one.name for one in PEERS)), begins=True)
     for name in ("rounds", "threads", "step_limit"):
         value = getattr(args, name)

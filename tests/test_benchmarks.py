@@ -136,10 +136,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ({"peers": ("nccl",)}, "peers: unknown nccl; known: eager MoCo, "),
         ({"dtypes": ("int8",)}, "dtypes: unknown int8; known: float32, high, bfloat16, float16, amp"),
         ({"rounds": 0}, "rounds: expected more than 0, got 0"),
-        ({"device": "cpu", "workloads": ("S1",), "dtypes": ("float16",)}, "no case of these on a cpu in float16"),
+        ({"quick": True, "workloads": ()}, "no case of these workloads in float32"),
+        ({"device": "cuda"}, "device: torch sees no GPU. Leave --device out"),
     ],
 )
-def test_bad_input(change: dict[str, Any], message: str) -> None:
+def test_bad_input(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=message.replace("(", r"\(")):
         command.main(command.Args(**change))
 
