@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 from pretrain.data import seed_of
-from pretrain.run import check_device, command, fail, written_whole
+from pretrain.run import check_device, command, fail, provenance, written_whole
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -152,6 +152,7 @@ def train(cell: Cell, args: Args) -> tuple[Row, list[Row]]:
         "standard_error": round(float(losses.std()) / math.sqrt(args.batches), 5),
         "seconds": round(time.perf_counter() - started, 1),
         **made_with(args),
+        **provenance(args.device),
     }
     return row, points
 
@@ -227,7 +228,7 @@ def read(args: Args, name: str) -> list[Row]:
 
 def write(args: Args, name: str, rows: list[Row]) -> None:
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")  # an older version's rows have fewer
     writer.writeheader()
     writer.writerows(rows)
     try:

@@ -35,7 +35,7 @@ import train_simo
 import tyro
 from pretrain.arguments import Common, check
 from pretrain.data import open_data
-from pretrain.run import check_device, clear_errors, command, fail, write_rows, written_whole
+from pretrain.run import check_device, clear_errors, command, commit, fail, write_rows, written_whole
 
 HERE = Path(__file__).parent
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -458,15 +458,6 @@ def finished_row(job: Job) -> Row:
     with written_whole(directory / "row.json") as file:
         file.write(json.dumps(row, indent=2).encode() + b"\n")
     return row
-
-
-def commit() -> str:
-    """Of the code that ran; empty where it is no git checkout."""
-    try:
-        words = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 # ---------------------------------------------------------------------------------------------- table and figure

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,33 @@ def check_device(device: str) -> None:
     no_cuda = device == "cuda" and not torch.cuda.is_available()
     if no_cuda or (device == "mps" and not torch.backends.mps.is_available()):
         fail(f"device: there is no {device.upper()} device here. Leave --device out, or give --device cpu.")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that are here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def provenance(device: str) -> dict[str, str]:
+    """What a row of results carries: where it was made, and of what."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    listed = "; ".join(f"{package} {number}" for package, number in versions().items())
+    return {"device": name, "versions": listed, "commit": commit()}
+
+
+def commit() -> str:
+    """Of the code that runs; empty where it is no git checkout."""
+    try:
+        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @contextmanager
@@ -224,13 +252,7 @@ class Run:
         self.write_metrics()
 
     def write_config(self, **more: object) -> None:
-        versions = {"python": platform.python_version()}
-        for package in PACKAGES:
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:
-                continue
-        config = {"command": command(), "arguments": {**self.fixed, **self.free}, "versions": versions, **more}
+        config = {"command": command(), "arguments": {**self.fixed, **self.free}, "versions": versions(), **more}
         self._write(
             self.directory / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n")
         )
