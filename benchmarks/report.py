@@ -9,6 +9,7 @@ A figure carries the digest of the rows it shows, so that an old one is found ou
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +24,11 @@ from .workloads import DTYPES, WORKLOADS, Case
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
-README_ROWS = {  # of a CPU, and of a GPU
-    "cpu": (
-        ("M1", 256, 128, "float32"),
-        ("T1", 256, 128, "float32"),
-        ("S1", 4096, 128, "float32"),
-        ("S2", 4096, 128, "float32"),
-    ),
-    "gpu": tuple((name, n, 128, "amp") for name, n in (("M1", 256), ("S1", 4096), ("S2", 4096), ("P1", 256))),
+README_CASES = {  # workload, N, K, all at D = 128: of a CPU, and of a GPU
+    "cpu": ("float32", (("M1", 256, 65536), ("S1", 4096, 4095), ("S2", 4096, 8190), ("P1", 256, 16))),
+    "gpu": ("amp", (("M1", 256, 65536), ("S1", 4096, 4095), ("S2", 4096, 8190), ("P1", 256, 16))),
 }
-SHARES = {"eqco_loss": "tab:orange"}  # ours; the others are grey
+COLORS = {"eqco_loss": "tab:orange"}  # ours; the others are grey
 
 
 @dataclass(frozen=True)
@@ -72,46 +68,59 @@ def between_markers(page: str, text: str) -> str:
 def table() -> str:
     """Every way of some cases of each device that has a CSV."""
     parts = []
-    for device, chosen in README_ROWS.items():
+    for device, (dtype, chosen) in README_CASES.items():
         path = RESULTS / f"{device}.csv"
-        rows = read_csv(path) if path.exists() else []
-        shown = [row for choice in chosen for row in rows if matches(row, *choice)]
-        if not shown:
+        rows = [row for row in (read_csv(path) if path.exists() else []) if row["dtype"] == dtype]
+        shown = [[row for row in rows if matches(row, *choice)] for choice in chosen]
+        together = [row for case in shown for row in case]
+        if not together:
             continue
-        graph = any(row["graph_us"] for row in shown)
-        time = "GPU us (eager ms)" if graph else "ms"
-        lines = [f"| | | {time} | times faster | extra memory |", "| --- | --- | --- | --- | --- |"]
-        for row in shown:
-            lines.append(table_row(row, first=row is next(r for r in shown if r["workload"] == row["workload"])))
-        first, fewest = shown[0], min(int(row["rounds"]) for row in shown if row["rounds"])
-        commits = ", ".join(dict.fromkeys(f"{row['commit']} ({row['date']})" for row in shown))
-        lines += [
-            "",
-            f"Medians of {fewest} or more interleaved rounds, forward and backward; {first['device']}; "
-            f"torch {first['torch']}; commit {commits}.",
-        ]
-        parts.append("\n".join(lines))
+        graph = any(row["graph_us"] for row in together)
+        lines = [f"| | {'GPU us (eager ms)' if graph else 'ms'} | times faster | extra memory |"]
+        lines.append("| --- | --- | --- | --- |")
+        for case in shown:
+            lines += table_rows(case)
+        first, fewest = together[0], min(int(row["rounds"]) for row in together if row["rounds"])
+        commits = ", ".join(dict.fromkeys(f"{row['commit']} ({row['date']})" for row in together))
+        lines += ["", f"Forward and backward, {first['dtype']}, medians of {fewest} or more interleaved rounds; "]
+        lines[-1] += f"{first['device']}; torch {first['torch']}; commit {commits}."
+        parts.append("\n".join([*lines, *share_of_a_step(RESULTS / f"step-{device}.csv")]))
     return "\n\n".join(parts)
 
 
-def matches(row: Row, workload: str, n: int, d: int, dtype: str) -> bool:
-    given = row["workload"], int(row["n"]), int(row["d"]), row["dtype"], row["layout"]
-    return given == (workload, n, d, dtype, "rows")
+def share_of_a_step(path: Path) -> list[str]:
+    rows = read_csv(path) if path.exists() else []
+    return [
+        f"Of a SiMo step of ResNet-50 (N = {row['n']}, {row['image_size']} px, {float(rows[0]['ms']):.0f} ms) the loss "
+        f"is {100 * float(row['share_of_step']):.2f} %: {row['ms']} ms."
+        for row in rows[1:]
+        if row["what"].startswith("eqco_loss") and "65536" not in row["what"]
+    ]
 
 
-def table_row(row: Row, first: bool) -> str:
-    kind = WORKLOADS[row["workload"]]
-    what = f"{kind.title}: {case_of(row).size}" if first else ""
-    name = f"**{row['peer']}**" if row["peer"] == "eqco_loss" else row["peer"]
-    if row["version"]:
-        name += f" {row['version']}"
-    if row["status"] != "timed":
-        return f"| {what} | {name} | {row['status']} | | |"
-    time = f"{float(row['ms']):.4g}"
-    ratio = row["times_faster"]
-    if row["graph_us"]:
-        time, ratio = f"{float(row['graph_us']):.4g} ({time})", row["times_faster_graph"] or ratio
-    return f"| {what} | {name} | {time} | {float(ratio):.2f} | {float(row['peak_extra_mb']):.1f} MB |"
+def matches(row: Row, workload: str, n: int, k: int) -> bool:
+    given = row["workload"], int(row["n"]), int(row["k"]), int(row["d"]), row["layout"]
+    return given == (workload, n, k, 128, "rows")
+
+
+def table_rows(case: list[Row]) -> list[str]:
+    """What the case is, its ways, and why others are none."""
+    if not case:
+        return []
+    what = f"**{WORKLOADS[case[0]['workload']].title}** ({case[0]['workload']}), {case_of(case[0]).size}"
+    lines = [f"| {what} | | | |"]
+    reasons: dict[str, list[str]] = {}
+    for row in sorted(case, key=lambda row: float(row["ms"] or "inf")):
+        name = f"{row['peer']} {row['version']}".strip()
+        if row["status"] != "timed":
+            reasons.setdefault(row["status"], []).append(name)
+            continue
+        time, ratio = f"{float(row['ms']):.4g}", row["times_faster"]
+        if row["graph_us"]:
+            time, ratio = f"{float(row['graph_us']):.4g} ({time})", row["times_faster_graph"] or ratio
+        cells = name, time, f"{float(ratio):.2f}", f"{float(row['peak_extra_mb']):.1f} MB"
+        lines.append("| " + " | ".join(f"**{cell}**" if name == "eqco_loss" else cell for cell in cells) + " |")
+    return lines + [f"| {', '.join(names)} | {reason} | | |" for reason, names in reasons.items()]
 
 
 def case_of(row: Row) -> Case:
@@ -181,20 +190,20 @@ def draw_bars(rows: list[Row]) -> Any:
     )
     for (bars, share), case in zip(axes, cases, strict=True):
         names = [r["peer"] for r in case]
-        colors = [SHARES.get(name, "0.6") for name in names]
+        colors = [COLORS.get(name, "0.6") for name in names]
         ratios = [float(r["times_faster_graph"] or r["times_faster"] or "nan") for r in case]
         bars.barh(names, ratios, color=colors)
         bars.bar_label(bars.containers[0], fmt="%.2f", padding=2, fontsize=8)
         bars.axvline(1, color="0.3", linewidth=0.8)
         bars.set_title(f"{case[0]['workload']}: {case_of(case[0]).size}, {case[0]['dtype']}", fontsize=9, loc="left")
         share.barh(names, [100 * float(r["limit_share"]) for r in case], color=colors)
-        share.bar_label(share.containers[0], fmt="%.0f", padding=2, fontsize=8)
+        share.bar_label(share.containers[0], fmt="%.1f", padding=2, fontsize=8)
         share.set_yticks([])
         for one in (bars, share):
             one.invert_yaxis()
             one.tick_params(labelsize=8)
             one.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel(f"times faster than {'the baseline'}, forward and backward", fontsize=9)
+    axes[-1, 0].set_xlabel("times faster than the baseline, forward and backward", fontsize=9)
     axes[-1, 1].set_xlabel("% of the machine's limit (matrix products, memory)", fontsize=9)
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=10)
     return figure
@@ -202,7 +211,7 @@ def draw_bars(rows: list[Row]) -> Any:
 
 def place(row: Row) -> tuple[int, ...]:
     """The case a reader looks for first: float32 on a CPU, autocast on a GPU; of the README's size."""
-    usual = any(matches(row, *choice) for choices in README_ROWS.values() for choice in choices)
+    usual = any(row["dtype"] == dtype and matches(row, *one) for dtype, ones in README_CASES.values() for one in ones)
     return int(usual), -DTYPES.index(row["dtype"]), -int(row["n"]), -int(row["k"]), -int(row["d"])
 
 
@@ -213,10 +222,11 @@ def draw_scaling(rows: list[Row]) -> Any:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex="col")
     for column, (workload, size) in enumerate((("M1", "k"), ("S1", "n"))):
         mine = [r for r in rows if r["workload"] == workload]
+        others = itertools.cycle(("0.2", "tab:blue", "tab:green", "tab:purple", "tab:brown"))
         for name in dict.fromkeys(r["peer"] for r in mine):
             timed = [r for r in mine if r["peer"] == name and r["status"] == "timed"]
             x = [int(r[size]) for r in timed]
-            style = {"color": "tab:orange", "linewidth": 2.2} if name == "eqco_loss" else {"linewidth": 1}
+            style = {"color": COLORS.get(name, next(others)), "linewidth": 2.2 if name == "eqco_loss" else 1}
             for axis, key in zip(axes[:, column], ("ms", "peak_extra_mb"), strict=True):
                 axis.loglog(x, [float(r[key]) for r in timed], marker="o", markersize=3, label=name, **style)
         title = "K keys of a queue, N = 256" if workload == "M1" else "N in-batch, gradients to both sides"
@@ -247,7 +257,7 @@ def digest_in(path: Path) -> str:
 def save(figure: Any, path: Path, rows: list[Row]) -> None:
     import matplotlib.pyplot as plt
 
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=110, metadata={"Description": digest(rows)})
     plt.close(figure)
 

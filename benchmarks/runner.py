@@ -196,7 +196,7 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
     case, device = problem.case, problem.device.type
     needed, available = one.bytes(problem), available_bytes()
     if needed > 0.8 * available:
-        return f"needs about {needed / 1e9:.0f} GB, {available / 1e9:.0f} are free"
+        return f"needs about {needed / 1e9:.0f} GB, over four fifths of the {available / 1e9:.0f} that are free"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the packages' own

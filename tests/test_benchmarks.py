@@ -109,7 +109,7 @@ def test_too_slow_and_too_large_are_rows() -> None:
     eager = next(one for one in PEERS if one.name == "eager cross entropy" and "S1" in one.workloads)
     assert "too slow: a step took" in str(answer(eager, SMALL["S1"], limit=0.0))
     huge = dataclasses.replace(eager, logits=1e15)
-    assert "GB, " in str(answer(huge, SMALL["S1"]))
+    assert "GB, over four fifths of" in str(answer(huge, SMALL["S1"]))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
