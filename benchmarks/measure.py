@@ -56,9 +56,9 @@ def wall_clock(step: Step, device: str) -> float:
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
-def peak_extra_bytes(step: Step) -> int:
+def peak_extra_bytes(step: Step, device: str) -> int:
     """The most that torch's allocator held at once in ``step``, beyond what was there: temporaries and results."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -80,9 +80,9 @@ def peak_extra_bytes(step: Step) -> int:
     return peak
 
 
-def available_bytes() -> float:
+def available_bytes(device: str) -> float:
     """Memory that can still be had; infinite where the system does not tell."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
     lines = [line for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")]
     return 1024.0 * int(lines[0].split()[1]) if lines else float("inf")
@@ -145,8 +145,14 @@ class Limits(NamedTuple):
         return max(operations / self.operations, size / self.bytes)
 
 
+def set_precision(dtype: str) -> None:
+    """Of float32's products."""
+    torch.set_float32_matmul_precision("high" if dtype == "high" else "highest")
+
+
 def limits(device: str, dtype: str) -> Limits:
     """Best of five: a large square product (as autocast multiplies for amp), and a copy far beyond the caches."""
+    set_precision(dtype)
     kind = {"high": "float32", "amp": "bfloat16"}.get(dtype, dtype)
     n, size = (8192, 2**30) if device == "cuda" else (2048, 2**28)
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, kind)) for _ in range(2))
@@ -185,16 +191,16 @@ def read_csv(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def provenance() -> Row:
+def provenance(device: str) -> Row:
     """What every row carries."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
     else:
         names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
         capability = torch.backends.cpu.get_cpu_capability()
-        device = f"{names[0] if names else 'unknown CPU'}, {torch.get_num_threads()} threads, {capability}"
+        name = f"{names[0] if names else 'unknown CPU'}, {torch.get_num_threads()} threads, {capability}"
     return {
-        "device": device,
+        "device": name,
         "torch": torch.__version__,
         "triton": _triton_version(),
         "commit": (_git("rev-parse", "--short", "HEAD") or "unknown")

@@ -105,7 +105,7 @@ def largest_world(share: float, form: Form, n: int = 256, d: int = 128) -> int:
 def main(args: Args) -> None:
     if any(count < 1 for count in args.ranks) or args.n < 2 or args.d < 1:
         raise SystemExit(f"error: ranks, n, d: expected at least 1, 2 and 1, got {args.ranks}, {args.n}, {args.d}.")
-    origin = provenance()
+    origin = provenance("cpu")
     rows: list[Row] = []
     print(f"N = {args.n} a rank, D = {args.d}, float32; {origin['device']}")
     print(
@@ -177,7 +177,7 @@ def rank_main(rank: int, ranks: int, port: int, n: int, d: int, form: Form, answ
     with counted() as bytes_of:
         loss = step()
     wire = across_loopback(step)
-    peak = torch.tensor([peak_extra_bytes(step)])
+    peak = torch.tensor([peak_extra_bytes(step, "cpu")])
     dist.all_reduce(loss)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if rank == 0:

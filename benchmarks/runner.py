@@ -30,6 +30,7 @@ from .measure import (
     provenance,
     read_csv,
     relative_error,
+    set_precision,
     wall_clock,
     write_csv,
 )
@@ -62,7 +63,7 @@ def run_all(
     chosen: list[Case], wants: Callable[[Peer], bool], device: str, rounds: int, step_limit: float, out: Path
 ) -> None:
     """Case by case into the CSV; what it has of other cases stays."""
-    origin = provenance()
+    origin = provenance(device)
     columns = (*CASE, *FIGURES, *WORK, *origin)
     if out.exists() and any(tuple(row) != columns for row in read_csv(out)):
         raise SystemExit(f"error: out: {out} has other columns than {', '.join(columns)}. Remove it, or give another.")
@@ -115,7 +116,7 @@ class Measured(NamedTuple):
 
 def run(case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: float, machine: Limits) -> list[Row]:
     """The rows of a case."""
-    torch.set_float32_matmul_precision("high" if case.dtype == "high" else "highest")
+    set_precision(case.dtype)
     problem = Problem(case, device)
     truth = [x.detach() for x in problem.truth()]
     ways: dict[str, Way] = {}
@@ -149,7 +150,7 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
     rounds = max(rounds, min(MANY, int(QUICK / sum(way.seconds for way in ways.values()))) if ways else 0)
     forwards = interleave({name: way.forward for name, way in ways.items()}, rounds, "forward", device)
     both = interleave(steps, rounds, "forward and backward", device)
-    memory = {name: peak_extra_bytes(step) for name, step in steps.items()}
+    memory = {name: peak_extra_bytes(step, device) for name, step in steps.items()}
     kernels: dict[str, int] = {}
     graphs: dict[str, tuple[Timing, Timing]] = {}
     if device == "cuda":
@@ -194,7 +195,7 @@ def figures(way: Measured, base: Measured | None, least: float) -> Row:
 def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -> Way | str:
     """Prepared, warmed up and right, or the reason why it is not timed."""
     case, device = problem.case, problem.device.type
-    needed, available = one.bytes(problem), available_bytes()
+    needed, available = one.bytes(problem), available_bytes(device)
     if needed > 0.8 * available:
         return f"needs about {needed / 1e9:.0f} GB, over four fifths of the {available / 1e9:.0f} that are free"
     try:

@@ -54,7 +54,7 @@ def main(args: Args) -> None:
         warm_up()
     timings = interleave(steps, rounds, "step", device)
     whole = timings[step].median
-    origin = provenance() | {"rounds": str(rounds)}
+    origin = provenance(device) | {"rounds": str(rounds)}
     rows: list[Row] = []
     print(f"ResNet-50, N = {n}, {args.image_size} px, {dtype}, {origin['device']}; {rounds} rounds")
     for name, timing in timings.items():
