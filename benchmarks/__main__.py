@@ -20,7 +20,7 @@ import tyro
 
 from .measure import RESULTS
 from .peers import PEERS, Peer
-from .runner import run_all
+from .runner import check_device, run_all
 from .workloads import DTYPES, WORKLOADS, cases, quick_cases
 
 
@@ -32,7 +32,9 @@ class Args:
     dtypes: tuple[str, ...] | None = None
     device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
     quick: bool = False  # smaller sizes, fewer rounds, and a CSV of its own
-    rounds: int | None = None  # each way runs once a round; medians are reported. None: 7, on a GPU 50, quick 3
+    rounds: int | None = (
+        None  # at least; each way runs once a round, medians are reported. None: 7, on a GPU 50, quick 3
+    )
     step_limit: float | None = None  # seconds a step may take to be timed. None: 5, quick 2
     threads: int | None = None  # of torch, on a CPU. None: torch's own choice
     out: Path | None = None  # None: benchmarks/results/{cpu,gpu,quick}.csv
@@ -48,10 +50,12 @@ def main(args: Args) -> None:
     step_limit = args.step_limit or (2.0 if args.quick else 5.0)
     dtypes = args.dtypes or (DTYPES if device == "cuda" else ("float32",))
     chosen = [
-        case for case in (quick_cases() if args.quick else cases(device, dtypes)) if case.workload in args.workloads
+        case
+        for case in (quick_cases(dtypes) if args.quick else cases(device, dtypes))
+        if case.workload in args.workloads
     ]
     if not chosen:
-        raise SystemExit(f"error: dtypes: no case of these workloads in {', '.join(dtypes)}.")
+        raise SystemExit(f"error: workloads, dtypes: there is no such case in {', '.join(dtypes)}.")
     run_all(chosen, lambda one: wants(args, one), device, rounds, step_limit, out)
 
 
@@ -66,10 +70,9 @@ def check(args: Args, device: str) -> None:
     among("peers", args.peers, list(dict.fromkeys(one.name for one in PEERS)), begins=True)
     for name in ("rounds", "threads", "step_limit"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise SystemExit(f"error: {name}: expected more than 0, got {value}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: device: torch sees no GPU. Leave --device out, or give --device cpu.")
+    check_device(device)
 
 
 def wants(args: Args, one: Peer) -> bool:

@@ -99,10 +99,14 @@ def captured(step: Step) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    current = torch.cuda.current_stream()
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails may leave its own
     return graph
 
 
@@ -116,6 +120,7 @@ def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -
                 if not warm:
                     flush.zero_()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                torch.cuda._sleep(100_000)  # type: ignore[no-untyped-call]  # cycles, until the replay is in the queue
                 begin.record()
                 graph.replay()
                 end.record()
@@ -154,8 +159,8 @@ def limits(device: str, dtype: str) -> Limits:
     """Best of five: a large square product (as autocast multiplies for amp), and a copy far beyond the caches."""
     set_precision(dtype)
     kind = {"high": "float32", "amp": "bfloat16"}.get(dtype, dtype)
-    n, size = (8192, 2**30) if device == "cuda" else (2048, 2**28)
-    a, b = (torch.randn(n, n, device=device).to(getattr(torch, kind)) for _ in range(2))
+    n, size = (8192, 2**30) if device == "cuda" else (2048 if kind == "float32" else 512, 2**28)
+    a, b = (torch.randn(n, n).to(device, getattr(torch, kind)) for _ in range(2))
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
 
@@ -204,7 +209,7 @@ def provenance(device: str) -> Row:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "commit": (_git("rev-parse", "--short", "HEAD") or "unknown")
-        + ("+changes" if _git("status", "--porcelain", "--", "eqco_loss") else ""),
+        + ("+changes" if _git("status", "--porcelain", "--", "eqco_loss", "benchmarks/*.py") else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 

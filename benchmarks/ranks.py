@@ -150,9 +150,11 @@ def measured(ranks: int, n: int, d: int, form: Form) -> dict[str, Any]:
     ]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    while any(worker.is_alive() for worker in workers) and not any(worker.exitcode for worker in workers):
+        workers[0].join(0.1)
     if any(worker.exitcode for worker in workers):
+        for worker in workers:
+            worker.terminate()  # it would wait for the one that failed
         raise SystemExit("error: ranks: one of them failed; its own error is above.")
     answer: dict[str, Any] = answers.get()
     return answer

@@ -25,8 +25,8 @@ from .workloads import DTYPES, WORKLOADS, Case
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
 README_CASES = {  # workload, N, K, all at D = 128: of a CPU, and of a GPU
-    "cpu": ("float32", (("M1", 256, 65536), ("S1", 4096, 4095), ("S2", 4096, 8190), ("P1", 256, 16))),
-    "gpu": ("amp", (("M1", 256, 65536), ("S1", 4096, 4095), ("S2", 4096, 8190), ("P1", 256, 16))),
+    "cpu": ("float32", (("M1", 256, 65536), ("S1", 4096, 4095), ("S1", 256, 255), ("S2", 4096, 8190), ("P1", 256, 16))),
+    "gpu": ("amp", (("M1", 256, 65536), ("S1", 4096, 4095), ("S1", 256, 255), ("S2", 4096, 8190), ("P1", 256, 16))),
 }
 COLORS = {"eqco_loss": "tab:orange"}  # ours; the others are grey
 
@@ -76,14 +76,15 @@ def table() -> str:
         if not together:
             continue
         graph = any(row["graph_us"] for row in together)
-        lines = [f"| | {'GPU us (eager ms)' if graph else 'ms'} | times faster | extra memory |"]
-        lines.append("| --- | --- | --- | --- |")
+        head = [*(["GPU us, CUDA graph", "times faster"] if graph else []), "ms", "times faster", "extra memory"]
+        lines = [f"| | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
         for case in shown:
-            lines += table_rows(case)
-        first, fewest = together[0], min(int(row["rounds"]) for row in together if row["rounds"])
-        commits = ", ".join(dict.fromkeys(f"{row['commit']} ({row['date']})" for row in together))
-        lines += ["", f"Forward and backward, {first['dtype']}, medians of {fewest} or more interleaved rounds; "]
-        lines[-1] += f"{first['device']}; torch {first['torch']}; commit {commits}."
+            lines += table_rows(case, graph)
+        fewest = min(int(row["rounds"]) for row in together if row["rounds"])
+        made = "; ".join(
+            dict.fromkeys(f"{r['device']}, torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in together)
+        )
+        lines += ["", f"Forward and backward, {dtype}, medians of {fewest} or more interleaved rounds; {made}."]
         parts.append("\n".join([*lines, *share_of_a_step(RESULTS / f"step-{device}.csv")]))
     return "\n\n".join(parts)
 
@@ -103,24 +104,34 @@ def matches(row: Row, workload: str, n: int, k: int) -> bool:
     return given == (workload, n, k, 128, "rows")
 
 
-def table_rows(case: list[Row]) -> list[str]:
+def table_rows(case: list[Row], graph: bool) -> list[str]:
     """What the case is, its ways, and why others are none."""
     if not case:
         return []
     what = f"**{WORKLOADS[case[0]['workload']].title}** ({case[0]['workload']}), {case_of(case[0]).size}"
-    lines = [f"| {what} | | | |"]
+    rest = " |" * (5 if graph else 3)
+    lines = [f"| {what} |{rest}"]
     reasons: dict[str, list[str]] = {}
-    for row in sorted(case, key=lambda row: float(row["ms"] or "inf")):
+    for row in sorted(case, key=lambda row: (float(row["graph_us"] or "inf"), float(row["ms"] or "inf"))):
         name = f"{row['peer']} {row['version']}".strip()
         if row["status"] != "timed":
             reasons.setdefault(row["status"], []).append(name)
             continue
-        time, ratio = f"{float(row['ms']):.4g}", row["times_faster"]
-        if row["graph_us"]:
-            time, ratio = f"{float(row['graph_us']):.4g} ({time})", row["times_faster_graph"] or ratio
-        cells = name, time, f"{float(ratio):.2f}", f"{float(row['peak_extra_mb']):.1f} MB"
+        cells = [name]
+        if graph:
+            cells += [number(row["graph_us"], ".4g"), number(row["times_faster_graph"], ".2f")]
+        cells += [
+            number(row["ms"], ".4g"),
+            number(row["times_faster"], ".2f"),
+            number(row["peak_extra_mb"], ".1f", " MB"),
+        ]
         lines.append("| " + " | ".join(f"**{cell}**" if name == "eqco_loss" else cell for cell in cells) + " |")
-    return lines + [f"| {', '.join(names)} | {reason} | | |" for reason, names in reasons.items()]
+    return lines + [f"| {', '.join(names)} | {reason} |{rest[2:]}" for reason, names in reasons.items()]
+
+
+def number(text: str, form: str, unit: str = "") -> str:
+    """A dash where there is none."""
+    return f"{float(text):{form}}{unit}" if text else "-"
 
 
 def case_of(row: Row) -> Case:
@@ -134,12 +145,13 @@ def scaling_page() -> str:
     rows = read_csv(RESULTS / "ranks.csv")
     for row in rows:
         ranks = int(row["ranks"])
+        wire = f"{int(row['wire_bytes_all_ranks']):,}" if row["wire_bytes_all_ranks"] else "not known"
         one = traffic(
             ranks, int(row["n"]), int(row["d"]), "keys detached" if "det" in row["form"] else "both gradients"
         )
         lines.append(
             f"| {row['form']} | {ranks} | {int(row['gathered_bytes']):,} | {int(row['reduced_bytes']):,} "
-            f"| {ranks * one.sent(ranks):,.0f} | {int(row['wire_bytes_all_ranks']):,} | {row['peak_extra_mb']} MB |"
+            f"| {ranks * one.sent(ranks):,.0f} | {wire} | {row['peak_extra_mb']} MB |"
         )
     lines += ["", f"Bytes a step; N = {rows[0]['n']} a rank, D = {rows[0]['d']}, float32; {rows[0]['device']}; torch "]
     lines[-1] += f"{rows[0]['torch']}; commit {rows[0]['commit']}, {rows[0]['date']}."
@@ -191,7 +203,8 @@ def draw_bars(rows: list[Row]) -> Any:
     for (bars, share), case in zip(axes, cases, strict=True):
         names = [r["peer"] for r in case]
         colors = [COLORS.get(name, "0.6") for name in names]
-        ratios = [float(r["times_faster_graph"] or r["times_faster"] or "nan") for r in case]
+        ratio = "times_faster_graph" if any(r["times_faster_graph"] for r in case) else "times_faster"
+        ratios = [float(r[ratio] or "nan") for r in case]
         bars.barh(names, ratios, color=colors)
         bars.bar_label(bars.containers[0], fmt="%.2f", padding=2, fontsize=8)
         bars.axvline(1, color="0.3", linewidth=0.8)

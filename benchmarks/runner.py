@@ -64,21 +64,49 @@ def run_all(
 ) -> None:
     """Case by case into the CSV; what it has of other cases stays."""
     origin = provenance(device)
-    columns = (*CASE, *FIGURES, *WORK, *origin)
-    if out.exists() and any(tuple(row) != columns for row in read_csv(out)):
-        raise SystemExit(f"error: out: {out} has other columns than {', '.join(columns)}. Remove it, or give another.")
+    check_out(out, (*CASE, *FIGURES, *WORK, *origin))
     print(f"{origin['device']}; torch {origin['torch']}, triton {origin['triton']}; commit {origin['commit']}")
     machine: dict[str, Limits] = {}
-    for case in tqdm(chosen, desc="cases", unit="case", disable=not sys.stderr.isatty()):
-        if case.dtype not in machine:
-            machine[case.dtype] = limits(device, case.dtype)
-        wanted = [one for one in PEERS if case.workload in one.workloads and wants(one)]
-        rows = run(case, wanted, device, rounds, step_limit, machine[case.dtype])
-        show(case, rows)
-        stamped = [{**row, **origin} for row in rows]
-        kept = [row for row in (read_csv(out) if out.exists() else []) if place(row) != place(stamped[0])]
-        write_csv(out, sorted(kept + stamped, key=place))
+    try:
+        for case in tqdm(chosen, desc="cases", unit="case", disable=not sys.stderr.isatty()):
+            if case.dtype not in machine:
+                machine[case.dtype] = limits(device, case.dtype)
+            wanted = [one for one in PEERS if case.workload in one.workloads and wants(one)]
+            rows = run(case, wanted, device, rounds, step_limit, machine[case.dtype])
+            show(case, rows)
+            new = {(place(row), row["peer"]): {**row, **origin} for row in rows}
+            old = {(place(row), row["peer"]): row for row in (read_csv(out) if out.exists() else [])}
+            write_csv(out, sorted((old | new).values(), key=place))
+    except KeyboardInterrupt:
+        print(f"\nstopped. What is finished is in {out}", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"\nwritten to {out}")
+
+
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: device: torch sees no GPU. Leave --device out, or give --device cpu.")
+
+
+def check_out(out: Path, columns: tuple[str, ...]) -> None:
+    """Before any time is spent: it can be written, and what it has is of these columns and whole."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a"):
+            pass
+        rows = read_csv(out)
+        if not out.stat().st_size:
+            out.unlink()
+        for row in rows:
+            place(row)
+    except OSError as error:
+        raise SystemExit(f"error: out: {out} cannot be written ({error.strerror}). Give another --out.") from None
+    except (KeyError, TypeError, ValueError):
+        rows = [{}]
+    if any(tuple(row) != columns or None in row.values() for row in rows):
+        raise SystemExit(
+            f"error: out: {out} is cut, or has other columns than {', '.join(columns)}. Remove it, or give another."
+        )
 
 
 def place(row: Row) -> tuple[int, ...]:
@@ -117,6 +145,7 @@ class Measured(NamedTuple):
 def run(case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: float, machine: Limits) -> list[Row]:
     """The rows of a case."""
     set_precision(case.dtype)
+    torch._dynamo.reset()  # every case its own programs, none made general by another's shapes
     problem = Problem(case, device)
     truth = [x.detach() for x in problem.truth()]
     ways: dict[str, Way] = {}
@@ -156,11 +185,12 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
     if device == "cuda":
         kernels = {name: kernels_launched(step) for name, step in steps.items()}
         recorded = {}
-        for name, step in steps.items():
+        for name, step in sorted(steps.items(), key=lambda item: item[0] != "eqco_loss"):  # ours first
             try:
                 recorded[name] = captured(step)
-            except RuntimeError:  # it waits for the host: no graph
+            except RuntimeError as failure:  # it waits for the host, or its pool does not fit beside the others'
                 torch.cuda.synchronize()
+                tqdm.write(f"{name}: no CUDA graph: {str(failure).splitlines()[0][:100]}")
         graphs = interleave_graphs(recorded, rounds)
     return {
         name: Measured(way.error, forwards[name], both[name], memory[name], rounds, kernels.get(name), graphs.get(name))
@@ -195,6 +225,7 @@ def figures(way: Measured, base: Measured | None, least: float) -> Row:
 def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -> Way | str:
     """Prepared, warmed up and right, or the reason why it is not timed."""
     case, device = problem.case, problem.device.type
+    free(device)  # what the one before it left
     needed, available = one.bytes(problem), available_bytes(device)
     if needed > 0.8 * available:
         return f"needs about {needed / 1e9:.0f} GB, over four fifths of the {available / 1e9:.0f} that are free"
@@ -210,7 +241,6 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
     except UnavailableError as reason:
         return str(reason)
     except torch.OutOfMemoryError:
-        free(device)
         return "out of memory"
     except Exception as failure:
         if isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure):

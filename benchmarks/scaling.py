@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from .measure import RESULTS
-from .runner import run_all
+from .runner import check_device, run_all
 from .workloads import Case
 
 WAYS = ("eager", "torch.compile", "eqco_loss")
@@ -25,16 +25,24 @@ WAYS = ("eager", "torch.compile", "eqco_loss")
 class Args:
     largest_k: int = 2**22  # of the queue
     largest_n: int = 2**14  # of the batch
-    rounds: int = 3  # each way runs once a round; medians are reported
+    device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
+    dtype: Literal["float32", "high", "bfloat16", "float16", "amp"] | None = (
+        None  # None: amp on a GPU, float32 on a CPU
+    )
+    rounds: int = 3  # at least; each way runs once a round; medians are reported
     step_limit: float = 30.0  # seconds a step may take to be timed
     out: Path | None = None  # None: benchmarks/results/scaling-{cpu,gpu}.csv
 
 
 def main(args: Args) -> None:
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    for name in ("rounds", "step_limit"):
+        if not getattr(args, name) > 0:
+            raise SystemExit(f"error: {name}: expected more than 0, got {getattr(args, name)}.")
     out = args.out or RESULTS / f"scaling-{'gpu' if device == 'cuda' else 'cpu'}.csv"
-    dtype = "amp" if device == "cuda" else "float32"
-    queues = [Case("M1", 256, 2**power, dtype=dtype) for power in range(4, 23, 2) if 2**power <= args.largest_k]
+    dtype = args.dtype or ("amp" if device == "cuda" else "float32")
+    queues = [Case("M1", 256, 2**power, dtype=dtype) for power in range(4, 31, 2) if 2**power <= args.largest_k]
     batches = [Case("S1", 2**p, 2**p - 1, dtype=dtype) for p in range(6, 17, 2) if 2**p <= args.largest_n]
     if not queues + batches:
         raise SystemExit("error: largest_k, largest_n: expected at least 16 or 64, got less of both.")

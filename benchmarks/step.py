@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -21,7 +22,7 @@ from eqco_loss import EqCoLoss, momentum_update
 
 from .measure import RESULTS, Row, Step, interleave, provenance, write_csv
 from .peers import PEERS
-from .runner import step_of
+from .runner import check_device, step_of
 from .workloads import Case, Problem
 
 
@@ -29,16 +30,19 @@ from .workloads import Case, Problem
 class Args:
     batch_size: int | None = None  # N. None: 256 on a GPU, 16 on a CPU
     image_size: int = 224  # pixels
+    device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
     rounds: int | None = None  # None: 30 on a GPU, 5 on a CPU
     out: Path | None = None  # None: benchmarks/results/step-{cpu,gpu}.csv
 
 
 def main(args: Args) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    n = args.batch_size or (256 if device == "cuda" else 16)
-    if n < 2:
-        raise SystemExit(f"error: batch_size: expected at least 2, for a negative, got {n}.")
-    rounds = args.rounds or (30 if device == "cuda" else 5)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    n = (256 if device == "cuda" else 16) if args.batch_size is None else args.batch_size
+    rounds = (30 if device == "cuda" else 5) if args.rounds is None else args.rounds
+    for name, value, least in (("batch_size", n, 2), ("image_size", args.image_size, 32), ("rounds", rounds, 1)):
+        if value < least:
+            raise SystemExit(f"error: {name}: expected {least} or more, got {value}.")
     out = args.out or RESULTS / f"step-{'gpu' if device == 'cuda' else 'cpu'}.csv"
     dtype = "amp" if device == "cuda" else "float32"
     picked, queue = Case("P1", n, min(16, n - 1), dtype=dtype), Case("M1", n, 65536, dtype=dtype)
