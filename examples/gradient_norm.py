@@ -10,7 +10,6 @@ Trainings are kept in gradient_norm.csv as they are done: run the same command a
 """
 
 import copy
-import csv
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from pretrain.arguments import check
 from pretrain.data import INIT, SHUFFLE, Data, Share, generator_of, open_data, seed_of
 from pretrain.encoders import make_encoder
 from pretrain.norms import check_norm, shuffled
-from pretrain.run import clear_errors, command, fail, write_rows, written_whole
+from pretrain.run import clear_errors, command, fail, read_rows, write_rows, written_whole
 from pretrain.schedule import learning_rate, set_learning_rate
 from pretrain.training import launch, make_optimizer
 from torch import Tensor
@@ -230,19 +229,13 @@ def cell_of(row: Row) -> Cell:
 
 
 def read(path: Path, args: Args) -> list[Row]:
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-        for row in rows:
-            cell_of(row), int(row["step"]), float(row["gradient_norm"]), float(row["bound"])
-        wanted = {name: "" if value is None else str(value) for name, value in made_with(args).items()}
-        others = [{name: row[name] for name in wanted if row[name] != wanted[name]} for row in rows]
-    except (KeyError, ValueError, TypeError) as error:
-        fail(
-            f"{path} cannot be read ({type(error).__name__}: {error}). Delete it to start over, or give another --out."
-        )
+    wanted = {name: "" if value is None else str(value) for name, value in made_with(args).items()}
+
+    def check_row(row: Row) -> None:
+        cell_of(row), int(row["step"]), float(row["gradient_norm"]), float(row["bound"]), [row[name] for name in wanted]
+
+    rows = read_rows(path, check_row)
+    others = [{name: row[name] for name in wanted if row[name] != wanted[name]} for row in rows]
     if differing := next(filter(None, others), None):
         saved = ", ".join(f"{name} {value or 'not given'}" for name, value in differing.items())
         fail(f"{path} was made with {saved}. Give the same, or another --out.")

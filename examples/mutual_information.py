@@ -11,7 +11,6 @@ Cells are kept in cells.csv as they are done: run the same command again to go o
 training (the paper's Figure 1), and the figures are beside them.
 """
 
-import csv
 import math
 import multiprocessing
 import os
@@ -21,14 +20,13 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from pretrain.data import seed_of
-from pretrain.run import check_device, command, fail, provenance, written_whole
+from pretrain.run import check_device, command, fail, provenance, read_rows, write_rows, written_whole
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -106,8 +104,8 @@ def main(args: Args) -> None:
         ):
             done.append(row)
             curves += points
-            write(args, "curves.csv", curves)
-            write(args, "cells.csv", done)  # last: a cell that it has is whole
+            write_rows(args.out / "curves.csv", curves)
+            write_rows(args.out / "cells.csv", done)  # last: a cell that it has is whole
             if not sys.stderr.isatty():
                 print(
                     " ".join(f"{name} {row[name]}" for name in ("truth", "loss", "negatives", "estimate")), flush=True
@@ -208,34 +206,14 @@ def cell_of(row: Row) -> Cell:
 
 
 def read(args: Args, name: str) -> list[Row]:
-    path = args.out / name
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-        cells = {cell_of(row): float(row["estimate"]) for row in rows}
-        others = [row for row in rows if any(int(row[key]) != value for key, value in made_with(args).items())]
-    except (KeyError, ValueError, TypeError) as error:
-        fail(
-            f"{path} cannot be read ({type(error).__name__}: {error}). Delete it to start over, or give another --out."
-        )
+    path, wanted = args.out / name, made_with(args)
+    rows = read_rows(path, lambda row: (cell_of(row), float(row["estimate"]), [int(row[key]) for key in wanted]))
+    others = [row for row in rows if any(int(row[key]) != value for key, value in wanted.items())]
     if others:
-        saved = ", ".join(f"{key} {others[0][key]}" for key in made_with(args))
-        fail(f"{path} was made with {saved}. Give the same, or another --out. It has {len(cells)} trainings.")
+        saved = ", ".join(f"{key} {others[0][key]}" for key in wanted)
+        count = len({cell_of(row) for row in rows})
+        fail(f"{path} was made with {saved}. Give the same, or another --out. It has {count} trainings.")
     return rows
-
-
-def write(args: Args, name: str, rows: list[Row]) -> None:
-    text = StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")  # an older version's rows have fewer
-    writer.writeheader()
-    writer.writerows(rows)
-    try:
-        with written_whole(args.out / name) as file:
-            file.write(text.getvalue().encode())
-    except OSError as error:
-        fail(f"{args.out / name} cannot be written ({error.strerror}). The last one is whole.")
 
 
 # ---------------------------------------------------------------------------------------------- table and figures

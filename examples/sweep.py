@@ -35,7 +35,7 @@ import train_simo
 import tyro
 from pretrain.arguments import Common, check
 from pretrain.data import open_data
-from pretrain.run import check_device, clear_errors, command, commit, fail, write_rows, written_whole
+from pretrain.run import check_device, clear_errors, command, commit, fail, read_rows, write_rows, written_whole
 
 HERE = Path(__file__).parent
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -469,16 +469,7 @@ def text(value: Any) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    try:
-        with path.open(newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-        for row in rows:
-            float(row["knn"]), float(row["probe"] or "nan"), float(row["wall_seconds"])
-    except (KeyError, ValueError, TypeError) as error:
-        fail(f"{path} cannot be read ({type(error).__name__}: {error}). Mend it, delete it, or give another --out.")
-    return rows
+    return read_rows(path, lambda row: (float(row["knn"]), float(row["probe"] or "nan"), float(row["wall_seconds"])))
 
 
 def row_of(job: Job, rows: list[Row]) -> Row | None:

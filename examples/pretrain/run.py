@@ -120,9 +120,9 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV file with the columns of the first row, written whole."""
+    """A CSV file with the columns of the last row, written whole; rows of an older version may have fewer."""
     text = StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     try:
@@ -130,6 +130,22 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
             file.write(text.getvalue().encode())
     except OSError as error:
         fail(f"{path} cannot be written ({error.strerror}). Make room, or give another --out; the last one is whole.")
+
+
+def read_rows(path: Path, check: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
+    """What ``write_rows`` wrote, none where there is no file. ``check`` raises where a row is not as it should be."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            check(row)
+    except (KeyError, ValueError, TypeError) as error:
+        fail(
+            f"{path} cannot be read ({type(error).__name__}: {error}). Delete it to start over, or give another --out."
+        )
+    return rows
 
 
 class Run:
