@@ -356,10 +356,10 @@ def info_nce_batch(problem: Problem) -> Loss:
     return lambda: module(problem.query, problem.key)
 
 
-@peer("pytorch-metric-learning NTXentLoss", "S1", logits=3, pairs=True)
-def metric_learning_batch(problem: Problem) -> Loss:
+@peer("pytorch-metric-learning NTXentLoss", "S1", "S2", logits=3, pairs=True)
+def metric_learning(problem: Problem) -> Loss:
     losses = load("pytorch-metric-learning")
-    module = losses.SelfSupervisedLoss(losses.NTXentLoss(T), symmetric=False)
+    module = losses.SelfSupervisedLoss(losses.NTXentLoss(T), symmetric=problem.case.workload == "S2")
     return lambda: module(problem.query, problem.key)
 
 
@@ -410,13 +410,6 @@ def eager_views(problem: Problem) -> Loss:
 @peer("lightly NTXentLoss", "S2", logits=6)
 def lightly_views(problem: Problem) -> Loss:
     module = load("lightly").NTXentLoss(T)
-    return lambda: module(problem.query, problem.key)
-
-
-@peer("pytorch-metric-learning NTXentLoss", "S2", logits=3, pairs=True)
-def metric_learning_views(problem: Problem) -> Loss:
-    losses = load("pytorch-metric-learning")
-    module = losses.SelfSupervisedLoss(losses.NTXentLoss(T))
     return lambda: module(problem.query, problem.key)
 
 

@@ -61,10 +61,15 @@ def provenance(device: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the code that runs; empty where it is no git checkout."""
+    """Of the code that runs, "-dirty" where it was changed since; empty where it is no git checkout."""
+
+    def git(*words: str) -> str:
+        here = ["git", "-C", str(Path(__file__).parent)]
+        return subprocess.run([*here, *words], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        code = ":(top)eqco_loss/*.py", ":(top)examples/*.py"  # results and pages may change
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 
