@@ -13,10 +13,11 @@ Both take the same description of which (query i, key j) pairs are negatives, fl
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import torch_backend, triton_backend
 from .tiles import Pairs
@@ -26,15 +27,56 @@ from .triton_backend import refusal as triton_refusal
 __all__ = ["Pairs", "Stat", "negatives_logsumexp", "row_losses", "triton_refusal"]
 
 _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picked, SymInt[] band"
+_PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list, torch.dtype})
+
+
+# ---------------------------------------------------------------------------------------------- by the dispatcher or not
+
+
+class _Operator:
+    """A registered operator, called past the dispatcher where nobody looks on: its wrappers cost 0.1 to 0.3 ms a call.
+
+    Compilers, modes and tensor subclasses meet the operator itself, as they must.
+    """
+
+    def __init__(self, implementation: Callable[..., Any], schema: str) -> None:
+        name = f"eqco_loss::{implementation.__name__}"
+        self.implementation = implementation
+        self.registered = torch.library.custom_op(name, implementation, mutates_args=(), schema=schema)
+        self.differentiable: type[torch.autograd.Function] | None = None
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        self.registered.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.implementation(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.differentiable = type(self.implementation.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or not _PLAIN.issuperset(map(type, inputs))
+        ):
+            return self.registered(*inputs)
+        if self.differentiable is None:
+            return self.implementation(*inputs)
+        return self.differentiable.apply(*inputs)
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], _Operator]:
+    return lambda implementation: _Operator(implementation, schema)
 
 
 # --------------------------------------------------------------------------------------------------------- row losses
 
 
-@torch.library.custom_op(
-    "eqco_loss::row_losses",
-    mutates_args=(),
-    schema="(Tensor query, Tensor positive, Tensor keys, Tensor? extra_keys, Tensor? learned_temperature, "
+@_operator(
+    "(Tensor query, Tensor positive, Tensor keys, Tensor? extra_keys, Tensor? learned_temperature, "
     f"{_PAIRS}, Tensor? extra_key_ids, Tensor? extra_valid_count, float temperature, float? inter_temperature, "
     "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool need_query_gradient, "
     "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics, SymInt[] share, "
@@ -93,7 +135,7 @@ def _ratio(share: list[int]) -> float:
     return share[0] / share[1] if share else 1.0
 
 
-@row_losses.register_fake
+@row_losses.registered.register_fake
 def _(query: Tensor, positive: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_query, need_positive, need_keys = rest[-8:-5]
     (n, _), dtype = query.shape, compute_dtype(query)
@@ -169,10 +211,8 @@ row_losses.register_autograd(_row_losses_backward, setup_context=_row_losses_con
 # ------------------------------------------------------------------------------------------------ negatives_logsumexp
 
 
-@torch.library.custom_op(
-    "eqco_loss::negatives_logsumexp",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, "
+@_operator(
+    f"(Tensor query, Tensor keys, Tensor? learned_temperature, {_PAIRS}, float temperature, "
     "bool need_query_gradient, ScalarType? autocast, str backend) -> (Tensor lse, Tensor mean_key)",
 )
 def negatives_logsumexp(
@@ -198,7 +238,7 @@ def negatives_logsumexp(
     return torch_backend.negatives_logsumexp(query, keys, pairs, t, need_query_gradient)
 
 
-@negatives_logsumexp.register_fake
+@negatives_logsumexp.registered.register_fake
 def _(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(query)
     mean_key = query.new_empty(query.shape if rest[-3] else (0,), dtype=dtype)
@@ -245,10 +285,8 @@ negatives_logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsum
 # ----------------------------------------------------------------------------------------------------- both backwards
 
 
-@torch.library.custom_op(
-    "eqco_loss::keys_gradient",
-    mutates_args=(),
-    schema="(Tensor query, Tensor keys, Tensor grad, Tensor weight, Tensor lse, Tensor? unit, "
+@_operator(
+    "(Tensor query, Tensor keys, Tensor grad, Tensor weight, Tensor lse, Tensor? unit, "
     f"Tensor? learned_temperature, {_PAIRS}, float temperature, bool normalize, bool normalize_keys, SymInt[] share, "
     "ScalarType? autocast, str backend) -> Tensor",
 )
@@ -288,15 +326,13 @@ def keys_gradient(
     )
 
 
-@keys_gradient.register_fake
+@keys_gradient.registered.register_fake
 def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
     return keys.new_empty(keys.shape)
 
 
-@torch.library.custom_op(
-    "eqco_loss::both_roles_gradient",
-    mutates_args=(),
-    schema="(Tensor query, Tensor grad, Tensor weight, Tensor lse, float temperature, bool normalize, SymInt[] share, "
+@_operator(
+    "(Tensor query, Tensor grad, Tensor weight, Tensor lse, float temperature, bool normalize, SymInt[] share, "
     "ScalarType? autocast) -> Tensor",
 )
 def both_roles_gradient(
@@ -315,7 +351,7 @@ def both_roles_gradient(
         return triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
 
 
-@both_roles_gradient.register_fake
+@both_roles_gradient.registered.register_fake
 def _(query: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(query.shape)
 
