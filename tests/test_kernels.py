@@ -201,11 +201,12 @@ def test_bands(n: int, offset: int, modulus: int, width: int, views: int) -> Non
     q, p, keys = torch.randn(n, 8), torch.randn(n, 8), torch.randn(views * modulus, 8)
     pairs = Pairs(band=[offset, width, modulus])
     grad = torch.rand(n)
-    flags = (None, pairs, Pairs(), 0.3, None, 64.0, True, True, False, True, True)
-    plain: Any = (q.double(), p.double(), keys.double(), *flags, False, True)
+    t = torch.tensor(0.3)  # learned: its gradient is among the statistics
+    flags = (None, 64.0, True, True, False, True, True)
+    plain: Any = (q.double(), p.double(), keys.double(), None, pairs, Pairs(), t.double(), *flags, False, True)
     exact = torch_backend.row_losses(*plain)
     device = q.to(DEVICE), p.to(DEVICE), keys.to(DEVICE)
-    fused: Any = (*device, *flags, True)
+    fused: Any = (*device, None, pairs, Pairs(), t.to(DEVICE), *flags, True)
     got = triton_backend.row_losses(*fused)
     for name, a, b in zip(("loss", "query", "positive", "stats"), got, (*exact[:3], exact[4]), strict=True):
         torch.testing.assert_close(a.double().cpu(), b, atol=3e-6, rtol=1e-5, msg=name)

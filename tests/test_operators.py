@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eqco_loss.ops
 from eqco_loss import EqCoLoss, MomentumQueue, functional
@@ -105,6 +107,58 @@ def test_opcheck_reaches_every_operator(monkeypatch: pytest.MonkeyPatch) -> None
     both_views = EqCoLoss(in_batch="views", symmetric=True, backend="triton")  # only the kernels have this operator
     both_views(query.to(DEVICE), query.detach().to(DEVICE)).backward()
     assert set(recorder.calls) == set(operators())
+
+
+class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Somebody who looks on: the package's operators that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "eqco_loss":
+            self.names.append(func.name().split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "lse"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_past_the_dispatcher_is_the_same(loss: str, mode: str) -> None:
+    """Nobody looks on: no dispatch. A mode does: it sees the operators. The same bits either way."""
+    case = Case(loss, "shared" if mode == "lse" else mode, n=6, k=7, d=4)
+    sample = cases.make(case)
+    leaves = {name: leaf.requires_grad_() for name, leaf in cases.leaves_of(sample).items()}
+
+    def results() -> list[Tensor]:
+        negatives = leaves.get("negatives", sample.negatives)
+        if mode == "lse":
+            assert isinstance(negatives, Tensor)
+            value = functional.negatives_logsumexp(leaves["query"], negatives, temperature=0.5)
+        else:
+            value = cases.criterion(case, reduction="none")(leaves["query"], leaves["positive"], negatives)
+        wanted = [leaf for name, leaf in leaves.items() if mode != "lse" or name != "positive"]
+        return [value.detach(), *torch.autograd.grad(value.square().sum(), wanted)]
+
+    operator = "negatives_logsumexp" if mode == "lse" else "row_losses"
+    with mock.patch.object(getattr(eqco_loss.ops, operator), "registered", side_effect=AssertionError):
+        straight = results()
+    with Seen() as seen:
+        dispatched = results()
+    assert seen.names[0] == operator
+    assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
+
+
+class Subclass(Tensor):
+    """A tensor of somebody's own."""
+
+
+def test_a_tensor_subclass_meets_the_operator() -> None:
+    query = torch.randn(4, 3).as_subclass(Subclass)
+    with mock.patch.object(eqco_loss.ops.row_losses, "registered", side_effect=InterruptedError):
+        EqCoLoss()(torch.randn(4, 3), torch.randn(4, 3))
+        with pytest.raises(InterruptedError):
+            EqCoLoss()(query, torch.randn(4, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------ gradcheck

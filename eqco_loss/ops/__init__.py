@@ -30,7 +30,7 @@ _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picke
 _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list, torch.dtype})
 
 
-# ---------------------------------------------------------------------------------------------- by the dispatcher or not
+# --------------------------------------------------------------------------------------------- by the dispatcher or not
 
 
 class _Operator:

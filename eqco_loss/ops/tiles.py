@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
+SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
 
 
 class Pairs(NamedTuple):
@@ -20,6 +21,14 @@ class Pairs(NamedTuple):
     valid_count: Tensor | None = None  # ()
     picked: Tensor | None = None  # (N, C)
     band: Sequence[int] = ()  # offset, width, modulus
+
+    def negatives(self, keys: Tensor) -> int | None:
+        """How many each query has, where the host knows it."""
+        if (self.query_ids is not None and self.key_ids is not None) or self.valid_count is not None:
+            return None
+        if self.picked is not None:
+            return self.picked.shape[1]
+        return self.band[1] * (len(keys) // self.band[2]) if self.band else keys.shape[-2]
 
 
 class Scratch:
@@ -115,7 +124,7 @@ def blocks(
         for rows in _slices(n, step):
             places = (pairs.picked[rows, columns] for columns in _slices(c, width))
             yield Block(rows, (Tile(ready(keys[j]), j, _drop_by_id(pairs, rows, j)) for j in places), width >= c)
-    elif pairs.band and cpu and pairs.band[1] + _band_step(pairs) < pairs.band[2]:  # a narrow band: only its columns
+    elif pairs.band and cpu and _is_narrow(pairs, n * len(keys)):  # only its columns
         yield from _band_blocks(n, keys, pairs, ready)
     else:
         yield from _shared_blocks(n, keys, pairs, ready, row_hint)
@@ -154,9 +163,9 @@ def _shared_tile(keys: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Til
         return Tile(keys, columns, drop)
     offset, width, modulus = pairs.band
     if width < modulus - 1:
-        place = torch.arange(columns.start, columns.stop, device=keys.device, dtype=torch.int32)
-        row = torch.arange(rows.start, rows.stop, device=keys.device, dtype=torch.int32)[:, None]
-        return Tile(keys, columns, _either(drop, (place - row - (offset + 1)) % modulus >= width))
+        ahead = torch.arange(columns.start - rows.stop + 1, columns.stop - rows.start, device=keys.device)
+        outside = (ahead - (offset + 1)) % modulus >= width  # by how far the column is ahead of the row
+        return Tile(keys, columns, _either(drop, outside.unfold(0, c, 1).flip(0)))
     # Only the row's own place is left out, once in every modulus columns: diagonals.
     first = (rows.start + offset - columns.start + r) % modulus - r
     diagonals = tuple(x for x in range(first, c, modulus) if x > -r)
@@ -180,6 +189,11 @@ def _band_blocks(n: int, keys: Tensor, pairs: Pairs, ready: Callable[[Tensor], T
         outside = ~torch.ones((r, span), dtype=torch.bool, device=keys.device).triu().tril(width - 1)
         drop = _either(_drop_by_id(pairs, rows, place), outside.repeat(1, views))
         yield Block(rows, iter([Tile(ready(keys[place]), place, drop)]), True)
+
+
+def _is_narrow(pairs: Pairs, similarities: int) -> bool:
+    """Whether a band's own columns are worth several tiles instead of few with all of them."""
+    return similarities > SMALL_ELEMENTS and pairs.band[1] + _band_step(pairs) < pairs.band[2]
 
 
 def _band_step(pairs: Pairs) -> int:

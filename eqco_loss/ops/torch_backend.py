@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,38 +84,36 @@ def row_losses(
             extra = _attend(q, _LOG2E / t, extra_keys, extra_pairs, ready, need_query_gradient, ratio, positive_logit)
             passes = _merged(passes, _whole([seen for _, seen, _ in extra]))
         for rows, seen, only in passes:
-            _check_negatives(seen.negatives, rows.start)
-            s = positive_similarity[rows]
-            shift = 0.0 if alpha is None else torch.log(alpha / seen.negatives)
-            lse = torch.where(
-                seen.negatives == 0, math.nan, seen.lse
-            )  # never a loss of 0 on a device that cannot raise
+            s, lse = positive_similarity[rows], _checked_lse(seen, rows.start)
+            shift: float | Tensor = 0.0
+            if alpha is not None:
+                shift = torch.log(alpha / seen.negatives) if seen.known is None else math.log(alpha / seen.known)
             gap = s / t - lse - shift
-            zero = torch.zeros_like(gap)
-            intra_loss = torch.logaddexp(zero, -gap)
+            zero, minus = torch.zeros_like(gap), -gap
+            intra_loss = torch.logaddexp(zero, minus)
             if inter_temperature is None:
-                weight, log_weight = torch.sigmoid(-gap), zero
-                row_loss = intra_loss
+                weight, row_loss = minus.sigmoid_(), intra_loss
             else:
                 inter_gap = s / inter_temperature - seen.inter_lse - shift
                 weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap): the vanishing factor cancels
-                log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
                 row_loss = weight * _softplus_over_sigmoid(gap)
-            loss[rows] = row_loss * share
+                stats[Stat.LOG_WEIGHT, rows] = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+            torch.mul(row_loss, share, out=loss[rows])
             factor = weight * (share / t)
             stats[Stat.LSE, rows], stats[Stat.WEIGHT, rows] = lse, weight
             stats[Stat.POSITIVE, rows], stats[Stat.COUNT, rows] = s, seen.negatives
-            stats[Stat.LOG_WEIGHT, rows], stats[Stat.INTRA_LOSS, rows] = log_weight, intra_loss
+            stats[Stat.INTRA_LOSS, rows] = intra_loss
             if need_statistics:
                 stats[Stat.RANK, rows] = seen.rank
                 stats[Stat.NEGATIVE, rows] = seen.logit_sum * (t * _LN2) / seen.negatives
-            if need_query_gradient:
-                change = (seen.mean_key - p[rows]) * factor[:, None]
-                query_gradient[rows] = _through_unit(change, q[rows], q_norm, rows)
+            if need_query_gradient and isinstance(t, Tensor):
                 stats[Stat.TEMPERATURE_GRADIENT, rows] = factor / t * (s - (q[rows] * seen.mean_key).sum(1))
+            if need_query_gradient:
+                change = (seen.mean_key - p[rows]).mul_(factor[:, None])
+                _through_unit(change, q[rows], q_norm, rows, query_gradient[rows])
             if need_positive_gradient:
                 change = q[rows] * -factor[:, None]
-                positive_gradient[rows] = _through_unit(change, p[rows], p_norm, rows)
+                _through_unit(change, p[rows], p_norm, rows, positive_gradient[rows])
             if need_keys_gradient and only is not None:
                 only.tile.add_transposed(keys_gradient, only.exponentials, q[rows] * (factor * seen.unit)[:, None])
                 fused = True
@@ -137,8 +135,7 @@ def negatives_logsumexp(
         ready = _Ready(False, q.dtype)
         scale = _LOG2E / temperature
         for rows, seen, _ in _attend(q, scale, keys, pairs, ready, need_query_gradient, None, None):
-            _check_negatives(seen.negatives, rows.start)
-            lse[rows] = torch.where(seen.negatives == 0, math.nan, seen.lse)
+            lse[rows] = _checked_lse(seen, rows.start)
             if need_query_gradient:
                 mean_key[rows] = seen.mean_key
     return lse, mean_key
@@ -265,6 +262,7 @@ class _Seen(NamedTuple):
 
     lse: Tensor  # (R,)
     negatives: Tensor  # (R,): K_i
+    known: int | None  # K_i, where the host knows it
     mean_key: Tensor  # (R, D): sum_j softmax_ij n_j
     inter_lse: Tensor  # (R,)
     rank: Tensor  # (R,)
@@ -297,51 +295,73 @@ def _attend(
         yield slice(0, len(q)), _attend_flash(q * scale, keys, pairs, ready, ratio), None
         return
     scratch, inter_scratch = Scratch(q), Scratch(q)
+    known = pairs.negatives(keys)
     for block in blocks(q, keys, pairs, ready, row_hint):
         mine = q[block.rows] * scale
         r, d = mine.shape
-        maximum, inter_maximum = (mine.new_full((r,), _MINIMUM) for _ in range(2))
-        total, inter_total, count, rank, logit_sum = (mine.new_zeros(r) for _ in range(5))
-        mean_key = mine.new_zeros((r, d) if need_mean_key else (0,))
+        count, unseen = mine.new_full((r,), known or 0), mine.new_zeros(r)
+        running, inter, rank, logit_sum = _Running(unseen), _Running(unseen), unseen, unseen
+        mean_key = mine.new_empty((r, d) if need_mean_key else (0,))
         tile, x = None, mine
-        for tile in block.tiles:
+        for place, tile in enumerate(block.tiles):
             x = tile.logits(mine, scratch)  # (R, C)
-            count += tile.negatives(r)
+            if known is None:
+                count += tile.negatives(r)
             if positive_logit is not None:
-                rank += (x > positive_logit[block.rows, None]).sum(1)
-                logit_sum += x.masked_fill(x == -math.inf, 0.0).sum(1)
+                rank = rank + (x > positive_logit[block.rows, None]).sum(1)
+                logit_sum = logit_sum + x.masked_fill(x == -math.inf, 0.0).sum(1)
             if ratio is not None:
-                _fold(torch.mul(x, ratio, out=inter_scratch(*x.shape)), inter_maximum, inter_total)
-            shrink = _fold(x, maximum, total)
-            if need_mean_key:
+                inter.fold(torch.mul(x, ratio, out=inter_scratch(*x.shape)), place == 0)
+            shrink = running.fold(x, place == 0)
+            if need_mean_key and place == 0:
+                mean_key.zero_()
+            elif need_mean_key:
                 mean_key *= shrink[:, None]
+            if need_mean_key:
                 tile.add_weighted(mean_key, x)
-        unit = 1 / total
+        unit = 1 / running.total
         if need_mean_key:
-            mean_key *= torch.where(count == 0, 0.0, unit)[:, None]
-        lse, inter_lse = ((m + s.log2()) * _LN2 for m, s in ((maximum, total), (inter_maximum, inter_total)))
+            mean_key *= (unit if known else torch.where(count == 0, 0.0, unit))[:, None]
+        lse = running.lse()
+        inter_lse = lse if ratio is None else inter.lse()
         only = _Only(tile, x) if block.single and tile is not None else None
-        yield block.rows, _Seen(lse, count, mean_key, inter_lse, rank, logit_sum, unit), only
+        yield block.rows, _Seen(lse, count, known, mean_key, inter_lse, rank, logit_sum, unit), only
 
 
-def _fold(x: Tensor, maximum: Tensor, total: Tensor) -> Tensor:
-    """Logits (R, C) to 2 ** (x - new maximum), in place; update both; return what earlier sums shrink by."""
-    new = torch.maximum(maximum, x.amax(1))
-    shrink = (maximum - new).exp2_()
-    total.mul_(shrink).add_(x.sub_(new[:, None]).exp2_().sum(1))
-    maximum.copy_(new)
-    return shrink
+class _Running:
+    """A log-sum-exp in base 2 under way: the maximum so far, and the sum of exponentials under it."""
+
+    def __init__(self, zero: Tensor) -> None:
+        self.maximum, self.total = zero, zero  # (R,)
+
+    def fold(self, x: Tensor, first: bool) -> Tensor:
+        """Logits (R, C) to 2 ** (x - new maximum), in place; return what earlier sums shrink by."""
+        new = x.amax(1).clamp_min_(_MINIMUM) if first else torch.maximum(self.maximum, x.amax(1))
+        total = x.sub_(new[:, None]).exp2_().sum(1)
+        shrink = self.total
+        if not first:
+            shrink = (self.maximum - new).exp2_()
+            total += self.total * shrink
+        self.maximum, self.total = new, total
+        return shrink
+
+    def lse(self) -> Tensor:
+        return (self.maximum + self.total.log2()) * _LN2
 
 
 def _whole(parts: list[_Seen]) -> _Seen:
     """All rows of a pass."""
-    return parts[0] if len(parts) == 1 else _Seen(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    if len(parts) == 1:
+        return parts[0]
+    fields = {name: torch.cat([getattr(part, name) for part in parts]) for name in _Seen._fields if name != "known"}
+    return _Seen(known=parts[0].known, **fields)
 
 
 def _merged(passes: Iterator[_Passed], extra: _Seen) -> Iterator[_Passed]:
     """The same rows with the negatives of both sets."""
     for rows, seen, only in passes:
-        yield rows, _both(seen, _Seen(*(field[rows] for field in extra))), only
+        some: list[Any] = [field[rows] if isinstance(field, Tensor) else field for field in extra]
+        yield rows, _both(seen, _Seen(*some)), only
 
 
 def _both(seen: _Seen, other: _Seen) -> _Seen:
@@ -354,6 +374,7 @@ def _both(seen: _Seen, other: _Seen) -> _Seen:
     return _Seen(
         lse,
         seen.negatives + other.negatives,
+        None if seen.known is None or other.known is None else seen.known + other.known,
         mean_key,
         torch.logaddexp(seen.inter_lse, other.inter_lse),
         seen.rank + other.rank,
@@ -362,13 +383,19 @@ def _both(seen: _Seen, other: _Seen) -> _Seen:
     )
 
 
-def _check_negatives(negatives: Tensor, first: int) -> None:
-    if negatives.device.type == "cpu" and bool((negatives == 0).any()):
-        row = first + int((negatives == 0).nonzero()[0])
-        raise ValueError(
-            f"query {row} has no negatives left (effective K = 0): expected at least one key whose id differs from "
-            "its own. Leave the ids out, make them finer, or give more negatives."
-        )
+def _checked_lse(seen: _Seen, first: int) -> Tensor:
+    """The log-sum-exps of rows that have something to sum: else an error, or NaN on a device that cannot raise."""
+    if seen.known:
+        return seen.lse
+    empty = seen.negatives == 0
+    if empty.is_cpu:
+        if bool(empty.any()):
+            raise ValueError(
+                f"query {first + int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
+                "one key whose id differs from its own. Leave the ids out, make them finer, or give more negatives."
+            )
+        return seen.lse
+    return torch.where(empty, math.nan, seen.lse)
 
 
 # -------------------------------------------------------------------------------- flash attention on CPU, value = key
@@ -397,7 +424,7 @@ def _seen_by_flash(logits: Tensor, keys: Tensor, ratio: float | Tensor | None) -
     mean_key, lse = _flash(logits, keys)
     inter_lse = lse if ratio is None else _flash(logits * ratio, keys)[1]
     count, unseen = torch.full_like(lse, len(keys)), torch.zeros_like(lse)
-    return _Seen(lse, count, mean_key, inter_lse, unseen, unseen, unseen)
+    return _Seen(lse, count, len(keys), mean_key, inter_lse, unseen, unseen, unseen)
 
 
 def _flash(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -445,11 +472,14 @@ def _unit(x: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return x / norm, norm
 
 
-def _through_unit(gradient: Tensor, unit: Tensor, norm: Tensor | None, rows: slice = slice(None)) -> Tensor:
-    """From the gradient of unit vectors to that of the raw ones."""
+def _through_unit(
+    gradient: Tensor, unit: Tensor, norm: Tensor | None, rows: slice = slice(None), out: Tensor | None = None
+) -> Tensor:
+    """From the gradient of unit vectors to that of the raw ones, in ``out`` where that is given."""
     if norm is None:
-        return gradient
-    return (gradient - unit * (unit * gradient).sum(-1, keepdim=True)) / norm[rows]
+        return gradient if out is None else out.copy_(gradient)
+    along = (unit * gradient).sum(-1, keepdim=True)
+    return torch.div(torch.addcmul(gradient, unit, along, value=-1), norm[rows], out=out)
 
 
 def _keys_through_unit(gradient: Tensor, keys: Tensor, normalize: bool) -> None:
