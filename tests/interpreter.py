@@ -1,0 +1,53 @@
+"""bfloat16 in Triton's interpreter, which keeps bit patterns: it multiplies those, and cuts instead of rounding."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+def _widened(bits: Any) -> Any:
+    """bfloat16 as uint16 (...) to float32."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(values: Any) -> Any:
+    """float32 (...) to bfloat16 as uint16, to the nearest, as a GPU does."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+@contextmanager
+def exact_bfloat16() -> Iterator[None]:
+    """Kernels that run in the interpreter convert and multiply bfloat16 as a GPU does, sums in float32."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, convert, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_dot
+
+    def between(src: Any, to: Any) -> Any:
+        """The conversion, if it is one between bfloat16 and float32."""
+        kinds = src.dtype.scalar, to.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return TensorHandle(_widened(src.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return TensorHandle(_rounded(src.data), tl.bfloat16)
+        assert tl.bfloat16 not in kinds or kinds[0] == kinds[1], kinds
+        return None
+
+    def cast_impl(self: Any, src: Any, to: Any) -> Any:
+        return between(src, to) or cast(self, src, to)
+
+    def create_fp_to_fp(self: Any, src: Any, to: Any, *rounding: Any) -> Any:
+        return between(src, to) or convert(self, src, to, *rounding)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        wide = [TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
+        return dot(self, *wide, *rest)
+
+    with mock.patch.multiple(
+        InterpreterBuilder, cast_impl=cast_impl, create_fp_to_fp=create_fp_to_fp, create_dot=create_dot
+    ):
+        yield
