@@ -198,7 +198,7 @@ def compute_metrics(
     negative_ids: Tensor | None = None,
 ) -> LossMetrics:
     """The reduced loss and what to log beside it."""
-    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids, True)
     share = _share(settings, passes, ranks)
     outputs = [_row_losses(settings, one, share, need_statistics=True) for one in passes]
     stats = torch.cat([stats for _, stats in outputs], 1)  # (len(Stat), N) or, of both directions, (len(Stat), 2N)
@@ -230,7 +230,7 @@ class _Pass(NamedTuple):
     normalize_keys: bool
     pairs: Pairs
     extra: _Given | None = None  # a second set
-    both_roles: bool = False  # keys and positives are the query's rows, and the gradient is all its
+    both_roles: str = ""  # keys and positives are the query's rows, two views, and the gradient is all its
 
 
 class _Given(NamedTuple):
@@ -290,6 +290,7 @@ def _passes(
     negative_keys: Negatives,
     query_ids: Tensor | None,
     negative_ids: Tensor | None,
+    need_statistics: bool = False,
 ) -> tuple[list[_Pass], Ranks | None]:
     """Everything checked; which keys each query meets, one pass or (symmetric) two; and who else takes part."""
     ranks = None
@@ -321,9 +322,11 @@ def _passes(
             return Pairs(query_ids, key_ids, None, picked, [])
         return Pairs(query_ids, key_ids, None, None, [offset, k // views, n])
 
-    if ranks is None and given is None and _in_both_roles(settings, both, query_ids):
-        partners = both.detach().roll(n, 0)
-        return [_Pass(both, partners, both.detach(), settings.normalize, pairs(), None, True)], None
+    alone = ranks is None and given is None and query_ids is None
+    if alone and _in_both_roles(settings, query, positive_key, need_statistics):
+        z = torch.cat([query, positive_key])
+        partners = z.detach().roll(n, 0)
+        return [_Pass(z, partners, z.detach(), settings.normalize, pairs(), None, in_batch or "keys")], None
     passes = [_Pass(query, positive_key, both, settings.normalize, pairs(), given)]
     if settings.symmetric:
         other = both if views == 2 else all_queries
@@ -331,17 +334,15 @@ def _passes(
     return passes, ranks
 
 
-def _in_both_roles(settings: Settings, both: Tensor, query_ids: Tensor | None) -> bool:
-    """Whether this is symmetric NT-Xent, whose gradients a kernel takes in one pass over both views."""
-    return (
-        settings.symmetric
-        and settings.in_batch == "views"
-        and settings.num_negatives is None
-        and settings.reduction != "none"
-        and query_ids is None
-        and not isinstance(settings.temperature, Tensor)
-        and _backend(settings.backend, both)[0] == "triton"
-    )
+def _in_both_roles(settings: Settings, query: Tensor, positive_key: Tensor, need_statistics: bool) -> bool:
+    """Whether one pass over the pairs of rows can give the gradients of both directions to both sides."""
+    if not settings.symmetric or settings.num_negatives is not None or settings.reduction == "none":
+        return False
+    if torch.is_grad_enabled() and query.requires_grad != positive_key.requires_grad:
+        return False
+    if _backend(settings.backend, query, positive_key)[0] == "torch":
+        return settings.in_batch == "views" or not need_statistics
+    return settings.in_batch == "views" and not isinstance(settings.temperature, Tensor)  # what the kernel serves
 
 
 def _given(

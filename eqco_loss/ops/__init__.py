@@ -80,7 +80,7 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], _Operator]:
     f"{_PAIRS}, Tensor? extra_key_ids, Tensor? extra_valid_count, float temperature, float? inter_temperature, "
     "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool need_query_gradient, "
     "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics, SymInt[] share, "
-    "ScalarType? autocast, str backend, bool both_roles) -> "
+    "ScalarType? autocast, str backend, str both_roles) -> "
     "(Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor keys_gradient, Tensor stats)",
 )
 def row_losses(
@@ -109,7 +109,9 @@ def row_losses(
     share: list[int],  # [numerator, denominator]: what loss and gradients are multiplied by, as a mean does
     autocast: torch.dtype | None,  # what the kernels multiply in
     backend: str,
-    both_roles: bool,  # positive and keys are rows of query, NT-Xent's two views, and query has the whole gradient
+    # "", or: query, positive and keys are the same two views of a batch, query has the whole gradient, and the
+    # negatives are of both "views" (NT-Xent) or the other view's "keys" (CLIP, SimCo)
+    both_roles: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss per row (N,) with its gradients for the raw query (N, D) and positive (N, D), and ``stats`` (len(Stat), N).
 
@@ -117,6 +119,12 @@ def row_losses(
     same, as after a mean or a sum. What is not needed comes back empty.
     """
     t = temperature if learned_temperature is None else learned_temperature
+    if both_roles and backend == "torch" and not need_statistics:
+        across = both_roles == "keys"
+        loss, stats = torch_backend.both_roles_losses(
+            query, Pairs(band=band), across, t, inter_temperature, alpha, normalize, _ratio(share)
+        )
+        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0), stats
     sets = query, positive, keys, extra_keys
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band), Pairs(query_ids, extra_key_ids, extra_valid_count)
     flags = normalize, normalize_keys, normalize_extra, need_query_gradient, need_positive_gradient
@@ -165,9 +173,15 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
 
     def formula(q: Tensor, p: Tensor, k: Tensor, extra: Tensor | None, t: Tensor | None) -> Tensor:
         t_ = temperature if t is None else t
-        if both_roles:
+        of = Pairs(*pairs), Pairs(*extra_pairs), t_, *settings
+        if both_roles == "views":
             p, k = q.roll(len(q) // 2, 0), q
-        rows = torch_backend.dense_row_losses(q, p, k, extra, Pairs(*pairs), Pairs(*extra_pairs), t_, *settings)
+        if both_roles == "keys":
+            first, second = q.chunk(2)
+            directions = (first, second), (second, first)
+            rows = torch.cat([torch_backend.dense_row_losses(a, b, b, None, *of) for a, b in directions])
+        else:
+            rows = torch_backend.dense_row_losses(q, p, k, extra, *of)
         return rows * _ratio(chosen[0])
 
     if torch.is_grad_enabled():  # create_graph
@@ -176,11 +190,13 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     need_query, need_positive, need_keys, need_extra, need_temperature = ctx.needs_input_grad[:5]
     weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
-    if need_query and both_roles:
-        _check_unchanged(ctx, query)
-        share, autocast, _ = chosen
-        out[0] = both_roles_gradient(query, grad, weight, lse, temperature, normalize, share, autocast)
-    elif need_query:
+    if both_roles and (need_query or need_temperature):
+        _check_unchanged(ctx, query, learned)
+        settings = pairs[-1], temperature, normalize, *chosen, both_roles
+        out[0], of_temperature = both_roles_gradient(query, grad, weight, lse, learned, *settings)
+        if learned is not None:
+            out[4] = of_temperature.to(learned.dtype)
+    elif need_query and not both_roles:
         out[0] = _times(query_gradient, grad, query.dtype)
     if need_positive:
         out[1] = _times(positive_gradient, grad, positive.dtype)
@@ -195,7 +211,7 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         out[3] = keys_gradient(
             query, extra_keys, grad, weight, lse, None, learned, *extra_pairs, temperature, *flags, *chosen
         )
-    if need_temperature:
+    if need_temperature and not both_roles:
         out[4] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
     return tuple(out)
 
@@ -332,28 +348,38 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
 
 
 @_operator(
-    "(Tensor query, Tensor grad, Tensor weight, Tensor lse, float temperature, bool normalize, SymInt[] share, "
-    "ScalarType? autocast) -> Tensor",
+    "(Tensor query, Tensor grad, Tensor weight, Tensor lse, Tensor? learned_temperature, SymInt[] band, "
+    "float temperature, bool normalize, SymInt[] share, ScalarType? autocast, str backend, str both_roles) -> "
+    "(Tensor gradient, Tensor temperature_gradient)",
 )
 def both_roles_gradient(
     query: Tensor,  # (2M, D)
     grad: Tensor,  # (2M,)
     weight: Tensor,  # (2M,)
     lse: Tensor,  # (2M,)
+    learned_temperature: Tensor | None,
+    band: list[int],
     temperature: float,
     normalize: bool,
     share: list[int],
     autocast: torch.dtype | None,
-) -> Tensor:
-    """Gradient of the rows of symmetric NT-Xent, which are anchors, positives and keys, in their shape and dtype."""
-    settings = temperature, normalize, _ratio(share), autocast
-    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-        return triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
+    backend: str,
+    both_roles: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of rows that are anchors, positives and keys, in their shape and dtype; and a learned temperature's."""
+    if backend == "triton":
+        settings = temperature, normalize, _ratio(share), autocast
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            gradient = triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
+        return gradient, lse.new_empty(())
+    t = temperature if learned_temperature is None else learned_temperature
+    pairs_of_views = Pairs(band=band), both_roles == "keys"
+    return torch_backend.both_roles_gradient(query, grad * weight * _ratio(share), lse, *pairs_of_views, t, normalize)
 
 
 @both_roles_gradient.registered.register_fake
-def _(query: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(query.shape)
+def _(query: Tensor, grad: Tensor, weight: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), lse.new_empty(())
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:

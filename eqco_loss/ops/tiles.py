@@ -112,17 +112,17 @@ def blocks(
     cpu = keys.device.type == "cpu"
     if keys.dim() == 3:  # every row its own keys
         step, width = _split(n, keys.shape[1], TILE_ELEMENTS // d, 1)
-        for rows in _slices(n, step):
+        for rows in slices(n, step):
             tiles = (
                 Tile(ready(keys[rows, columns]), (rows, columns), _drop_by_id(pairs, rows, columns))
-                for columns in _slices(keys.shape[1], width)
+                for columns in slices(keys.shape[1], width)
             )
             yield Block(rows, tiles, width >= keys.shape[1])
     elif pairs.picked is not None and cpu and pairs.picked.shape[1] * 8 < len(keys):  # few of many: fetch them
         c = pairs.picked.shape[1]
         step, width = _split(n, c, TILE_ELEMENTS // d, 1)
-        for rows in _slices(n, step):
-            places = (pairs.picked[rows, columns] for columns in _slices(c, width))
+        for rows in slices(n, step):
+            places = (pairs.picked[rows, columns] for columns in slices(c, width))
             yield Block(rows, (Tile(ready(keys[j]), j, _drop_by_id(pairs, rows, j)) for j in places), width >= c)
     elif pairs.band and cpu and _is_narrow(pairs, n * len(keys)):  # only its columns
         yield from _band_blocks(n, keys, pairs, ready)
@@ -139,12 +139,27 @@ def _shared_blocks(
         pairs = pairs._replace(valid_count=None)
     step, width = _split(n, k, TILE_ELEMENTS, row_hint)
     whole = ready(keys) if width >= k else None  # every block of rows meets the same tile: prepare it once
-    for rows in _slices(n, step):
+    for rows in slices(n, step):
         tiles = (
             _shared_tile(ready(keys[columns]) if whole is None else whole[columns], pairs, rows, columns)
-            for columns in _slices(k, width)
+            for columns in slices(k, width)
         )
         yield Block(rows, tiles, width >= k)
+
+
+def mutual_tiles(z: Tensor, pairs: Pairs, across: bool) -> Iterator[tuple[slice, Tile, bool]]:
+    """All pairs of rows of z (2M, D) that are each other's negatives: rows, tile, and whether it is the rows' own.
+
+    Rows i and i + M are one image's. ``across``: only rows of the other view are negatives. Each pair comes once, but
+    for the rows' own tile, which has both of (i, j) and (j, i).
+    """
+    anchors = len(z) // 2 if across else len(z)
+    step, width = _split(anchors, anchors, TILE_ELEMENTS, 256)
+    for rows in slices(anchors, step):
+        if not across:
+            yield rows, _shared_tile(z[rows], pairs, rows, rows), True
+        for columns in slices(len(z), width, anchors if across else rows.stop):
+            yield rows, _shared_tile(z[columns], pairs, rows, columns), False
 
 
 def _shared_tile(keys: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
@@ -181,7 +196,7 @@ def _band_blocks(n: int, keys: Tensor, pairs: Pairs, ready: Callable[[Tensor], T
     views = len(keys) // modulus
     step = max(1, min(_band_step(pairs), TILE_ELEMENTS // (views * (_band_step(pairs) + width))))
     view_start = torch.arange(views, device=keys.device)[:, None] * modulus
-    for rows in _slices(n, step):
+    for rows in slices(n, step):
         r = rows.stop - rows.start
         span = r + width - 1
         local = torch.arange(span, device=keys.device)
@@ -218,5 +233,5 @@ def _split(n: int, k: int, elements: int, row_hint: int) -> tuple[int, int]:
     return max(1, min(n, elements // columns)), columns
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .tiles import Pairs, Scratch, Tile, blocks
+from .tiles import Pairs, Scratch, Tile, blocks, mutual_tiles, slices
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
@@ -85,24 +85,17 @@ def row_losses(
             passes = _merged(passes, _whole([seen for _, seen, _ in extra]))
         for rows, seen, only in passes:
             s, lse = positive_similarity[rows], _checked_lse(seen, rows.start)
-            shift: float | Tensor = 0.0
-            if alpha is not None:
-                shift = torch.log(alpha / seen.negatives) if seen.known is None else math.log(alpha / seen.known)
-            gap = s / t - lse - shift
-            zero, minus = torch.zeros_like(gap), -gap
-            intra_loss = torch.logaddexp(zero, minus)
-            if inter_temperature is None:
-                weight, row_loss = minus.sigmoid_(), intra_loss
-            else:
-                inter_gap = s / inter_temperature - seen.inter_lse - shift
-                weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap): the vanishing factor cancels
-                row_loss = weight * _softplus_over_sigmoid(gap)
-                stats[Stat.LOG_WEIGHT, rows] = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+            count = seen.negatives if seen.known is None else seen.known
+            row_loss, intra_loss, weight, log_weight = _values(
+                s, lse, seen.inter_lse, count, t, inter_temperature, alpha
+            )
             torch.mul(row_loss, share, out=loss[rows])
             factor = weight * (share / t)
             stats[Stat.LSE, rows], stats[Stat.WEIGHT, rows] = lse, weight
             stats[Stat.POSITIVE, rows], stats[Stat.COUNT, rows] = s, seen.negatives
             stats[Stat.INTRA_LOSS, rows] = intra_loss
+            if log_weight is not None:
+                stats[Stat.LOG_WEIGHT, rows] = log_weight
             if need_statistics:
                 stats[Stat.RANK, rows] = seen.rank
                 stats[Stat.NEGATIVE, rows] = seen.logit_sum * (t * _LN2) / seen.negatives
@@ -124,6 +117,30 @@ def row_losses(
                 q, keys, stats[Stat.WEIGHT] * share, stats[Stat.LSE], pairs, t, False, normalize_keys, dtype
             )
     return loss, query_gradient, positive_gradient, keys_gradient, stats
+
+
+def _values(
+    s: Tensor,  # (R,): s(q, k)
+    lse: Tensor,  # (R,)
+    inter_lse: Tensor,  # (R,)
+    count: Tensor | int,  # K_i
+    t: float | Tensor,
+    inter_temperature: float | None,
+    alpha: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the losses are made of, (R,) each: the loss, its intra part, -d loss / d gap, and the weight's logarithm."""
+    shift: float | Tensor = 0.0
+    if alpha is not None:
+        shift = torch.log(alpha / count) if isinstance(count, Tensor) else math.log(alpha / count)
+    gap = s / t - lse - shift
+    zero, minus = torch.zeros_like(gap), -gap
+    intra_loss = torch.logaddexp(zero, minus)
+    if inter_temperature is None:
+        return intra_loss, intra_loss, minus.sigmoid_(), None
+    inter_gap = s / inter_temperature - inter_lse - shift
+    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap): the vanishing factor cancels
+    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+    return weight * _softplus_over_sigmoid(gap), intra_loss, weight, log_weight
 
 
 def negatives_logsumexp(
@@ -166,6 +183,79 @@ def logsumexp_keys_gradient(
                 tile.add_transposed(out, x, weighted)
         _keys_through_unit(out, keys, normalize_keys)
     return out.to(dtype)
+
+
+# ------------------------------------------------------------------------------- both roles of the rows of two views
+
+
+def both_roles_losses(
+    z: Tensor,  # (2M, D): rows i and i + M are one image's views
+    pairs: Pairs,
+    across: bool,  # only the other view's rows are negatives
+    temperature: float | Tensor,
+    inter_temperature: float | None,
+    alpha: float | None,
+    normalize: bool,
+    share: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Loss per row (2M,) of both directions, and ``stats``: every similarity is computed once, and serves both."""
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        unit, n = _unit(z, normalize, compute_dtype(z))[0], len(z)
+        stats = unit.new_zeros((len(Stat), n))
+        ratios = [1.0] if inter_temperature is None else [temperature / inter_temperature, 1.0]
+        running = [(ratio, unit.new_full((n,), _MINIMUM), unit.new_zeros(n)) for ratio in ratios]
+        scratch, copy = Scratch(unit), Scratch(unit)
+        for rows, tile, own in mutual_tiles(unit, pairs, across):
+            x = tile.logits(unit[rows] * (_LOG2E / temperature), scratch)  # (R, C)
+            roles = [(rows, False)] if own else [(rows, False), (tile.place, True)]
+            folds = [(*role, *one) for role in roles for one in running]
+            for place, (some, turned, ratio, maximum, total) in enumerate(folds):
+                y = x if place == len(folds) - 1 else torch.mul(x, ratio, out=copy(*x.shape))
+                _fold(y.T if turned else y, maximum[some], total[some])
+        lse, inter_lse = (_LN2 * (maximum + total.log2()) for _, maximum, total in (running[-1], running[0]))
+        s = (unit * unit.roll(n // 2, 0)).sum(1)
+        count = (n // 2 - 1) * (1 if across else 2)
+        row_loss, intra_loss, weight, log_weight = _values(
+            s, lse, inter_lse, count, temperature, inter_temperature, alpha
+        )
+        stats[Stat.LSE], stats[Stat.WEIGHT], stats[Stat.POSITIVE], stats[Stat.INTRA_LOSS] = lse, weight, s, intra_loss
+        stats[Stat.COUNT] = count
+        if log_weight is not None:
+            stats[Stat.LOG_WEIGHT] = log_weight
+    return row_loss * share, stats
+
+
+def both_roles_gradient(
+    z: Tensor,  # (2M, D)
+    row_weight: Tensor,  # (2M,)
+    lse: Tensor,  # (2M,)
+    pairs: Pairs,
+    across: bool,
+    temperature: float | Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum_i row_weight_i (lse_i - s_i / t) for rows that are anchors, positives and negatives; and for t.
+
+    With P the softmax, a = row_weight / t and p the other view: sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p.
+    """
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        unit, norm = _unit(z, normalize, compute_dtype(z))
+        a, base, half = row_weight / temperature, lse * _LOG2E, len(z) // 2
+        out, scratch, other = torch.zeros_like(unit), Scratch(unit), Scratch(unit)
+        for rows, tile, own in mutual_tiles(unit, pairs, across):
+            x = tile.logits(unit[rows] * (_LOG2E / temperature), scratch)  # (R, C)
+            y = torch.sub(x, base[rows, None], out=other(*x.shape)).exp2_().mul_(a[rows, None])
+            y += x.sub_(base[tile.place]).exp2_().mul_(a[tile.place])
+            out[rows].addmm_(y, tile.keys)
+            if not own:
+                out[tile.place].addmm_(y.T, unit[rows])
+        partner = unit.roll(half, 0)
+        # Every pair's similarity is in this product twice, once a role.
+        temperature_gradient = ((a * (unit * partner).sum(1)).sum() - (unit * out).sum() / 2) / temperature
+        out.addcmul_(partner, (a + a.roll(half))[:, None], value=-1)
+        for rows in slices(len(z), 256):
+            _through_unit(out[rows], unit[rows], norm, rows, out[rows])
+    return out.to(z.dtype), temperature_gradient
 
 
 # ---------------------------------------------------------------------------------- plain formulas, for double backward
@@ -326,6 +416,13 @@ def _attend(
         inter_lse = lse if ratio is None else inter.lse()
         only = _Only(tile, x) if block.single and tile is not None else None
         yield block.rows, _Seen(lse, count, known, mean_key, inter_lse, rank, logit_sum, unit), only
+
+
+def _fold(x: Tensor, maximum: Tensor, total: Tensor) -> None:
+    """Logits (R, C) into a log-sum-exp under way, all three in place."""
+    new = torch.maximum(maximum, x.amax(1))
+    total.mul_(maximum.sub_(new).exp2_()).add_(x.sub_(new[:, None]).exp2_().sum(1))
+    maximum.copy_(new)
 
 
 class _Running:
