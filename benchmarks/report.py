@@ -214,7 +214,7 @@ def draw_bars(rows: list[Row]) -> Any:
         share.bar_label(share.containers[0], fmt="%.1f", padding=2, fontsize=8)
         share.set_yticks([])
         for one in (bars, share):
-            one.invert_yaxis()
+            one.set_ylim(len(names) - 0.5, -0.5)  # also where a bar is missing
             one.tick_params(labelsize=8)
             one.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("times faster than the baseline, forward and backward", fontsize=9)
