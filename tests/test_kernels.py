@@ -155,7 +155,8 @@ def test_moco_queue_layout() -> None:
     """MoCo keeps (D, K): its transpose goes in as it is."""
     q, p, stored = (torch.randn(*shape, device=DEVICE) for shape in ((5, 12), (5, 12), (12, 90)))
     same = EqCoLoss(backend="triton")
-    torch.testing.assert_close(same(q, p, stored.T), same(q, p, stored.T.contiguous()), atol=0, rtol=0)
+    rtol = 1e-6 if GPU else 0.0  # there the order of a sum follows the layout
+    torch.testing.assert_close(same(q, p, stored.T), same(q, p, stored.T.contiguous()), atol=0, rtol=rtol)
 
 
 @pytest.mark.parametrize("mode", ["shared", "in_batch", "per_query"])
