@@ -187,7 +187,8 @@ def test_logsumexp(shape: tuple[int, ...], ids: bool) -> None:
     truth = torch.autograd.grad((expected * weight).sum(), exact)
     torch.testing.assert_close(lse.double().cpu(), expected, atol=1e-5, rtol=1e-6)
     for a, b in zip(got, truth, strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, atol=1e-6, rtol=1e-5)
+        atol = 1e-5 * b.abs().max().item() if GPU else 1e-6  # logits of 20 in three products of tf32: 1e-5 of a softmax
+        torch.testing.assert_close(a.double().cpu(), b, atol=atol, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- bands of several ranks
