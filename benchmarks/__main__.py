@@ -4,6 +4,9 @@
     python -m benchmarks                              # the whole matrix of this machine: a GPU's, where there is one
     python -m benchmarks --workloads M1 S1            # parts of it, one by one; the other rows of the CSV stay
 
+A GPU's matrix can be run in three parts: --dtypes amp, --dtypes bfloat16, and --dtypes float32 high float16. What is
+finished is in the CSV, also when the rest is killed. In a copy without git, the variable COMMIT names the commit.
+
 Workloads: M1 (MoCo's queue), R (M1 at ragged sizes), M2 (the positive is one of the keys), T1 (dual temperature), S1
 (in-batch), C1 (CLIP), S2 (NT-Xent), P1 (SiMo). Every way to the loss is checked against float64, value and gradients,
 before it is timed; one that is wrong, cannot run here or takes too long is a row that says why.

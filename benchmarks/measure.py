@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -10,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +58,14 @@ def wall_clock(step: Step, device: str) -> float:
 # --------------------------------------------------------------------------------------------------------------- CPU
 
 
+@contextlib.contextmanager
+def profiling(activity: torch.profiler.ProfilerActivity, memory: bool = False) -> Iterator[torch.profiler.profile]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11 says at each start what it would do with a schedule
+        with torch.profiler.profile(activities=[activity], profile_memory=memory) as profile:
+            yield profile
+
+
 def peak_extra_bytes(step: Step, device: str) -> int:
     """The most that torch's allocator held at once in ``step``, beyond what was there: temporaries and results."""
     if device == "cuda":
@@ -64,7 +74,7 @@ def peak_extra_bytes(step: Step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with profiling(torch.profiler.ProfilerActivity.CPU, memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -96,7 +106,7 @@ def captured(step: Step) -> torch.cuda.CUDAGraph:
     torch.cuda.empty_cache()  # a graph has a pool of its own
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), no_waiting():
         for _ in range(3):
             step()
     current = torch.cuda.current_stream()
@@ -110,6 +120,18 @@ def captured(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """A step that waits for the device fails here: in a capture that would leave memory that nobody can free."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode may not see every wait
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, tuple[Timing, Timing]]:
     """GPU seconds of each graph, in turn: with L2 flushed before, and without."""
     flush = torch.empty(128 * 2**20, dtype=torch.int8, device="cuda")
@@ -120,7 +142,7 @@ def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -
                 if not warm:
                     flush.zero_()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                torch.cuda._sleep(100_000)  # type: ignore[no-untyped-call]  # cycles, until the replay is in the queue
+                torch.cuda._sleep(500_000)  # type: ignore[no-untyped-call]  # cycles, until the replay is in the queue
                 begin.record()
                 graph.replay()
                 end.record()
@@ -130,10 +152,13 @@ def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -
 
 
 def kernels_launched(step: Step) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    """Kernels, copies and fills that the GPU ran."""
+    with profiling(torch.profiler.ProfilerActivity.CUDA) as profile:
         step()
         torch.cuda.synchronize()
-    return len([e for e in profile.events() or [] if e.device_type == torch.profiler.DeviceType.CUDA])
+    events = profile.events() or []  # type: ignore[no-untyped-call]
+    found = [e for e in events if e.device_type == torch.profiler.DeviceType.CUDA]
+    return len([e for e in found if not e.is_user_annotation])
 
 
 # ------------------------------------------------------------------------------------------------- the machine's limits
@@ -208,7 +233,7 @@ def provenance(device: str) -> Row:
         "device": name,
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown")
+        "commit": (_git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown"))  # a copy has no git
         + ("+changes" if _git("status", "--porcelain", "--", "eqco_loss", "benchmarks/*.py") else ""),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -395,7 +395,7 @@ def ours_clip(problem: Problem) -> Loss:
 # ------------------------------------------------------------------------------------------------------ S2: NT-Xent
 
 
-@peer("eager NT-Xent", "S2", logits=4)
+@peer("eager NT-Xent", "S2", logits=3.5)
 def eager_views(problem: Problem) -> Loss:
     n = problem.case.n
     partner = torch.arange(2 * n, device=problem.device).roll(n)

@@ -37,8 +37,9 @@ from .measure import (
 from .peers import PEERS, Peer, UnavailableError
 from .workloads import DTYPES, WORKLOADS, Case, Problem
 
-# Relative, of loss and gradients, in the norm: who is further from float64 is not timed.
-MAX_ERROR = {"float32": 2e-5, "high": 5e-3, "bfloat16": 2e-2, "float16": 2e-2, "amp": 2e-2}
+# Relative, of loss and gradients, in the norm: who is further from float64 is not timed. Packages that sum in bfloat16
+# are off by 2 to 3 %; without the negatives' gradient it would be 60 %.
+MAX_ERROR = {"float32": 2e-5, "high": 5e-3, "bfloat16": 5e-2, "float16": 2e-2, "amp": 5e-2}
 CASE = ("workload", "n", "k", "d", "layout", "dtype", "peer", "version", "status")
 WORK = ("operations", "bytes")  # of the matrix products, and of inputs and gradients, that nobody can do without
 MANY, QUICK = 50, 1.0  # steps that are over at once are measured in up to so many rounds, as fit into so many seconds
@@ -183,15 +184,16 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
     kernels: dict[str, int] = {}
     graphs: dict[str, tuple[Timing, Timing]] = {}
     if device == "cuda":
-        kernels = {name: kernels_launched(step) for name, step in steps.items()}
         recorded = {}
         for name, step in sorted(steps.items(), key=lambda item: item[0] != "eqco_loss"):  # ours first
             try:
                 recorded[name] = captured(step)
-            except RuntimeError as failure:  # it waits for the host, or its pool does not fit beside the others'
+            except RuntimeError as failure:  # the host waits for it, or its pool does not fit beside the others'
                 torch.cuda.synchronize()
                 tqdm.write(f"{name}: no CUDA graph: {str(failure).splitlines()[0][:100]}")
         graphs = interleave_graphs(recorded, rounds)
+        recorded.clear()
+        kernels = {name: kernels_launched(step) for name, step in steps.items()}  # last: a profiler may stay attached
     return {
         name: Measured(way.error, forwards[name], both[name], memory[name], rounds, kernels.get(name), graphs.get(name))
         for name, way in ways.items()
@@ -261,7 +263,7 @@ def forward_of(problem: Problem, loss: Callable[[], Tensor]) -> Tensor:
 
 def step_of(problem: Problem, loss: Callable[[], Tensor]) -> list[Tensor]:
     value = forward_of(problem, loss)
-    return [value, *torch.autograd.grad(value, problem.leaves)]
+    return [value, *torch.autograd.grad(value, problem.leaves, problem.scale)]
 
 
 def free(device: str) -> None:

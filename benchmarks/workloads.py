@@ -107,9 +107,11 @@ class Problem:
         self.key = key.to(self.kind).requires_grad_(case.keys_learn)
         self.query = query.to(self.kind).requires_grad_()
         self.leaves = [self.query, self.key] if case.keys_learn else [self.query]
+        # float16's gradients as a GradScaler has them: those of single logits would vanish
+        self.scale = torch.tensor(2.0**14, device=self.device) if case.dtype == "float16" else None
 
     def truth(self) -> list[Tensor]:
-        """Loss and gradients in float64 on these inputs, some rows at a time."""
+        """Loss and (scaled) gradients in float64 on these inputs, some rows at a time."""
         doubles = [self.query.detach().double().requires_grad_(), self.key.detach().double().requires_grad_()]
         unit = [F.normalize(x) for x in doubles]
         grads = [torch.zeros_like(x) for x in unit]
@@ -122,6 +124,8 @@ class Problem:
                 if grad is not None:
                     total += grad
         grads = list(torch.autograd.grad(unit, doubles, grads))
+        if self.scale is not None:
+            grads = [x * self.scale for x in grads]
         return [loss, *grads[: len(self.leaves)]]
 
     def _rows(self, leaves: list[Tensor]) -> Iterator[Callable[[], Tensor]]:

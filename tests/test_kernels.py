@@ -164,7 +164,8 @@ def test_moco_queue_layout() -> None:
     """MoCo keeps (D, K): its transpose goes in as it is."""
     q, p, stored = (torch.randn(*shape, device=DEVICE) for shape in ((5, 12), (5, 12), (12, 90)))
     same = EqCoLoss(backend="triton")
-    torch.testing.assert_close(same(q, p, stored.T), same(q, p, stored.T.contiguous()), atol=0, rtol=0)
+    rtol = 1e-6 if GPU else 0.0  # there the order of a sum follows the layout
+    torch.testing.assert_close(same(q, p, stored.T), same(q, p, stored.T.contiguous()), atol=0, rtol=rtol)
 
 
 @pytest.mark.parametrize("mode", ["shared", "in_batch", "per_query"])
@@ -195,7 +196,8 @@ def test_logsumexp(shape: tuple[int, ...], ids: bool) -> None:
     truth = torch.autograd.grad((expected * weight).sum(), exact)
     torch.testing.assert_close(lse.double().cpu(), expected, atol=1e-5, rtol=1e-6)
     for a, b in zip(got, truth, strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, atol=1e-6, rtol=1e-5)
+        atol = 1e-5 * b.abs().max().item() if GPU else 1e-6  # logits of 20 in three products of tf32: 1e-5 of a softmax
+        torch.testing.assert_close(a.double().cpu(), b, atol=atol, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- bands of several ranks
