@@ -1,18 +1,28 @@
 """Builds the kernels of the static tables for GPUs that need not be there, and prints what ptxas made of them.
 
+Of a main loop, from its machine code: the matrix instruction, times how often, and waits for it where there are any (as
+many as products: ptxas has serialised them); instructions of a thread for a pair of a row and a key, and among them
+ex2, float32 arithmetic and conversions, accesses to shared and to local memory (spills), and barriers of an iteration;
+then the microseconds that all the case's pairs need at the least to be issued (4 a cycle), for ex2 (16 a cycle) and for
+the products, at the multiprocessors and the clock of ``GPUS``. Masks of the ends, a branch, are not counted.
+
     python -m benchmarks.compile_report                     # sm_80, sm_90 and sm_100
     python -m benchmarks.compile_report --targets 90 --match attend
 
 It calls the launchers themselves with tensors that hold no memory, so a kernel here is the kernel of a run. Exit status
-1 if a half-precision kernel with D <= 256 spills.
+1 if a half-precision kernel with D <= 256 spills or has its products serialised.
 """
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import re
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +38,11 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT = {"fp32": torch.float32, "fp32-high": torch.float32}
 DTYPES = {**HALF, **FLOAT}
 COLUMNS = ("target", "kernel", "case", "dtype", "D", "registers", "spilled bytes", "shared KB", "seconds")
+LOOP = ("matrix", "waits", "a pair", "ex2", "fp32", "cvt", "smem", "local", "bar", "issue us", "ex2 us", "matrix us")
+KINDS = (r"MUFU\.EX2", r"F(FMA|ADD|MUL|MNMX)", r"F2F", r"(LD|ST)S", r"(LD|ST)L", r"BAR\.")  # of LOOP, in its order
+MATRIX = re.compile(r"[A-Z]+MMA")
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ )? *([A-Z][\w.]*)([^;]*);")
+GPUS = {80: (108, 1.41e9, 1024), 90: (132, 1.755e9, 2048), 100: (148, 1.85e9, 4096)}  # half multiply-adds a cycle
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,18 @@ class Case(NamedTuple):
     dtype: str
     d: int
     launch: Callable[[torch.dtype, int], object]
+    pairs: int = 0  # of a row and a key
+    products: int = 2  # of D multiply-adds, for each
+
+
+class Loop(NamedTuple):
+    """One iteration of a main loop."""
+
+    matrix: str
+    products: int
+    waits: int
+    instructions: int
+    kinds: list[int]
 
 
 class Built(NamedTuple):
@@ -56,10 +83,67 @@ class Built(NamedTuple):
     spilled: int
     shared: int
     seconds: float
+    loop: Loop | None
+    a_pair: float  # from a warp's instructions in one iteration to a thread's for one pair
+
+    @property
+    def serialised(self) -> bool:
+        return self.loop is not None and self.loop.waits > 1 and self.loop.waits >= self.loop.products
 
     @property
     def fails(self) -> bool:
-        return self.spilled > 0 and self.dtype in HALF and self.d <= 256
+        return (self.spilled > 0 or self.serialised) and self.dtype in HALF and self.d <= 256
+
+    def figures(self, case: Case) -> str:
+        if self.loop is None:
+            return ""
+        multiprocessors, clock, multiply_adds = GPUS[self.target]
+        pairs = case.pairs / multiprocessors / clock * 1e6  # microseconds, one a cycle
+        each = [count * self.a_pair for count in (self.loop.instructions, *self.loop.kinds)]
+        slower = {"fp32": 6, "fp32-high": 2}.get(self.dtype, 1)
+        bounds = pairs * each[0] / 32 / 4, pairs * each[1] / 16, pairs * case.products * self.d * slower / multiply_adds
+        counts = "".join(f" {x:5.2f}" for x in each[:-1]) + f" {self.loop.kinds[-1]:3}"
+        return (
+            f"  {self.loop.products:3} x {self.loop.matrix:28} {self.loop.waits:3} {counts}"
+            + "".join(f" {x:6.1f}" for x in bounds)
+        )  # fmt: skip
+
+
+def main_loop(cubin: bytes) -> Loop | None:
+    """The first innermost loop with matrix instructions."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = [(int(at, 16), when, name, rest) for at, when, name, rest in INSTRUCTION.findall(text)]
+
+    def target(rest: str) -> int:
+        found = re.findall(r"0x([0-9a-f]+)", rest)
+        return int(found[-1], 16) if found else 0
+
+    loops: list[tuple[int, int]] = []
+    for before, (at, _, name, rest) in itertools.pairwise(code):
+        back = name.startswith("BRA") and target(rest) < at and not before[2].startswith("BRA")  # else: has waited
+        if back and any(MATRIX.match(x[2]) for x in code if target(rest) <= x[0] < at):
+            loops.append((target(rest), at))
+    inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    if not inner:
+        return None
+    path, skip = [], 0
+    for at, when, name, rest in code:
+        if not max(inner[0][0], skip) <= at <= inner[0][1]:
+            continue
+        path.append(name + rest)
+        over = at < target(rest) <= inner[0][1] and name.startswith("BRA") and bool(when)
+        if over and not any(MATRIX.match(x[2]) for x in code if at < x[0] < target(rest)):
+            skip = target(rest)
+    matrix = Counter(x.split()[0] for x in path if MATRIX.match(x))
+    kinds = [sum(bool(re.match(kind, x)) and "RZ, [RZ]" not in x for x in path) for kind in KINDS]
+    waits = sum(x.startswith("WARPGROUP.DEPBAR") for x in path)
+    return Loop(matrix.most_common(1)[0][0], matrix.total(), waits, len(path), kinds)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,13 +159,14 @@ def forward(
     ids: bool = False,
     metrics: bool = False,
     own: bool = False,
+    gradient: bool = True,
 ) -> Callable[[torch.dtype, int], object]:
     def launch(dtype: torch.dtype, d: int) -> object:
         q = empty(n, d, dtype=dtype)
         keys = empty(n, k, d, dtype=dtype) if own else empty(k, d, dtype=dtype)
         query_ids, key_ids = (empty(x, dtype=torch.int64) if ids else None for x in (n, k))
         pairs = Pairs(query_ids, key_ids, None, None, [0, k - 1, k] if band else [])
-        inter, flags = 1.0 if dual else None, (band, False, True, band, metrics)
+        inter, flags = 1.0 if dual else None, (band, False, gradient, band, metrics)
         return triton_backend.row_losses(q, q, keys, None, pairs, Pairs(), 0.2, inter, 65536.0, True, *flags)
 
     return launch
@@ -105,24 +190,26 @@ def picked(dtype: torch.dtype, d: int) -> object:
 
 
 def both_roles(dtype: torch.dtype, d: int) -> object:
-    z, row = empty(8192, d, dtype=dtype), empty(8192)
+    z, row = empty(VIEWS, d, dtype=dtype), empty(VIEWS)
     return triton_backend.both_roles_gradient(z, row, row, row, 0.2, True)
 
 
-QUEUE, BATCH = (256, 65536), (4096, 4096)
+QUEUE, BATCH, VIEWS = (256, 65536), (4096, 4096), 8192
+MANY = 2**24  # pairs of QUEUE and of BATCH
 CASES = [
-    *(Case("queue", dtype, 128, forward(*QUEUE)) for dtype in DTYPES),
-    Case("queue", "bf16", 256, forward(*QUEUE)),
-    Case("queue", "bf16", 512, forward(*QUEUE)),
-    Case("queue, two temperatures", "bf16", 128, forward(*QUEUE, dual=True)),
-    Case("queue, ids", "bf16", 128, forward(*QUEUE, ids=True)),
-    Case("queue, metrics", "bf16", 128, forward(*QUEUE, metrics=True)),
-    Case("batch", "bf16", 128, forward(*BATCH, band=True)),
-    Case("small batch", "bf16", 128, forward(256, 256, band=True)),
+    *(Case("queue", dtype, 128, forward(*QUEUE), MANY) for dtype in DTYPES),
+    Case("queue", "bf16", 256, forward(*QUEUE), MANY),
+    Case("queue", "bf16", 512, forward(*QUEUE), MANY),
+    Case("queue, two temperatures", "bf16", 128, forward(*QUEUE, dual=True), MANY),
+    Case("queue, ids", "bf16", 128, forward(*QUEUE, ids=True), MANY),
+    Case("queue, metrics", "bf16", 128, forward(*QUEUE, metrics=True), MANY),
+    *(Case("batch", dtype, 128, forward(*BATCH, band=True), MANY) for dtype in HALF),
+    Case("batch, loss only", "bf16", 128, forward(VIEWS, VIEWS, band=True, gradient=False), VIEWS**2, 1),
+    Case("small batch", "bf16", 128, forward(256, 256, band=True), 2**16),
     Case("own keys", "bf16", 128, forward(256, 16, own=True)),
-    *(Case("batch, keys' gradient", dtype, 128, backward(*BATCH, band=True)) for dtype in DTYPES),
-    Case("batch, keys' gradient", "bf16", 256, backward(*BATCH, band=True)),
-    Case("NT-Xent, gradient", "bf16", 128, both_roles),
+    *(Case("batch, keys' gradient", dtype, 128, backward(*BATCH, band=True), MANY) for dtype in DTYPES),
+    Case("batch, keys' gradient", "bf16", 256, backward(*BATCH, band=True), MANY),
+    Case("NT-Xent, gradient", "bf16", 128, both_roles, VIEWS**2),
     Case("own keys' gradient", "bf16", 128, backward(256, 16, own=True)),
     Case("picked", "bf16", 128, picked),
 ]
@@ -147,8 +234,8 @@ class NoGpu:
 
 
 @contextlib.contextmanager
-def compiling(target: int, built: Callable[[str, str, int, float], None]) -> Iterator[None]:
-    """Launches compile for ``target`` and go no further; ``built`` gets kernel, ptxas's report, shared memory, time."""
+def compiling(target: int, built: Callable[[str, str, Any, int, float], None]) -> Iterator[None]:
+    """Launches compile for ``target`` and go no further; ``built`` gets name, ptxas's report, kernel, tile and time."""
     import triton
     from triton.runtime.jit import JITFunction
 
@@ -160,7 +247,8 @@ def compiling(target: int, built: Callable[[str, str, int, float], None]) -> Ite
             kernel = run(self, *args, grid=grid, warmup=True, **options)
         text = report.getvalue()
         if text:  # else this very kernel has been built before
-            built(self.fn.__name__, text, kernel.metadata.shared, time.perf_counter() - start)
+            tile = options.get("BLOCK_ROWS", 0) * options.get("BLOCK_KEYS", 0)
+            built(self.fn.__name__, text, kernel, tile, time.perf_counter() - start)
         return kernel
 
     triton.runtime.driver.set_active(NoGpu(target))
@@ -179,10 +267,13 @@ def build(work: tuple[int, int]) -> list[Built]:
     target, index = work
     case, rows = CASES[index], []
 
-    def built(kernel: str, log: str, shared: int, seconds: float) -> None:
+    def built(name: str, log: str, kernel: Any, tile: int, seconds: float) -> None:
         registers = int(re.findall(r"Used (\d+) registers", log)[-1])
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
-        rows.append(Built(target, kernel, case.name, case.dtype, case.d, registers, spilled, shared, seconds))
+        loop = main_loop(kernel.asm["cubin"]) if tile and case.pairs else None
+        measured = registers, spilled, kernel.metadata.shared, seconds
+        a_pair = kernel.metadata.num_warps * 32 / max(tile, 1)
+        rows.append(Built(target, name, case.name, case.dtype, case.d, *measured, loop, a_pair))
 
     torch.set_float32_matmul_precision("high" if case.dtype == "fp32-high" else "highest")
     with compiling(target, built):
@@ -195,19 +286,21 @@ def main(args: Args) -> int:
     work = [(target, index) for target in args.targets for index, case in enumerate(CASES) if args.match in case.name]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         seen, failures = set(), []
-        print("  ".join(COLUMNS), flush=True)
-        for rows in pool.imap(build, work):
+        print("  ".join(COLUMNS) + "  |  " + "  ".join(LOOP), flush=True)
+        for (_, index), rows in zip(work, pool.imap(build, work), strict=True):
             for row in rows:
-                if row.kernel in ("attend", "keys_gradient", "both_roles") or (row.target, row.kernel) not in seen:
-                    note = "  <- SPILLS" if row.fails else "  (spills)" if row.spilled else ""
+                if row.loop is not None or row.fails or (row.target, row.kernel) not in seen:
+                    note = "  SERIALISED" if row.serialised else ""
+                    note += "  <- SPILLS" if row.fails and row.spilled else "  (spills)" if row.spilled else ""
                     print(
                         f"sm_{row.target:<4} {row.kernel:22} {row.case:26} {row.dtype:10} {row.d:4} {row.registers:4} "
-                        f"{row.spilled:6} {row.shared / 1024:6.1f} {row.seconds:5.1f}{note}",
+                        f"{row.spilled:6} {row.shared / 1024:6.1f} {row.seconds:5.1f}{row.figures(CASES[index])}{note}",
                         flush=True,
                     )
                 seen.add((row.target, row.kernel))
                 failures += [row] if row.fails else []
-    print(f"{len(failures)} half-precision kernels with D <= 256 spill; {time.perf_counter() - start:.0f} s")
+    took = time.perf_counter() - start
+    print(f"{len(failures)} half-precision kernels with D <= 256 spill or wait for each product; {took:.0f} s")
     return 1 if failures else 0
 
 
