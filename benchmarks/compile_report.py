@@ -191,7 +191,7 @@ def picked(dtype: torch.dtype, d: int) -> object:
 
 def both_roles(dtype: torch.dtype, d: int) -> object:
     z, row = empty(VIEWS, d, dtype=dtype), empty(VIEWS)
-    return triton_backend.both_roles_gradient(z, row, row, row, 0.2, True)
+    return triton_backend.both_roles_gradient(z, row, row, row, row, False, 0.2, True)
 
 
 QUEUE, BATCH, VIEWS = (256, 65536), (4096, 4096), 8192

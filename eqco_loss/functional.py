@@ -198,7 +198,7 @@ def compute_metrics(
     negative_ids: Tensor | None = None,
 ) -> LossMetrics:
     """The reduced loss and what to log beside it."""
-    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids, True)
+    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
     share = _share(settings, passes, ranks)
     outputs = [_row_losses(settings, one, share, need_statistics=True) for one in passes]
     stats = torch.cat([stats for _, stats in outputs], 1)  # (len(Stat), N) or, of both directions, (len(Stat), 2N)
@@ -290,7 +290,6 @@ def _passes(
     negative_keys: Negatives,
     query_ids: Tensor | None,
     negative_ids: Tensor | None,
-    need_statistics: bool = False,
 ) -> tuple[list[_Pass], Ranks | None]:
     """Everything checked; which keys each query meets, one pass or (symmetric) two; and who else takes part."""
     ranks = None
@@ -323,7 +322,7 @@ def _passes(
         return Pairs(query_ids, key_ids, None, None, [offset, k // views, n])
 
     alone = ranks is None and given is None and query_ids is None
-    if alone and _in_both_roles(settings, query, positive_key, need_statistics):
+    if alone and _in_both_roles(settings, query, positive_key):
         z = torch.cat([query, positive_key])
         partners = z.detach().roll(n, 0)
         return [_Pass(z, partners, z.detach(), settings.normalize, pairs(), None, in_batch or "keys")], None
@@ -334,15 +333,11 @@ def _passes(
     return passes, ranks
 
 
-def _in_both_roles(settings: Settings, query: Tensor, positive_key: Tensor, need_statistics: bool) -> bool:
+def _in_both_roles(settings: Settings, query: Tensor, positive_key: Tensor) -> bool:
     """Whether one pass over the pairs of rows can give the gradients of both directions to both sides."""
     if not settings.symmetric or settings.num_negatives is not None or settings.reduction == "none":
         return False
-    if torch.is_grad_enabled() and query.requires_grad != positive_key.requires_grad:
-        return False
-    if _backend(settings.backend, query, positive_key)[0] == "torch":
-        return settings.in_batch == "views" or not need_statistics
-    return settings.in_batch == "views" and not isinstance(settings.temperature, Tensor)  # what the kernel serves
+    return not torch.is_grad_enabled() or query.requires_grad == positive_key.requires_grad
 
 
 def _given(

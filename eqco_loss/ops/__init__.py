@@ -126,6 +126,30 @@ def row_losses(
             query, Pairs(band=band), across, t, inter_temperature, alpha, normalize, _ratio(share)
         )
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0), stats
+    if both_roles == "keys":  # each view against the other
+        first, second = query.chunk(2)
+        nothing = (None,) * 4
+        chosen = (
+            band,
+            None,
+            None,
+            temperature,
+            inter_temperature,
+            alpha,
+            normalize,
+            normalize,
+            False,
+            False,
+            False,
+            False,
+        )
+        rest = need_statistics, share, autocast, backend, ""
+        directions = (
+            row_losses.implementation(x, y, y, None, learned_temperature, *nothing, *chosen, *rest)
+            for x, y in ((first, second), (second, first))
+        )
+        losses, _, _, empties, statistics = zip(*directions, strict=True)
+        return torch.cat(losses), empties[0], empties[0], empties[0], torch.cat(statistics, 1)
     sets = query, positive, keys, extra_keys
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band), Pairs(query_ids, extra_key_ids, extra_valid_count)
     flags = normalize, normalize_keys, normalize_extra, need_query_gradient, need_positive_gradient
@@ -194,7 +218,7 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     if both_roles and (need_query or need_temperature):
         _check_unchanged(ctx, query, learned)
         settings = pairs[-1], temperature, normalize, *chosen, both_roles
-        out[0], of_temperature = both_roles_gradient(query, grad, weight, lse, learned, *settings)
+        out[0], of_temperature = both_roles_gradient(query, grad, weight, lse, stats[Stat.POSITIVE], learned, *settings)
         if learned is not None:
             out[4] = of_temperature.to(learned.dtype)
     elif need_query and not both_roles:
@@ -349,15 +373,16 @@ def _(query: Tensor, keys: Tensor, *rest: Any) -> Tensor:
 
 
 @_operator(
-    "(Tensor query, Tensor grad, Tensor weight, Tensor lse, Tensor? learned_temperature, SymInt[] band, "
-    "float temperature, bool normalize, SymInt[] share, ScalarType? autocast, str backend, str both_roles) -> "
-    "(Tensor gradient, Tensor temperature_gradient)",
+    "(Tensor query, Tensor grad, Tensor weight, Tensor lse, Tensor similarity, Tensor? learned_temperature, "
+    "SymInt[] band, float temperature, bool normalize, SymInt[] share, ScalarType? autocast, str backend, "
+    "str both_roles) -> (Tensor gradient, Tensor temperature_gradient)",
 )
 def both_roles_gradient(
     query: Tensor,  # (2M, D)
     grad: Tensor,  # (2M,)
     weight: Tensor,  # (2M,)
     lse: Tensor,  # (2M,)
+    similarity: Tensor,  # (2M,), to the positive
     learned_temperature: Tensor | None,
     band: list[int],
     temperature: float,
@@ -368,19 +393,20 @@ def both_roles_gradient(
     both_roles: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of rows that are anchors, positives and keys, in their shape and dtype; and a learned temperature's."""
-    if backend == "triton":
-        settings = temperature, normalize, _ratio(share), autocast
-        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-            gradient = triton_backend.both_roles_gradient(query, grad, weight, lse, *settings)
-        return gradient, lse.new_empty(())
     t = temperature if learned_temperature is None else learned_temperature
+    if backend == "triton":
+        settings = both_roles == "keys", t, normalize, _ratio(share), autocast
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            return triton_backend.both_roles_gradient(query, grad, weight, lse, similarity, *settings)
     pairs_of_views = Pairs(band=band), both_roles == "keys"
-    return torch_backend.both_roles_gradient(query, grad * weight * _ratio(share), lse, *pairs_of_views, t, normalize)
+    row_weight = grad * weight * _ratio(share)
+    return torch_backend.both_roles_gradient(query, row_weight, lse, similarity, *pairs_of_views, t, normalize)
 
 
 @both_roles_gradient.registered.register_fake
 def _(query: Tensor, grad: Tensor, weight: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), lse.new_empty(())
+    learned, backend = rest[1], rest[-2]
+    return query.new_empty(query.shape), lse.new_empty((0,) if learned is None and backend == "triton" else ())
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:

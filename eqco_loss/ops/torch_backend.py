@@ -229,6 +229,7 @@ def both_roles_gradient(
     z: Tensor,  # (2M, D)
     row_weight: Tensor,  # (2M,)
     lse: Tensor,  # (2M,)
+    similarity: Tensor,  # (2M,), to the positive
     pairs: Pairs,
     across: bool,
     temperature: float | Tensor,
@@ -251,7 +252,7 @@ def both_roles_gradient(
                 out[tile.place].addmm_(y.T, unit[rows])
         partner = unit.roll(half, 0)
         # Every pair's similarity is in this product twice, once a role.
-        temperature_gradient = ((a * (unit * partner).sum(1)).sum() - (unit * out).sum() / 2) / temperature
+        temperature_gradient = ((a * similarity).sum() - (unit * out).sum() / 2) / temperature
         out.addcmul_(partner, (a + a.roll(half))[:, None], value=-1)
         for rows in slices(len(z), 256):
             _through_unit(out[rows], unit[rows], norm, rows, out[rows])

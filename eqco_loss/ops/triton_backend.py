@@ -310,13 +310,15 @@ def both_roles_gradient(
     grad: Tensor,  # (2M,)
     weight: Tensor,
     lse: Tensor,
-    temperature: float,
+    similarity: Tensor,  # (2M,), to the positive
+    across: bool,
+    temperature: float | Tensor,
     normalize: bool,
     share: float = 1.0,
     autocast: torch.dtype | None = None,
     config: Config | None = None,
-) -> Tensor:
-    """Gradient of share * sum_i grad_i loss_i of NT-Xent in both directions, every role of every row in one pass."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of share * sum_i grad_i loss_i in both directions, every role of every row in one pass; and for t."""
     n, d = z.shape
     dtype = z.dtype if autocast is None else autocast
     per_row, prepared = _row_weights(z, grad, weight, lse, temperature, normalize, share, dtype)
@@ -324,20 +326,25 @@ def both_roles_gradient(
     if _arch(z) in LITTLE_SHARED_MEMORY:
         tile = tile._replace(stages=1)
     out, (number, tensor) = torch.empty((n, d), dtype=z.dtype, device=z.device), _temperature(temperature, z)
-    blocks = _blocks(n, tile.resident)
-    columns = 2 * _blocks(n // 2 + tile.resident - 2, tile.streamed)
+    learned = isinstance(temperature, Tensor)
+    blocks = 2 * _blocks(n // 2, tile.resident) if across else _blocks(n, tile.resident)
+    columns = (1 if across else 2) * _blocks(n // 2 + tile.resident - 2, tile.streamed)
     per_split, splits = _keys_splits(columns, blocks, tile, z)
     parts = out if splits == 1 else torch.empty((splits, n, d), dtype=torch.float32, device=z.device)
+    along = torch.empty((splits, n) if learned else (0,), dtype=torch.float32, device=z.device)
     kernels().both_roles[(blocks, splits)](
-        prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), tensor, parts,
+        prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), tensor, parts, along,
         n, n // 2, per_split * tile.streamed, number, norm_eps(z.dtype),
-        D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=_block_d(d), NORMALIZE=normalize,
-        LEARNED=False, ONE_EXP=normalize and temperature >= 0.05, SMALL=n // 2 < tile.streamed,
+        D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=_block_d(d), ACROSS=across,
+        NORMALIZE=normalize, LEARNED=learned, ONE_EXP=normalize and not learned and temperature >= 0.05, SMALL=n // 2 < tile.streamed,
         PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
         WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     _merge_splits(parts, z, out, splits, normalize)
-    return out
+    if not learned:
+        return out, along
+    of_positives = (grad * weight * similarity).sum() * (share / temperature)
+    return out, (of_positives - along.sum() / 2) / temperature
 
 
 def _keys_splits(columns: int, blocks: int, tile: Config, x: Tensor) -> tuple[int, int]:

@@ -810,24 +810,29 @@ def keys_gradient_picked(
 
 @triton.jit(do_not_specialize=["n", "modulus", "chunk"])
 def both_roles(
-    z, stride_n, stride_d, raw_z, raw_stride_n, raw_stride_d, per_row, largest, temperature_tensor, out,
+    z, stride_n, stride_d, raw_z, raw_stride_n, raw_stride_d, per_row, largest, temperature_tensor, out, along,
     n, modulus, chunk, temperature, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORMALIZE: tl.constexpr, LEARNED: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr,
+    ACROSS: tl.constexpr, NORMALIZE: tl.constexpr, LEARNED: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr,
     PRESCALE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     WHOLE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Symmetric NT-Xent: the gradient of rows z (2M, D), as anchors, as positives and as keys, in one pass.
+    """Both directions: the gradient of rows z (2M, D), as anchors, as positives and as keys, in one pass.
 
-    sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a = weight * grad / t, P the softmax.
+    sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a = weight * grad / t, P the softmax over
+    both views or, ACROSS, the other one. With LEARNED, ``along`` (splits, 2M) has the product of the sum with z_i.
     ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M. ``out``: as in ``keys_gradient``.
     """
     t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
     block, split = tl.program_id(0), tl.program_id(1)
+    anchors, own_start = n, 0
+    if ACROSS:  # a block's rows are of one view
+        per_view_blocks = tl.cdiv(modulus, BLOCK_ROWS)
+        anchors, own_start, block = modulus, block // per_view_blocks * modulus, block % per_view_blocks
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    valid = rows < n
+    valid = rows < anchors
     plane = n.to(tl.int64)
-    rows = tl.minimum(rows, n - 1)  # a row there is instead of none
+    rows = own_start + tl.minimum(rows, anchors - 1)  # a row there is instead of none
     q = load_rows(z, rows, stride_n, stride_d, n, D, BLOCK_D, False, True)
     scale, base = tl.load(per_row + rows), tl.load(per_row + plane + rows)
     weighted, inverse = tl.load(per_row + 2 * plane + rows), tl.load(per_row + 3 * plane + rows)
@@ -842,13 +847,14 @@ def both_roles(
     width = modulus - 1
     per_view = tl.cdiv(BLOCK_ROWS - 1 + width, BLOCK_KEYS) * BLOCK_KEYS
     first = block * BLOCK_ROWS + 1
-    lo, hi = split * chunk, tl.minimum((split + 1) * chunk, 2 * per_view)
+    lo, hi = split * chunk, tl.minimum((split + 1) * chunk, (1 if ACROSS else 2) * per_view)
     start = (first + lo % per_view) % modulus
     for visited in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
         second = visited >= per_view
         c = visited - tl.where(second, per_view, 0)
         start = tl.where(c == 0, first % modulus, start)
-        place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL) + tl.where(second, modulus, 0)
+        place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL)
+        place += modulus - own_start if ACROSS else tl.where(second, modulus, 0)
         start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
         k = load_rows(z, place, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
         key_weighted = tl.load(weights + place) * prescale
@@ -867,6 +873,8 @@ def both_roles(
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = tl.dot(x.to(k.dtype), k, acc=acc, input_precision=PRECISION)
     acc = acc / prescale
+    if LEARNED:
+        tl.store(along + split.to(tl.int64) * n + rows, tl.sum(q.to(tl.float32) * acc, 1) * inverse, mask=valid)
     if split == 0:
         other = tl.where(rows < modulus, rows + modulus, rows - modulus)
         other_weighted, other_inverse = tl.load(per_row + 2 * plane + other), tl.load(per_row + 3 * plane + other)
