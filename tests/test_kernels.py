@@ -145,6 +145,32 @@ def test_accuracy_targets(t: float, dtype: torch.dtype) -> None:
     assert difference.abs().max() <= limit * expected.abs().max() + torch.finfo(dtype).smallest_normal * 2**-9
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("t", [0.02, 0.03, 0.1, 0.2])
+@pytest.mark.parametrize("lengths", [None, 1e-3, 300.0])
+def test_unit_rows_at_their_extremes(lengths: float | None, t: float, dtype: torch.dtype) -> None:
+    """No running maximum where a bound serves: rows whose keys are all opposite, all equal, some of each, or random."""
+    d = 32
+    q = F.normalize(torch.randn(17, d))
+    near = F.normalize(q[:1] + 0.01 * torch.randn(150, d))
+    q = torch.cat([q[:1], -q[:1], q[1:]])
+    for keys in (near, torch.cat([near[:75], -near[75:]]), F.normalize(torch.randn(150, d))):
+        raw = (keys if lengths is None else keys * lengths * (0.5 + torch.rand(150, 1))).to(dtype)
+        query, flags = q.to(dtype).to(DEVICE), (True, lengths is not None, False, True, False, False)
+        given: Any = (query, query, raw.to(DEVICE), None, Pairs(), Pairs(), t, None, None, *flags)
+        got = triton_backend.row_losses(*given)
+        exact, exact_keys = q.to(dtype).double(), raw.double()
+        units = F.normalize(exact), exact_keys if lengths is None else F.normalize(exact_keys)
+        logits = units[0] @ units[1].T / t
+        lse = logits.logsumexp(1)
+        assert (got[3][Stat.LSE].double().cpu() - lse).abs().max() <= 2e-6 * max(1.0, lse.abs().max().item())
+        weight = torch.sigmoid(lse - 1 / t)
+        change = (weight / t)[:, None] * (logits.softmax(1) @ units[1] - units[0])
+        change = change - units[0] * (units[0] * change).sum(1, keepdim=True)
+        limit = 4e-6 if dtype == torch.float32 else 1e-3
+        assert (got[1].double().cpu() * exact.norm(dim=1)[:, None] - change).abs().max() <= limit / t
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_strides(layout: str) -> None:
     for mode in ("in_batch", "shared", "per_query"):

@@ -71,8 +71,9 @@ def row_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss per row (N,) with its gradients for the raw query (N, D) and positive (N, D), and ``stats`` (len(Stat), N).
 
-    ``keys_gradient`` has the keys' shape and is that of the sum over rows: backward scales it where all rows weigh the
-    same, as after a mean or a sum. What is not needed comes back empty.
+    With ``normalize``, keys that are not to be normalised are unit rows already: a queue's. ``keys_gradient`` has the
+    keys' shape and is that of the sum over rows: backward scales it where all rows weigh the same, as after a mean or a
+    sum. What is not needed comes back empty.
     """
     t = temperature if learned_temperature is None else learned_temperature
     sets = query, positive, keys, extra_keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -95,8 +96,11 @@ def dot_dtype(query: Tensor, keys: Tensor, autocast: torch.dtype | None) -> torc
 # ------------------------------------------------------------------------------------------------------- static tables
 
 
-def forward_config(dtype: torch.dtype, block_d: int, n: int, arch: int, ids: bool) -> Config:
-    """Tile of ``attend`` for many keys: rows of the query are resident, keys streamed."""
+def forward_config(dtype: torch.dtype, block_d: int, n: int, arch: int, plain: bool) -> Config:
+    """Tile of ``attend`` for many keys: rows of the query are resident, keys streamed.
+
+    ``plain``: one softmax and its gradient, which leaves registers for more keys.
+    """
     rows = max(16, _power_of_two(n))
     if precision(dtype) == "tf32x3":
         if block_d <= 64:
@@ -110,11 +114,15 @@ def forward_config(dtype: torch.dtype, block_d: int, n: int, arch: int, ids: boo
         if block_d <= 128:
             return Config(min(rows, 64), 32, 4, 2)
         return Config(min(rows, 32), 32, 8, 1) if block_d <= 256 else Config(16, 16, 8, 1)
-    narrow = ids or arch < 90  # fewer registers
+    narrow = arch // 10 not in (9, 10)  # a warp multiplies on its own: all in registers
+    warps = 8 if rows >= 128 else 4  # a warp, or on sm_90 four, has 16 or 64 whole rows
     if block_d <= 128:
-        return Config(min(rows, 128), 32 if narrow else 64, 8 if rows >= 64 else 4, 3)
+        wide = plain and arch // 10 == 9
+        return Config(min(rows, 128), 128 if wide else 32 if narrow else 64, warps, 2 if wide else 3)
     if block_d <= 256:
-        return Config(min(rows, 64 if narrow else 128), 32 if narrow else 64, 8 if rows >= 64 else 4, 2)
+        if narrow:
+            return Config(min(rows, 64), 32, 4 if plain or rows < 64 else 8, 2)
+        return Config(min(rows, 128), 64 if rows >= 128 and (plain or arch // 10 == 9) else 32, warps, 2)
     return Config(min(rows, 64), 32, 8, 2)
 
 
@@ -125,13 +133,15 @@ def small_config(dtype: torch.dtype, block_d: int) -> Config:
     return Config(16, 32 if block_d > 128 else 64, 4, 2)
 
 
-def keys_config(dtype: torch.dtype, block_d: int, k: int) -> Config:
-    """Tile of ``keys_gradient``: keys are resident, rows of the query streamed."""
-    keys = max(16, _power_of_two(k))
+def keys_config(dtype: torch.dtype, block_d: int, k: int, arch: int, both: bool = False) -> Config:
+    """Tile of ``keys_gradient``, or of ``both_roles``: keys are resident, rows of the query streamed."""
     if dtype == torch.float32:
-        return Config(min(keys, 32), 16, 4, 1) if block_d <= 128 else Config(16, 16, 8, 1)
+        return forward_config(dtype, block_d, k, arch, False)
+    keys = max(16, _power_of_two(k))
+    if block_d <= 128:
+        return Config(min(keys, 64), 64, 4, 3)
     if block_d <= 256:
-        return Config(min(keys, 64), 64 if block_d <= 128 else 32, 8 if keys >= 64 else 4, 3 if block_d <= 128 else 2)
+        return Config(min(keys, 64), 32, 8 if both and keys >= 64 else 4, 2)
     return Config(min(keys, 32), 32, 8, 2)
 
 
@@ -186,9 +196,10 @@ def row_losses(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = query.shape
-    sets = [_set(query, keys, pairs, normalize_keys, autocast, config)]
+    asked = need_query_gradient, need_query_gradient and inter_temperature is None and not need_statistics
+    sets = [_set(query, keys, pairs, normalize_keys, autocast, config, *asked)]
     if extra_keys is not None:
-        sets.append(_set(query, extra_keys, extra_pairs, normalize_extra, autocast, config))
+        sets.append(_set(query, extra_keys, extra_pairs, normalize_extra, autocast, config, *asked))
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     loss, stats = new(n), new(len(Stat), n)
     query_gradient = new((n, d) if need_query_gradient else (0,))
@@ -222,7 +233,7 @@ def negatives_logsumexp(
     lse, mean_key = new(n), new((n, d) if need_query_gradient else (0,))
     options = dict.fromkeys(("NORMALIZE", "ALPHA", "DUAL", "POSITIVE_GRADIENT", "STATISTICS"), False)
     options |= {"LEARNED": isinstance(temperature, Tensor), "QUERY_GRADIENT": need_query_gradient}
-    sets = [_set(query, keys, pairs, False, autocast, None)]
+    sets = [_set(query, keys, pairs, False, autocast, None, need_query_gradient, need_query_gradient)]
     out = (lse, mean_key, mean_key, lse)
     _attend(query, query, sets, temperature, (1.0, 1.0, 1.0), out, autocast, options, None)
     return lse, mean_key
@@ -270,7 +281,7 @@ def logsumexp_keys_gradient(
     else:
         offset, width, modulus = pairs.band or (0, 0, 1)
         per_view = modulus if pairs.band else len(keys)
-        tile = config or keys_config(dtype, block_d, per_view)
+        tile = config or keys_config(dtype, block_d, per_view, _arch(query))
         if _arch(query) in LITTLE_SHARED_MEMORY or ids == 2:
             tile = tile._replace(stages=1)
         band = 0
@@ -279,8 +290,7 @@ def logsumexp_keys_gradient(
         blocks_per_view = _blocks(per_view, tile.resident)
         blocks = blocks_per_view * (len(keys) // per_view)
         columns = _blocks(width + tile.resident - 1 if band == 1 else n, tile.streamed)
-        per_split = _blocks(columns, max(1, min(8, _parallel(query) // blocks)))
-        splits = _blocks(columns, per_split)
+        per_split, splits = _keys_splits(columns, blocks, tile, query)
         parts = out if splits == 1 else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
         kernels().keys_gradient[(blocks, splits)](
             prepared, *prepared.stride(), keys, *keys.stride(), per_row, _largest(per_row, dtype),
@@ -291,11 +301,7 @@ def logsumexp_keys_gradient(
             PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
             WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
-        if splits > 1:
-            kernels().merge_keys_gradient[(_blocks(len(keys), 8),)](
-                parts, keys, *keys.stride(), out, len(keys), splits, eps,
-                D=d, BLOCK_D=block_d, BLOCK=8, NORM=normalize_keys, enable_fp_fusion=True,
-            )  # fmt: skip
+        _merge_splits(parts, keys, out, splits, normalize_keys)
     return out
 
 
@@ -314,19 +320,43 @@ def both_roles_gradient(
     n, d = z.shape
     dtype = z.dtype if autocast is None else autocast
     per_row, prepared = _row_weights(z, grad, weight, lse, temperature, normalize, share, dtype)
-    tile = config or keys_config(dtype, _block_d(d), n)
+    tile = config or keys_config(dtype, _block_d(d), n, _arch(z), True)
     if _arch(z) in LITTLE_SHARED_MEMORY:
         tile = tile._replace(stages=1)
-    out, number_and_tensor = torch.empty((n, d), dtype=z.dtype, device=z.device), _temperature(temperature, z)
-    kernels().both_roles[(_blocks(n, tile.resident),)](
-        prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), number_and_tensor[1], out,
-        n, n // 2, number_and_tensor[0], norm_eps(z.dtype),
+    out, (number, tensor) = torch.empty((n, d), dtype=z.dtype, device=z.device), _temperature(temperature, z)
+    blocks = _blocks(n, tile.resident)
+    columns = 2 * _blocks(n // 2 + tile.resident - 2, tile.streamed)
+    per_split, splits = _keys_splits(columns, blocks, tile, z)
+    parts = out if splits == 1 else torch.empty((splits, n, d), dtype=torch.float32, device=z.device)
+    kernels().both_roles[(blocks, splits)](
+        prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), tensor, parts,
+        n, n // 2, per_split * tile.streamed, number, norm_eps(z.dtype),
         D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=_block_d(d), NORMALIZE=normalize,
         LEARNED=False, ONE_EXP=normalize and temperature >= 0.05, SMALL=n // 2 < tile.streamed,
         PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
+    _merge_splits(parts, z, out, splits, normalize)
     return out
+
+
+def _keys_splits(columns: int, blocks: int, tile: Config, x: Tensor) -> tuple[int, int]:
+    """Tiles per split, and splits."""
+    per_split = _blocks(columns, min(8, _wave(tile, blocks, x)))
+    return per_split, _blocks(columns, per_split)
+
+
+def _wave(tile: Config, blocks: int, x: Tensor) -> int:
+    """How many splits of so many blocks give every multiprocessor eight warps."""
+    return max(1, 8 * _parallel(x) // (tile.warps * blocks))
+
+
+def _merge_splits(parts: Tensor, keys: Tensor, out: Tensor, splits: int, normalize: bool) -> None:
+    if splits > 1:
+        kernels().merge_keys_gradient[(_blocks(len(keys), 8),)](
+            parts, keys, *keys.stride(), out, len(keys), splits, norm_eps(keys.dtype),
+            D=keys.shape[1], BLOCK_D=_block_d(keys.shape[1]), BLOCK=8, NORM=normalize, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -342,10 +372,10 @@ def _row_weights(
     share: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """What a backward kernel needs of each row, (4, N), and the rows in ``dtype``: the same, or unit ones rounded."""
+    """What a backward kernel needs of each row, (5, N), and the rows in ``dtype``: the same, or unit ones rounded."""
     n, d = query.shape
     convert = query.dtype != dtype
-    per_row = torch.empty((4, n), dtype=torch.float32, device=query.device)
+    per_row = torch.empty((5, n), dtype=torch.float32, device=query.device)
     prepared = torch.empty((n, d), dtype=dtype, device=query.device) if convert else query
     number, tensor = _temperature(temperature, query)
     kernels().row_weights[(_blocks(n, 16),)](
@@ -363,7 +393,14 @@ def _largest(per_row: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _set(
-    query: Tensor, keys: Tensor, pairs: Pairs, normalize: bool, autocast: torch.dtype | None, config: Config | None
+    query: Tensor,
+    keys: Tensor,
+    pairs: Pairs,
+    normalize: bool,
+    autocast: torch.dtype | None,
+    config: Config | None,
+    gradient: bool,
+    plain: bool,
 ) -> _Set:
     n, d = query.shape
     if keys.dim() == 3 or pairs.picked is not None:
@@ -374,14 +411,15 @@ def _set(
     width = pairs.band[1] if pairs.band else len(keys)
     ids = pairs.query_ids is not None and pairs.key_ids is not None
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
+    plain = plain and not ids and not (normalize and (dtype == torch.float16 or _arch(query) >= 100))
     tile = config or (
-        small_config(dtype, _block_d(d)) if small else forward_config(dtype, _block_d(d), n, _arch(query), ids)
+        small_config(dtype, _block_d(d)) if small else forward_config(dtype, _block_d(d), n, _arch(query), plain)
     )
     if _arch(query) in LITTLE_SHARED_MEMORY or (ids and pairs.key_ids is not None and pairs.key_ids.dim() == 2):
         tile = tile._replace(stages=1)
     columns = width + (tile.resident - 1 if pairs.band else 0)
-    wanted = 1 if small else max(1, _parallel(query) // (_blocks(n, tile.resident) * views))  # of splits: one wave
-    per_split = _blocks(_blocks(columns, tile.streamed), wanted)
+    wanted = _wave(tile, _blocks(n, tile.resident) * views, query) * (1 if gradient else 2)  # (N, D) of each, or (N,)
+    per_split = _blocks(_blocks(columns, tile.streamed), 1 if small else wanted)
     chunk = max(per_split, 1 if small else 2) * tile.streamed
     return _Set(keys, pairs, normalize, tile, columns, views, chunk, views * _blocks(columns, chunk))
 
@@ -437,6 +475,8 @@ def _attend(
                 kernels().inverse_norms[(_blocks(len(keys), 16),)](
                     keys, *keys.stride(), inverse, len(keys), eps, BLOCK=16, enable_fp_fusion=True, **shape
                 )
+            lowest = min(number, numbers[0]) if options["DUAL"] else number
+            bounded = options["NORMALIZE"] and not options["LEARNED"] and lowest >= _lowest_bounded(dtype, norm)
             offset, width, modulus = pairs.band or (0, 0, 1)
             kernels().attend[(row_blocks, one.splits)](
                 *rows, keys, *keys.stride(), inverse, query_ids, key_ids, *ids_strides, *_count(pairs, query), *end,
@@ -444,7 +484,7 @@ def _attend(
                 number, *numbers, *epsilons, eps,
                 BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=_triton_dtype(dtype),
                 PRECISION=precision(dtype), STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed,
-                IDS=ids, NORM=norm, COUNTED=pairs.valid_count is not None, FINISH=bool(finish),
+                IDS=ids, NORM=norm, BOUNDED=bounded, COUNTED=pairs.valid_count is not None, FINISH=bool(finish),
                 WIDE=_wide(keys),
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **shape, **options,
             )  # fmt: skip
@@ -452,9 +492,18 @@ def _attend(
     if not finish:
         kernels().combine[(n,)](
             *rows, tensor, parts, outs, *out, n, splits, number, *numbers, *epsilons,
-            BLOCK_SPLITS=_power_of_two(splits), CHUNK=16, LOSS=finish is not None, num_warps=4,
-            enable_fp_fusion=True, **shape, **options,
+            BLOCK_SPLITS=_power_of_two(splits), CHUNK=min(_power_of_two(splits), 4096 // _block_d(d)),
+            LOSS=finish is not None, num_warps=8, enable_fp_fusion=True, **shape, **options,
         )  # fmt: skip
+
+
+def _lowest_bounded(dtype: torch.dtype, norm: int) -> float:
+    """The lowest temperature at which 2 ** logit of unit rows, a logit being at most log2(e) / t, needs no maximum.
+
+    float32 and bfloat16 hold 2 ** -126 to 2 ** 127, which 0.03 leaves room for the inverse norm of any raw key; float16
+    holds 2 ** -14 to 2 ** 16, which does not.
+    """
+    return 0.03 if dtype != torch.float16 else 0.1 if norm == 0 else math.inf
 
 
 def _ids(pairs: Pairs, unused: Tensor) -> tuple[Tensor, Tensor, int, tuple[int, int]]:

@@ -9,14 +9,15 @@ more than everything else.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, SIM108, SIM300
+# ruff: noqa: N803, N806, SIM300
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-TAIL, ENDS, PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what is masked
+NONE, TAIL, ENDS, PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what is masked
+CENTRE = tl.constexpr(-1.0)  # the fixed maximum of unit rows' logits: half of what float16 holds is on either side
 MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
 
@@ -202,32 +203,25 @@ def store_parts(
 
 
 @triton.jit
-def key_places(c, first, view_start, modulus, BLOCK_KEYS: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr):
-    """Which keys the columns c .. c + BLOCK_KEYS are."""
-    local = tl.arange(0, BLOCK_KEYS)
-    if BAND:
-        place = (first + c) % modulus + local
-        if SMALL:  # modulus < BLOCK_KEYS
-            place = place % modulus
-        else:
-            place = tl.where(place >= modulus, place - modulus, place)
-        return view_start + place
+def wrapped(place, modulus, SMALL: tl.constexpr):
+    """place % modulus, where place - modulus is less than a tile. SMALL: so is modulus."""
+    if SMALL:
+        return place % modulus
     else:
-        return c + local
+        return tl.where(place >= modulus, place - modulus, place)
 
 
 @triton.jit
-def fold(s, scale, bias, maximum, total, BIASED: tl.constexpr):
-    """Logits s * scale + bias (R, C) to 2 ** (logit - new maximum); new maximum and total; what old sums shrink by."""
-    if BIASED:
-        s = s * scale[:, None] + bias[None, :]
-        new = tl.maximum(maximum, tl.max(s, 1))
-        x = tl.exp2(s - new[:, None])
+def fold(s, scale, maximum, total, BOUNDED: tl.constexpr):
+    """Logits s * scale (R, C) to 2 ** (logit - new maximum); new maximum and total; what old sums shrink by."""
+    if BOUNDED:
+        x = tl.exp2(s * scale[:, None] - maximum[:, None])
+        return x, maximum, total + tl.sum(x, 1), 1.0
     else:
         new = tl.maximum(maximum, tl.max(s, 1) * scale)  # a positive scale: one fused multiply-add per element
         x = tl.exp2(s * scale[:, None] - new[:, None])
-    shrink = tl.exp2(maximum - new)
-    return x, new, total * shrink + tl.sum(x, 1), shrink
+        shrink = tl.exp2(maximum - new)
+        return x, new, total * shrink + tl.sum(x, 1), shrink
 
 
 @triton.jit
@@ -235,21 +229,28 @@ def visit(
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what has been seen, per row
     q, row_scale, positive_logit, query_ids, rows,
     keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
-    first, view_start, modulus, width, limit, lo, hi, ratio, key_eps, n,
+    first, modulus, width, limit, lo, hi, ratio, key_eps, n,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
-    DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, WIDE: tl.constexpr,
+    BOUNDED: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles."""
+    start = lo
+    if BAND:
+        start = (first + lo) % modulus
     for c in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
-        place = key_places(c, first, view_start, modulus, BLOCK_KEYS, BAND, SMALL)
-        if not BAND:  # a key there is instead of a mask: registers
-            place = tl.minimum(place, limit - 1)
+        column = c + tl.arange(0, BLOCK_KEYS)
+        place = column
+        if BAND:
+            place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL)
+            start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
+        elif MASK != NONE:  # a key there is instead of a mask: registers
+            place = tl.minimum(column, limit - 1)
         k = load_rows(keys, place, stride_k, stride_d, limit, D, BLOCK_D, False, WIDE)
         raw: tl.constexpr = k.dtype == q.dtype
         if NORM == 1:
-            inverse = tl.load(key_inverse + place, mask=place < limit, other=0.0)
+            inverse = tl.load(key_inverse + place)
         if NORM == 2:
             inverse = inverse_norm(k, key_eps)
         if not raw:
@@ -259,10 +260,8 @@ def visit(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (R, C), logits once times row_scale
         if raw and NORM != 0:
             s = s * inverse[None, :]
-        column = c + tl.arange(0, BLOCK_KEYS)
-        bias = tl.zeros([BLOCK_KEYS], tl.float32)
         if MASK == TAIL:
-            bias = tl.where(column < limit, 0.0, float("-inf"))
+            s = tl.where((column < limit)[None, :], s, float("-inf"))
         if MASK == PAIRS:
             keep = (column < limit)[None, :] & (rows >= 0)[:, None]
             if BAND:
@@ -275,25 +274,23 @@ def visit(
                 at = key_ids + rows.to(tl.int64)[:, None] * ids_stride_n + place.to(tl.int64)[None, :] * ids_stride_k
                 keep = keep & (query_ids[:, None] != tl.load(at, mask=(rows < n)[:, None], other=0))
             s = tl.where(keep, s, float("-inf"))
-            count += tl.sum(keep.to(tl.float32), 1)
+            count += tl.sum(tl.where(s == float("-inf"), 0.0, 1.0), 1)  # of s: keep has another layout
         if MASK == ENDS and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
             ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
             s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
         if STATISTICS:
-            logits = s * row_scale[:, None] + bias[None, :]
+            logits = s * row_scale[:, None]
             logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
             rank += tl.sum((logits > positive_logit[:, None]).to(tl.float32), 1)
         if DUAL:
-            _, inter_maximum, inter_total, _ = fold(
-                s, row_scale * ratio, bias, inter_maximum, inter_total, MASK == TAIL
-            )  # fmt: skip
-        x, maximum, total, shrink = fold(s, row_scale, bias, maximum, total, MASK == TAIL)
+            _, inter_maximum, inter_total, _ = fold(s, row_scale * ratio, inter_maximum, inter_total, BOUNDED)
+        x, maximum, total, shrink = fold(s, row_scale, maximum, total, BOUNDED)
         if QUERY_GRADIENT:
             if raw and NORM != 0:
                 x = x * inverse[None, :]
-            mean_key = tl.dot(x.to(q.dtype), k, acc=mean_key * shrink[:, None], input_precision=PRECISION)
-    if MASK == TAIL:
-        count += hi - lo
+            if not BOUNDED:
+                mean_key = mean_key * shrink[:, None]
+            mean_key = tl.dot(x.to(q.dtype), k, acc=mean_key, input_precision=PRECISION)
     if MASK == ENDS:  # columns r .. r + width - 1 are row r's
         r = tl.arange(0, BLOCK_ROWS)
         count += tl.maximum(tl.minimum(hi, r + width) - tl.maximum(lo, r), 0).to(tl.float32)
@@ -311,9 +308,9 @@ def attend(
     temperature, inter_t, alpha, share, query_eps, positive_eps, key_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr,
-    IDS: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr, COUNTED: tl.constexpr, LEARNED: tl.constexpr,
-    ALPHA: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, POSITIVE_GRADIENT: tl.constexpr,
-    STATISTICS: tl.constexpr, FINISH: tl.constexpr, WIDE: tl.constexpr,
+    IDS: tl.constexpr, NORMALIZE: tl.constexpr, NORM: tl.constexpr, BOUNDED: tl.constexpr, COUNTED: tl.constexpr,
+    LEARNED: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr,
+    POSITIVE_GRADIENT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of rows against one split of the columns; with FINISH (one split) to the end."""
     t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
@@ -340,10 +337,8 @@ def attend(
     ids = rows
     if IDS != 0:
         ids = tl.load(query_ids + rows, mask=rows < n, other=0)
-    maximum, inter_maximum = (
-        tl.full([BLOCK_ROWS], MINIMUM, tl.float32),
-        tl.full([BLOCK_ROWS], MINIMUM, tl.float32),
-    )
+    floor: tl.constexpr = CENTRE if BOUNDED else MINIMUM
+    maximum, inter_maximum = tl.full([BLOCK_ROWS], floor, tl.float32), tl.full([BLOCK_ROWS], floor, tl.float32)
     total, inter_total = tl.zeros([BLOCK_ROWS], tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
     count, rank = tl.zeros([BLOCK_ROWS], tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
     logit_sum = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -352,22 +347,29 @@ def attend(
     limit = k
     if COUNTED:
         limit = tl.minimum(k, tl.load(valid_count).to(tl.int32))
-    columns, first, view_start = limit, 0, 0
+    columns, first = limit, 0
     if BAND:
         columns = BLOCK_ROWS - 1 + width
-        first, view_start = offset + block * BLOCK_ROWS + 1, split // splits_per_view * modulus
+        first, view = offset + block * BLOCK_ROWS + 1, (split // splits_per_view * modulus).to(tl.int64)
+        keys, key_inverse, key_ids = keys + view * stride_k, key_inverse + view, key_ids + view * ids_stride_k
     lo = split % splits_per_view * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     ratio = t / inter_t
     MASK: tl.constexpr = PAIRS if IDS != 0 else ENDS if BAND else TAIL
-    maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
-        maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-        q, row_scale, positive_logit, ids, rows,
-        keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
-        first, view_start, modulus, width, limit, lo, hi, ratio, key_eps, n,
-        D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, MASK, BAND, SMALL, IDS, NORM, DUAL, QUERY_GRADIENT, STATISTICS,
-        PRECISION, STAGES, WIDE,
-    )  # fmt: skip
+    middle = hi
+    if MASK == TAIL:
+        middle = hi - hi % BLOCK_KEYS  # lo is whole tiles
+    for rest in tl.static_range(2 if MASK == TAIL else 1):  # no mask in the loop that takes the time
+        maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
+            q, row_scale, positive_logit, ids, rows,
+            keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
+            first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, key_eps, n,
+            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, NONE if MASK == TAIL and not rest else MASK, BAND, SMALL, IDS, NORM,
+            BOUNDED, DUAL, QUERY_GRADIENT, STATISTICS, PRECISION, 1 if rest else STAGES, WIDE,
+        )  # fmt: skip
+    if MASK == TAIL:
+        count += hi - lo
     if FINISH:
         finish(
             raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
@@ -466,8 +468,8 @@ def attend_own(
             logit_sum += tl.sum(tl.where(keep[None, :], s, 0.0), 1)
             rank += tl.sum((s > positive_logit[:, None]).to(tl.float32), 1)
         if DUAL:
-            _, inter_maximum, inter_total, _ = fold(s, one * (t / inter_t), one, inter_maximum, inter_total, False)
-        e, maximum, total, shrink = fold(s, one, one, maximum, total, False)
+            _, inter_maximum, inter_total, _ = fold(s, one * (t / inter_t), inter_maximum, inter_total, False)
+        e, maximum, total, shrink = fold(s, one, maximum, total, False)
         if QUERY_GRADIENT:
             mean_key = mean_key * shrink[:, None] + tl.sum(tl.trans(e) * x, 0)[None, :]
     if FINISH:
@@ -555,8 +557,9 @@ def row_weights(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, LEARNED: tl.constexpr,
     CONVERT: tl.constexpr,
 ):  # fmt: skip
-    """What a row's softmax needs again, (4, N): logits' scale, log-sum-exp in base 2, weight * inverse norm, that norm.
+    """What a row's softmax needs again, (5, N): logits' scale, log-sum-exp in base 2, weight * inverse norm, that norm,
 
+    and that weight where 2 ** (logit - bound) stands for the softmax.
     With CONVERT also the unit rows in the dtype of the products, which are then not raw.
     """
     t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
@@ -577,9 +580,11 @@ def row_weights(
     w = tl.load(weight + rows, mask=valid, other=0.0) * g * share / t
     plane = n.to(tl.int64)
     tl.store(out + rows, inverse * (LOG2E / t), mask=valid)
-    tl.store(out + plane + rows, tl.load(lse + rows, mask=valid, other=0.0) * LOG2E, mask=valid)
+    base = tl.load(lse + rows, mask=valid, other=0.0) * LOG2E
+    tl.store(out + plane + rows, base, mask=valid)
     tl.store(out + 2 * plane + rows, w * inverse, mask=valid)
     tl.store(out + 3 * plane + rows, inverse, mask=valid)
+    tl.store(out + 4 * plane + rows, w * inverse / tl.exp2(base - LOG2E / t), mask=valid)
 
 
 @triton.jit
@@ -592,14 +597,18 @@ def collect(
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query."""
     plane = n.to(tl.int64)
+    start = lo
+    if BAND == 1:
+        start = (first + lo) % modulus
     for c in tl.range(lo, hi, BLOCK_ROWS, num_stages=STAGES):
         column = c + tl.arange(0, BLOCK_ROWS)
         row = column
         if BAND == 1:  # by place, cyclic
-            row = key_places(c, first, 0, modulus, BLOCK_ROWS, True, SMALL) - offset
-            row = tl.where(row < 0, row + modulus, row)
+            row = wrapped(start + tl.arange(0, BLOCK_ROWS), modulus, SMALL)
+            start = wrapped(start + BLOCK_ROWS, modulus, SMALL)
         present = row < n
-        row = tl.minimum(row, n - 1)  # a row there is instead of a mask: registers
+        if MASK != ENDS:  # a row there is instead of a mask: registers
+            row = tl.minimum(row, n - 1)
         q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
         scale, base = tl.load(per_row + row), tl.load(per_row + plane + row)
         weight = tl.load(per_row + 2 * plane + row) * prescale
@@ -674,7 +683,7 @@ def keys_gradient(
     MASK: tl.constexpr = ENDS if BAND == 1 and WHOLE and IDS == 0 else PAIRS if BAND != 0 or IDS != 0 else TAIL
     columns, first = n, 0
     if BAND == 1:
-        columns, first = width + BLOCK_KEYS - 1, start - width + modulus
+        columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
     lo = tl.program_id(1) * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     acc = collect(
@@ -799,21 +808,22 @@ def keys_gradient_picked(
 # ----------------------------------------------------------------------------------------- both roles of the same rows
 
 
-@triton.jit(do_not_specialize=["n", "modulus"])
+@triton.jit(do_not_specialize=["n", "modulus", "chunk"])
 def both_roles(
     z, stride_n, stride_d, raw_z, raw_stride_n, raw_stride_d, per_row, largest, temperature_tensor, out,
-    n, modulus, temperature, eps,
+    n, modulus, chunk, temperature, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     NORMALIZE: tl.constexpr, LEARNED: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr,
     PRESCALE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Symmetric NT-Xent: the gradient of rows z (2M, D), as anchors, as positives and as keys, in one pass.
 
     sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a = weight * grad / t, P the softmax.
-    ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M.
+    ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M. ``out``: as in ``keys_gradient``.
     """
     t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
-    block = tl.program_id(0)
+    block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = rows < n
     plane = n.to(tl.int64)
@@ -825,26 +835,29 @@ def both_roles(
     if PRESCALE:  # float16 would lose what is small
         most = tl.load(largest)
         prescale = 2048.0 / tl.where(most > 0, most, 1.0)
-    a = weighted / inverse * prescale
     highest = LOG2E / t  # a logit's bound: with ONE_EXP no power of two leaves float32
-    if ONE_EXP:
-        a = a * tl.exp2(highest - base)
+    weights = per_row + (4 if ONE_EXP else 2) * plane
+    a = tl.load(weights + rows) / inverse * prescale
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     width = modulus - 1
     per_view = tl.cdiv(BLOCK_ROWS - 1 + width, BLOCK_KEYS) * BLOCK_KEYS
-    for start in tl.range(0, 2 * per_view, BLOCK_KEYS, num_stages=STAGES):
-        view = start // per_view
-        c = start - view * per_view
-        place = key_places(c, block * BLOCK_ROWS + 1, view * modulus, modulus, BLOCK_KEYS, True, SMALL)
+    first = block * BLOCK_ROWS + 1
+    lo, hi = split * chunk, tl.minimum((split + 1) * chunk, 2 * per_view)
+    start = (first + lo % per_view) % modulus
+    for visited in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
+        second = visited >= per_view
+        c = visited - tl.where(second, per_view, 0)
+        start = tl.where(c == 0, first % modulus, start)
+        place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL) + tl.where(second, modulus, 0)
+        start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
         k = load_rows(z, place, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
-        key_base = tl.load(per_row + plane + place)
-        key_weighted = tl.load(per_row + 2 * plane + place) * prescale
+        key_weighted = tl.load(weights + place) * prescale
         key_inverse = tl.load(per_row + 3 * plane + place)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None] * key_inverse[None, :]
         if ONE_EXP:
-            key_weighted = key_weighted * tl.exp2(highest - key_base)
             x = tl.exp2(logits - highest) * (a[:, None] * key_inverse[None, :] + key_weighted[None, :])
         else:
+            key_base = tl.load(per_row + plane + place)
             x = tl.exp2(logits - base[:, None]) * (a[:, None] * key_inverse[None, :])
             x += tl.exp2(logits - key_base[None, :]) * key_weighted[None, :]
         if c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width:
@@ -853,18 +866,21 @@ def both_roles(
         if k.dtype == tl.float16:  # rows that are padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = tl.dot(x.to(k.dtype), k, acc=acc, input_precision=PRECISION)
-    other = tl.where(rows < modulus, rows + modulus, rows - modulus)
-    other_weighted, other_inverse = tl.load(per_row + 2 * plane + other), tl.load(per_row + 3 * plane + other)
-    unit = load_rows(raw_z, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
-    partner = load_rows(raw_z, other, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
-    length = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-    if NORMALIZE:
-        length = inverse_norm(unit, eps)
-        unit = unit * length[:, None]
-        partner = partner * inverse_norm(partner, eps)[:, None]
-    change = acc / prescale - (weighted / inverse + other_weighted / other_inverse)[:, None] * partner
-    if NORMALIZE:
-        change = (change - unit * tl.sum(unit * change, 1)[:, None]) * length[:, None]
+    acc = acc / prescale
+    if split == 0:
+        other = tl.where(rows < modulus, rows + modulus, rows - modulus)
+        other_weighted, other_inverse = tl.load(per_row + 2 * plane + other), tl.load(per_row + 3 * plane + other)
+        partner = load_rows(raw_z, other, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
+        length = weighted / inverse + other_weighted / other_inverse
+        if NORMALIZE:
+            length *= inverse_norm(partner, eps)
+        acc -= length[:, None] * partner
+    row = rows.to(tl.int64)
+    if WHOLE_GRADIENT:
+        if NORMALIZE:
+            acc = through_unit(acc, load_rows(raw_z, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True), eps)
+    else:
+        row += split.to(tl.int64) * n
     d = tl.arange(0, BLOCK_D)
-    at = out + rows.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(at, change.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+    at = out + row[:, None] * D + d[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
