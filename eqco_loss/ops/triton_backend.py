@@ -336,7 +336,8 @@ def both_roles_gradient(
         prepared, *prepared.stride(), z, *z.stride(), per_row, _largest(per_row, dtype), tensor, parts, along,
         n, n // 2, per_split * tile.streamed, number, norm_eps(z.dtype),
         D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=_block_d(d), ACROSS=across,
-        NORMALIZE=normalize, LEARNED=learned, ONE_EXP=normalize and not learned and temperature >= 0.05, SMALL=n // 2 < tile.streamed,
+        NORMALIZE=normalize, LEARNED=learned, ONE_EXP=normalize and not learned and temperature >= 0.05,
+        SMALL=n // 2 < tile.streamed,
         PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
         WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -499,7 +500,7 @@ def _attend(
     if not finish:
         kernels().combine[(n,)](
             *rows, tensor, parts, outs, *out, n, splits, number, *numbers, *epsilons,
-            BLOCK_SPLITS=_power_of_two(splits), CHUNK=min(_power_of_two(splits), 8192 // _block_d(d)),
+            BLOCK_SPLITS=_power_of_two(splits), CHUNK=min(_power_of_two(splits), 4096 // _block_d(d)),
             LOSS=finish is not None, num_warps=8, enable_fp_fusion=True, **shape, **options,
         )  # fmt: skip
 
