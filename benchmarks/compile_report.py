@@ -7,7 +7,8 @@ then the microseconds that all the case's pairs need at the least to be issued (
 the products, at the multiprocessors and the clock of ``GPUS``. Masks of the ends, a branch, are not counted.
 
     python -m benchmarks.compile_report                     # sm_80, sm_90 and sm_100
-    python -m benchmarks.compile_report --targets 90 --match attend
+    python -m benchmarks.compile_report --targets 90 --match queue
+    python -m benchmarks.compile_report --matrix            # our step of every case that the benchmarks have on a GPU
 
 It calls the launchers themselves with tensors that hold no memory, so a kernel here is the kernel of a run. Exit status
 1 if a half-precision kernel with D <= 256 spills or has its products serialised.
@@ -25,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,7 +34,11 @@ import torch
 import tyro
 from torch import Tensor
 
+from eqco_loss import functional
 from eqco_loss.ops import Pairs, triton_backend
+
+from . import workloads
+from .peers import PEERS
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT = {"fp32": torch.float32, "fp32-high": torch.float32}
@@ -48,7 +54,8 @@ GPUS = {80: (108, 1.41e9, 1024), 90: (132, 1.755e9, 2048), 100: (148, 1.85e9, 40
 @dataclass(frozen=True)
 class Args:
     targets: tuple[int, ...] = (80, 90, 100)  # compute capability x 10
-    match: str = ""  # only kernels and cases whose name holds this
+    match: str = ""  # only cases whose name holds this
+    matrix: bool = False  # the cases of python -m benchmarks on a GPU, instead of one for each tile
     processes: int = 2  # that compile side by side
 
 
@@ -160,14 +167,19 @@ def forward(
     metrics: bool = False,
     own: bool = False,
     gradient: bool = True,
+    autocast: bool = False,
+    columns: bool = False,
 ) -> Callable[[torch.dtype, int], object]:
     def launch(dtype: torch.dtype, d: int) -> object:
+        multiplied, dtype = (dtype, torch.float32) if autocast else (None, dtype)
         q = empty(n, d, dtype=dtype)
         keys = empty(n, k, d, dtype=dtype) if own else empty(k, d, dtype=dtype)
+        keys = empty(d, k, dtype=dtype).T if columns else keys
         query_ids, key_ids = (empty(x, dtype=torch.int64) if ids else None for x in (n, k))
         pairs = Pairs(query_ids, key_ids, None, None, [0, k - 1, k] if band else [])
         inter, flags = 1.0 if dual else None, (band, False, gradient, band, metrics)
-        return triton_backend.row_losses(q, q, keys, None, pairs, Pairs(), 0.2, inter, 65536.0, True, *flags)
+        given = q, q, keys, None, pairs, Pairs(), 0.2, inter, 65536.0, True
+        return triton_backend.row_losses(*given, *flags, autocast=multiplied)
 
     return launch
 
@@ -200,6 +212,8 @@ CASES = [
     *(Case("queue", dtype, 128, forward(*QUEUE), MANY) for dtype in DTYPES),
     Case("queue", "bf16", 256, forward(*QUEUE), MANY),
     Case("queue", "bf16", 512, forward(*QUEUE), MANY),
+    Case("queue, autocast", "bf16", 128, forward(*QUEUE, autocast=True), MANY),
+    Case("queue (D, K), autocast", "bf16", 128, forward(*QUEUE, autocast=True, columns=True), MANY),
     Case("queue, two temperatures", "bf16", 128, forward(*QUEUE, dual=True), MANY),
     Case("queue, ids", "bf16", 128, forward(*QUEUE, ids=True), MANY),
     Case("queue, metrics", "bf16", 128, forward(*QUEUE, metrics=True), MANY),
@@ -213,6 +227,26 @@ CASES = [
     Case("own keys' gradient", "bf16", 128, backward(256, 16, own=True)),
     Case("picked", "bf16", 128, picked),
 ]
+
+
+def step_of(case: workloads.Case, dtype: torch.dtype, d: int) -> object:
+    """Forward and backward, to where a kernel would be launched."""
+    problem = workloads.Problem(case, "meta")
+    ours = next(one for one in PEERS if one.name == "eqco_loss" and case.workload in one.workloads)
+    autocast = torch.bfloat16 if case.dtype == "amp" else None
+    with (
+        mock.patch.object(triton_backend, "_refusal_of", return_value=None),
+        mock.patch.object(functional, "_autocast_dtype", return_value=autocast),
+    ):
+        return torch.autograd.grad(ours.prepare(problem)(), problem.leaves)
+
+
+def matrix() -> list[Case]:
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "high": "fp32-high", "amp": "bf16"}
+    return [
+        Case(f"{one.workload} {one.dtype} {one.size}", names[one.dtype], one.d, partial(step_of, one))
+        for one in workloads.cases("cuda", workloads.DTYPES)
+    ]
 
 
 class NoGpu:
@@ -262,10 +296,10 @@ def compiling(target: int, built: Callable[[str, str, Any, int, float], None]) -
         yield
 
 
-def build(work: tuple[int, int]) -> list[Built]:
+def build(work: tuple[int, int, bool]) -> list[Built]:
     """All kernels of one case for one target."""
-    target, index = work
-    case, rows = CASES[index], []
+    target, index, of_matrix = work
+    case, rows = (matrix() if of_matrix else CASES)[index], []
 
     def built(name: str, log: str, kernel: Any, tile: int, seconds: float) -> None:
         registers = int(re.findall(r"Used (\d+) registers", log)[-1])
@@ -283,18 +317,20 @@ def build(work: tuple[int, int]) -> list[Built]:
 
 def main(args: Args) -> int:
     start = time.perf_counter()
-    work = [(target, index) for target in args.targets for index, case in enumerate(CASES) if args.match in case.name]
+    cases = matrix() if args.matrix else CASES
+    chosen = [index for index, case in enumerate(cases) if args.match in case.name]
+    work = [(target, index, args.matrix) for target in args.targets for index in chosen]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         seen, failures = set(), []
         print("  ".join(COLUMNS) + "  |  " + "  ".join(LOOP), flush=True)
-        for (_, index), rows in zip(work, pool.imap(build, work), strict=True):
+        for (_, index, _), rows in zip(work, pool.imap(build, work), strict=True):
             for row in rows:
                 if row.loop is not None or row.fails or (row.target, row.kernel) not in seen:
                     note = "  SERIALISED" if row.serialised else ""
                     note += "  <- SPILLS" if row.fails and row.spilled else "  (spills)" if row.spilled else ""
                     print(
                         f"sm_{row.target:<4} {row.kernel:22} {row.case:26} {row.dtype:10} {row.d:4} {row.registers:4} "
-                        f"{row.spilled:6} {row.shared / 1024:6.1f} {row.seconds:5.1f}{row.figures(CASES[index])}{note}",
+                        f"{row.spilled:6} {row.shared / 1024:6.1f} {row.seconds:5.1f}{row.figures(cases[index])}{note}",
                         flush=True,
                     )
                 seen.add((row.target, row.kernel))

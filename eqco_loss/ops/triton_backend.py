@@ -291,7 +291,8 @@ def logsumexp_keys_gradient(
         blocks = blocks_per_view * (len(keys) // per_view)
         columns = _blocks(width + tile.resident - 1 if band == 1 else n, tile.streamed)
         per_split, splits = _keys_splits(columns, blocks, tile, query)
-        parts = out if splits == 1 else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
+        whole = splits == 1 and not normalize_keys  # the unit vectors' own gradient needs registers that are not there
+        parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
         kernels().keys_gradient[(blocks, splits)](
             prepared, *prepared.stride(), keys, *keys.stride(), per_row, _largest(per_row, dtype),
             *common[1:], *_count(pairs, query), parts,
@@ -299,9 +300,10 @@ def logsumexp_keys_gradient(
             D=d, BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BLOCK_D=block_d, BAND=band, WHOLE=n == modulus,
             SMALL=modulus < tile.streamed, IDS=ids, NORM=normalize_keys, COUNTED=pairs.valid_count is not None,
             PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
-            WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
-        _merge_splits(parts, keys, out, splits, normalize_keys)
+        if not whole:
+            _merge_splits(parts, keys, out, splits, normalize_keys)
     return out
 
 
@@ -341,7 +343,8 @@ def both_roles_gradient(
         PRESCALE=dtype == torch.float16, PRECISION=precision(dtype), STAGES=tile.stages, WIDE=_wide(prepared),
         WHOLE_GRADIENT=splits == 1, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    _merge_splits(parts, z, out, splits, normalize)
+    if splits > 1:
+        _merge_splits(parts, z, out, splits, normalize)
     if not learned:
         return out, along
     of_positives = (grad * weight * similarity).sum() * (share / temperature)
@@ -360,11 +363,10 @@ def _wave(tile: Config, blocks: int, x: Tensor) -> int:
 
 
 def _merge_splits(parts: Tensor, keys: Tensor, out: Tensor, splits: int, normalize: bool) -> None:
-    if splits > 1:
-        kernels().merge_keys_gradient[(_blocks(len(keys), 8),)](
-            parts, keys, *keys.stride(), out, len(keys), splits, norm_eps(keys.dtype),
-            D=keys.shape[1], BLOCK_D=_block_d(keys.shape[1]), BLOCK=8, NORM=normalize, enable_fp_fusion=True,
-        )  # fmt: skip
+    kernels().merge_keys_gradient[(_blocks(len(keys), 8),)](
+        parts, keys, *keys.stride(), out, len(keys), splits, norm_eps(keys.dtype),
+        D=keys.shape[1], BLOCK_D=_block_d(keys.shape[1]), BLOCK=8, NORM=normalize, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -420,11 +422,15 @@ def _set(
     ids = pairs.query_ids is not None and pairs.key_ids is not None
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
     plain = plain and not ids and not (normalize and (dtype == torch.float16 or _arch(query) >= 100))
+    turned = keys.dtype != dtype and keys.stride(1) != 1  # it takes registers to turn a tile around
+    plain = plain and not turned
     tile = config or (
         small_config(dtype, _block_d(d)) if small else forward_config(dtype, _block_d(d), n, _arch(query), plain)
     )
     if _arch(query) in LITTLE_SHARED_MEMORY or (ids and pairs.key_ids is not None and pairs.key_ids.dim() == 2):
         tile = tile._replace(stages=1)
+    if turned and config is None and _arch(query) < 90 and tile.resident > 64:
+        tile = tile._replace(resident=64, warps=4)
     columns = width + (tile.resident - 1 if pairs.band else 0)
     wanted = _wave(tile, _blocks(n, tile.resident) * views, query) * (1 if gradient else 2)  # (N, D) of each, or (N,)
     per_split = _blocks(_blocks(columns, tile.streamed), 1 if small else wanted)

@@ -653,11 +653,11 @@ def keys_gradient(
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
     COUNTED: tl.constexpr, PRESCALE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` is in the dtype of the products.
 
-    ``out`` is the gradient, or, without WHOLE_GRADIENT, (splits, K, D) shares of it for ``merge_keys_gradient``.
+    ``out`` (splits, K, D) has the shares of ``merge_keys_gradient``; without NORM, of one split, it is the gradient.
     """
     block, view_start, limit = tl.program_id(0), 0, k
     if BAND != 0:
@@ -694,12 +694,7 @@ def keys_gradient(
     if PRESCALE:
         acc = acc / prescale
     key = (view_start + key_row).to(tl.int64)
-    if WHOLE_GRADIENT:
-        if NORM:
-            again = load_rows(base, there, stride_k, key_stride_d, limit, D, BLOCK_D, False, True)  # registers
-            acc = through_unit(acc, again, key_eps)
-    else:
-        key += tl.program_id(1).to(tl.int64) * k
+    key += tl.program_id(1).to(tl.int64) * k
     if COUNTED:
         acc = tl.where((key_row < tl.load(valid_count))[:, None], acc, 0.0)
     d = tl.arange(0, BLOCK_D)
@@ -821,7 +816,8 @@ def both_roles(
 
     sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a = weight * grad / t, P the softmax over
     both views or, ACROSS, the other one. With LEARNED, ``along`` (splits, 2M) has the product of the sum with z_i.
-    ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M. ``out``: as in ``keys_gradient``.
+    ``z`` is in the dtype of the products, ``raw_z`` what was given; modulus = M. ``out`` is the gradient, or,
+    without WHOLE_GRADIENT, (splits, 2M, D) shares of it for ``merge_keys_gradient``.
     """
     t = tl.load(temperature_tensor).to(tl.float32) if LEARNED else temperature
     block, split = tl.program_id(0), tl.program_id(1)
