@@ -1,0 +1,68 @@
+"""What is reported without a GPU: commands of their own process, where Triton compiles instead of interpreting."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compile_report import Built, Loop, matrix
+from benchmarks.workloads import WORKLOADS
+
+pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
+ROOT = Path(__file__).parents[1]
+
+
+def command(module: str, *words: str) -> list[list[str]]:
+    """The lines that it prints, as words."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_a_kernel_and_its_main_loop() -> None:
+    lines = command("benchmarks.compile_report", "--targets", "90", "--match", "small batch", "--processes", "1")
+    rows = [line for line in lines if line and line[0] == "sm_90"]
+    assert [row[1] for row in rows] == ["attend"]
+    assert any("MMA" in word for word in rows[0])
+
+
+def test_a_case_of_the_matrix() -> None:
+    """Forward and backward of a whole step, on tensors that hold no memory."""
+    words = "--matrix", "--targets", "90", "--match", "S1 bfloat16 N=256 K=255 D=128", "--processes", "1"
+    lines = command("benchmarks.compile_report", *words)
+    kernels = [line[1] for line in lines if line and line[0] == "sm_90"]
+    assert kernels == ["attend", "row_weights", "keys_gradient", "merge_keys_gradient"]
+
+
+def test_the_matrix_has_every_workload() -> None:
+    assert {case.name.split()[0] for case in matrix()} == set(WORKLOADS)
+
+
+@pytest.mark.parametrize(
+    ("spilled", "waits", "dtype", "d", "fails"),
+    [
+        (0, 1, "bf16", 128, False),
+        (8, 1, "bf16", 128, True),
+        (8, 1, "fp16", 256, True),
+        (8, 1, "bf16", 512, False),  # printed, and allowed
+        (8, 1, "fp32", 128, False),
+        (0, 12, "bf16", 128, True),  # as many waits as products
+    ],
+)
+def test_what_fails(spilled: int, waits: int, dtype: str, d: int, fails: bool) -> None:
+    loop = Loop("HGMMA.64x64x16.F32.BF16", 12, waits, 100, [1] * 6)
+    assert Built(90, "attend", "queue", dtype, d, 128, spilled, 1024, 1.0, loop, 0.1).fails is fails
+
+
+def test_host_time() -> None:
+    """A row for each workload, and which kernels a step of ours would launch."""
+    rows = {line[0]: line[1:] for line in command("benchmarks.host", "--rounds", "1")[1:]}
+    assert list(rows) == ["M1", "S1", "S2", "P1"]
+    assert all(float(figure) > 0 for row in rows.values() for figure in row[:3])
+    assert rows["M1"][3:] == ["attend,", "combine"]
+    assert rows["P1"][3:] == ["attend"]
