@@ -10,6 +10,7 @@ from torch.autograd import gradgradcheck
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss
 from tests import knobs
+from tests.cases import DEVICE
 from tests.test_operators import Memory, Seen
 
 
@@ -43,6 +44,21 @@ def test_is_the_mean_of_two_calls(loss: str, in_batch: str, n: int, normalize: b
     expected = torch.autograd.grad(separate, (query, key, t), torch.tensor(-1.7, dtype=torch.float64))
     torch.testing.assert_close(at_once, separate, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+def test_metrics_by_the_registered_operator(in_batch: str, backend: str) -> None:
+    """Where a mode looks on, no output may be another's memory; the values are the same."""
+    query, key = (x.detach().float().to(DEVICE).requires_grad_() for x in views(6))
+    one = EqCoLoss(in_batch=in_batch, symmetric=True, backend=backend)
+    straight = one.with_metrics(query, key)
+    with Seen() as seen:
+        dispatched = one.with_metrics(query, key)
+    assert seen.names == ["row_losses"]
+    torch.testing.assert_close(dispatched, straight, rtol=0.0, atol=0.0)
+    straight.loss.backward()
+    assert query.grad is not None
 
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])

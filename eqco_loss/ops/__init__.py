@@ -126,42 +126,26 @@ def row_losses(
             query, Pairs(band=band), across, t, inter_temperature, alpha, normalize, _ratio(share)
         )
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0), stats
-    if both_roles == "keys":  # each view against the other
-        first, second = query.chunk(2)
-        nothing = (None,) * 4
-        chosen = (
-            band,
-            None,
-            None,
-            temperature,
-            inter_temperature,
-            alpha,
-            normalize,
-            normalize,
-            False,
-            False,
-            False,
-            False,
-        )
-        rest = need_statistics, share, autocast, backend, ""
-        directions = (
-            row_losses.implementation(x, y, y, None, learned_temperature, *nothing, *chosen, *rest)
-            for x, y in ((first, second), (second, first))
-        )
-        losses, _, _, empties, statistics = zip(*directions, strict=True)
-        return torch.cat(losses), empties[0], empties[0], empties[0], torch.cat(statistics, 1)
-    sets = query, positive, keys, extra_keys
-    pairs = Pairs(query_ids, key_ids, valid_count, picked, band), Pairs(query_ids, extra_key_ids, extra_valid_count)
-    flags = normalize, normalize_keys, normalize_extra, need_query_gradient, need_positive_gradient
-    if backend == "triton":
-        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-            loss, query_gradient, positive_gradient, stats = triton_backend.row_losses(
-                *sets, *pairs, t, inter_temperature, alpha, *flags, need_statistics, _ratio(share), autocast
-            )
-        return loss, query_gradient, positive_gradient, loss.new_empty(0), stats
-    return torch_backend.row_losses(
-        *sets, *pairs, t, inter_temperature, alpha, *flags, need_keys_gradient, need_statistics, _ratio(share)
+    sets_of_pairs = (
+        Pairs(query_ids, key_ids, valid_count, picked, band),
+        Pairs(query_ids, extra_key_ids, extra_valid_count),
     )
+    flags = normalize, normalize_keys, normalize_extra, need_query_gradient, need_positive_gradient
+
+    def losses(query: Tensor, positive: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        given = query, positive, keys, extra_keys, *sets_of_pairs, t, inter_temperature, alpha, *flags
+        if backend == "torch":
+            return torch_backend.row_losses(*given, need_keys_gradient, need_statistics, _ratio(share))
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            out = triton_backend.row_losses(*given, need_statistics, _ratio(share), autocast)
+        loss, query_gradient, positive_gradient, stats = out
+        return loss, query_gradient, positive_gradient, loss.new_empty(0), stats
+
+    if both_roles == "keys":  # each view against the other, without gradients
+        first, second = query.chunk(2)
+        there, back = losses(first, second, second), losses(second, first, first)
+        return torch.cat([there[0], back[0]]), there[1], there[2], there[3], torch.cat([there[4], back[4]], 1)
+    return losses(query, positive, keys)
 
 
 def _ratio(share: list[int]) -> float:
