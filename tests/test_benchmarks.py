@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import peers, ranks, report, runner, workloads
+from benchmarks import peers, ranks, report, runner, tune, workloads
 from benchmarks.measure import RESULTS, Limits, peak_extra_bytes, read_csv
 from benchmarks.peers import PEERS, Peer
 from benchmarks.workloads import Case, Problem
+from eqco_loss.ops import triton_backend
+from eqco_loss.ops.triton_backend import Config
 
 SMALL = {
     "M1": Case("M1", 6, 40, 16),
@@ -226,3 +228,43 @@ def test_two_ranks_move_what_the_arithmetic_says() -> None:
     assert {name: found[name] for name in ("gathered", "reduced", "agreed")} == ranks.traffic(
         2, 8, 4, "both gradients"
     )._asdict()
+
+
+# ------------------------------------------------------------------------------------------------------------- tiles
+
+
+def test_candidates_of_the_tables_are_checked_and_timed() -> None:
+    """In the interpreter: every pass, by three tiles; one that is wrong is found out."""
+    pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    every = tune.passes("float16", 16, device, m=4, k=90, n=6)
+    assert tuple(every) == tune.PASSES
+    some: list[Config | None] = [None, Config(32, 32, 4, 2), Config(64, 16, 4, 1)]
+    for one in every.values():
+        found = tune.tried(one, some, (1.0, 2.0), "float16")
+        assert [callable(step) for _, _, step in found] == [True] * 6, found
+    step = found[0][2]
+    assert callable(step)
+    assert tune.timed({3: step}, 2, device)[3][0].median > 0
+    forward = every["M1 forward"]
+
+    def wrong(tile: Config | None) -> tuple[Tensor, ...]:
+        return forward(tile) if tile is None else tuple(2 * x for x in forward(tile))
+
+    assert "differs by" in str(tune.tried(wrong, some[:2], (1.0,), "float16")[1][2])
+
+
+def test_tuning_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="sees no GPU"):
+        tune.main(tune.Args())
+    with pytest.raises(SystemExit, match="known: M1 forward"):
+        tune.main(tune.Args(passes=("M7",)))
+
+
+def test_the_tiles_of_a_dtype() -> None:
+    half, whole = tune.tiles("bfloat16"), tune.tiles("float32")
+    assert half[0] is None
+    assert set(half) < set(whole)
+    assert triton_backend.forward_config(torch.bfloat16, 128, 256, 90, True) in half
+    assert triton_backend.keys_config(torch.bfloat16, 128, 4096, 90) in half

@@ -1,0 +1,168 @@
+"""Which tiles are fastest on this GPU: candidates for the static tables in eqco_loss/ops/triton_backend.py, in turn.
+
+    python -m benchmarks.tune                              # every pass in bfloat16
+    python -m benchmarks.tune --passes "M1 forward" --dtype float32
+
+Each candidate must give what the table's own tile gives before it is timed, in CUDA graphs, L2 flushed and warm; one
+that does not fit or is wrong is a row that says so. The fastest of each pass are printed beside the table's tile; the
+tables themselves are changed by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from eqco_loss.ops import Pairs, triton_backend
+from eqco_loss.ops.triton_backend import Config
+
+from .measure import RESULTS, Row, Timing, captured, interleave, interleave_graphs, provenance, set_precision, write_csv
+from .runner import check_device
+
+Outputs = tuple[Tensor, ...]
+Pass = Callable[[Config | None], Outputs]
+RESIDENT, STREAMED, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
+PASSES = ("M1 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
+CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2}  # to the table's tile, in the norm
+
+
+@dataclass(frozen=True)
+class Args:
+    passes: tuple[str, ...] = PASSES
+    dtype: Literal["float32", "high", "bfloat16", "float16"] = "bfloat16"
+    d: int = 128  # features
+    rounds: int = 20
+    waves: tuple[float, ...] = (1.0, 2.0)  # times as many splits of the forward passes as the launcher takes
+    out: Path = RESULTS / "tune.csv"
+
+
+def main(args: Args) -> None:
+    unknown = [name for name in args.passes if name not in PASSES]
+    if unknown:
+        raise SystemExit(f"error: passes: unknown {', '.join(unknown)}; known: {', '.join(PASSES)}.")
+    if not args.rounds > 0:
+        raise SystemExit(f"error: rounds: expected more than 0, got {args.rounds}.")
+    if not torch.cuda.is_available():
+        raise SystemExit("error: torch sees no GPU, and tiles are tuned on the GPU that they are for.")
+    check_device("cuda")
+    set_precision(args.dtype)
+    rows: list[Row] = []
+    origin = provenance("cuda")
+    every = passes(args.dtype, args.d, "cuda")
+    for name in args.passes:
+        found = tried(every[name], tiles(args.dtype), args.waves if "forward" in name else (1.0,), args.dtype)
+        timings = timed({place: step for place, (_, _, step) in enumerate(found) if callable(step)}, args.rounds)
+        part = []
+        for place, (tile, wave, step) in enumerate(found):
+            row = {"pass": name, "dtype": args.dtype, "d": str(args.d)}
+            row |= dict(zip(Config._fields, map(str, tile or ("table",) * len(Config._fields)), strict=True))
+            row |= {"waves": f"{wave:g}", "status": step if isinstance(step, str) else "timed", "us": "", "warm_us": ""}
+            if place in timings:
+                cold, warm = timings[place]
+                row |= {"us": f"{1e6 * cold.median:.4g}", "warm_us": f"{1e6 * warm.median:.4g}"}
+            part.append(row | origin)
+        rows += part
+        write_csv(args.out, rows)
+        show(name, part)
+    print(f"written to {args.out}")
+
+
+def tiles(dtype: str) -> list[Config | None]:
+    """The table's (None), and all that may be worth a try."""
+    half = dtype in ("bfloat16", "float16")
+    every = map(Config, *zip(*itertools.product(RESIDENT, STREAMED, WARPS, STAGES), strict=True))
+    return [None, *(x for x in every if (x.resident >= 32 and x.streamed >= 32) or not half)]
+
+
+def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int = 4096) -> dict[str, Pass]:
+    """The kernels' passes, by the tile that they take."""
+    kind = {"high": torch.float32}.get(dtype) or getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(rows: int) -> Tensor:
+        return torch.randn(rows, d, generator=generator).to(device, kind)
+
+    q, queue, query = random(m), F.normalize(random(k).float()).to(kind), random(n)
+    key = query + random(n)
+    z, partners, band, no = torch.cat([query, key]), torch.cat([key, query]), Pairs(band=[0, n - 1, n]), Pairs()
+    batch, both = (
+        torch.rand(n, generator=generator).to(device) / n,
+        torch.rand(2 * n, generator=generator).to(device) / n,
+    )
+    t, losses = 0.2, triton_backend.row_losses
+    lse = [losses(a, b, c, None, band, no, t, None, None, True, True, False, False, False, False)[3][0].contiguous()
+           for a, b, c in ((query, key, key), (z, partners, z))]  # fmt: skip
+    ours = {
+        "M1 forward": lambda tile: losses(q, q, queue, None, no, no, t, None, 65536.0, True, False, False, True, False,
+                                          False, 1 / m, config=tile),
+        "S1 forward": lambda tile: losses(query, key, key, None, band, no, t, None, 65536.0, True, True, False, True,
+                                          True, False, 1 / n, config=tile),
+        "S1 keys' gradient": lambda tile: (triton_backend.logsumexp_keys_gradient(
+            query, key, batch, batch, lse[0], band, t, True, True, config=tile),),
+        "S2 forward": lambda tile: losses(z, partners, z, None, band, no, t, None, 65536.0, True, True, False, False,
+                                          False, False, 1 / n, config=tile),
+        "S2 gradient": lambda tile: triton_backend.both_roles_gradient(
+            z, both, both, lse[1], both, False, t, True, config=tile)[:1],
+    }  # fmt: skip
+    return {name: ours[name] for name in PASSES}
+
+
+def tried(
+    one: Pass, candidates: list[Config | None], waves: tuple[float, ...], dtype: str
+) -> list[tuple[Config | None, float, Callable[[], Outputs] | str]]:
+    """Each candidate that gives what the table's tile gives, as a step to time; of the others, why not."""
+    expected = one(None)
+    found: list[tuple[Config | None, float, Callable[[], Outputs] | str]] = []
+    fits = triton_backend._wave
+    for tile, wave in tqdm(list(itertools.product(candidates, waves)), desc="checking", leave=False):
+
+        def more(*of: object, wave: float = wave) -> int:
+            return max(1, int(wave * fits(*of)))  # type: ignore[arg-type]
+
+        def step(tile: Config | None = tile, more: Callable[..., int] = more) -> Outputs:
+            with mock.patch.object(triton_backend, "_wave", more):
+                return one(tile)
+
+        try:
+            pairs = [(a.double(), b.double()) for a, b in zip(step(), expected, strict=True) if a.numel()]
+            error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+            wrong = not error <= CLOSE[dtype]  # a NaN is wrong
+            found.append((tile, wave, f"differs by {error:.1e}" if wrong else step))
+        except Exception as failure:  # does not fit, or does not compile
+            found.append((tile, wave, f"{type(failure).__name__}: {str(failure).splitlines()[0][:80]}"))
+    return found
+
+
+def timed(
+    steps: dict[int, Callable[[], Outputs]], rounds: int, device: str = "cuda"
+) -> dict[int, tuple[Timing, Timing]]:
+    """Cold and warm; on a CPU, where only the interpreter runs kernels, wall-clock twice."""
+    named = {str(place): step for place, step in steps.items()}
+    if device == "cuda":
+        measured = interleave_graphs({name: captured(step) for name, step in named.items()}, rounds)
+    else:
+        measured = {name: (one, one) for name, one in interleave(named, rounds, "steps").items()}
+    return {int(name): both for name, both in measured.items()}
+
+
+def show(name: str, rows: list[Row]) -> None:
+    done = sorted((row for row in rows if row["us"]), key=lambda row: float(row["us"]))
+    best = [row for row in done if row["resident"] != "table"][:8]
+    print(f"\n{name}, {rows[0]['dtype']}, D = {rows[0]['d']}: {len(done)} of {len(rows)} ran")
+    for row in [*(row for row in done if row["resident"] == "table"), *best]:
+        tile = " x ".join(row[field] for field in Config._fields)
+        print(f"{tile:28} waves {row['waves']:>3}{row['us']:>10} us{row['warm_us']:>10} us warm")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
