@@ -319,13 +319,20 @@ def main(args: Args) -> int:
     start = time.perf_counter()
     cases = matrix() if args.matrix else CASES
     chosen = [index for index, case in enumerate(cases) if args.match in case.name]
+    if unknown := sorted(set(args.targets) - set(GPUS)):
+        raise SystemExit(f"error: targets: unknown {', '.join(map(str, unknown))}; known: {', '.join(map(str, GPUS))}.")
+    if not chosen or not args.targets or args.processes < 1:
+        raise SystemExit(
+            "error: targets, match, processes: expected one target, one case and one process at the least."
+        )
     work = [(target, index, args.matrix) for target in args.targets for index in chosen]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        seen, failures = set(), []
+        seen, failures, kernels = set(), [], 0
         print("  ".join(COLUMNS) + "  |  " + "  ".join(LOOP), flush=True)
         for (_, index, _), rows in zip(work, pool.imap(build, work), strict=True):
             for row in rows:
-                if row.loop is not None or row.fails or (row.target, row.kernel) not in seen:
+                kernels += 1
+                if args.matrix or row.loop is not None or row.fails or (row.target, row.kernel) not in seen:
                     note = "  SERIALISED" if row.serialised else ""
                     note += "  <- SPILLS" if row.fails and row.spilled else "  (spills)" if row.spilled else ""
                     print(
@@ -336,7 +343,8 @@ def main(args: Args) -> int:
                 seen.add((row.target, row.kernel))
                 failures += [row] if row.fails else []
     took = time.perf_counter() - start
-    print(f"{len(failures)} half-precision kernels with D <= 256 spill or wait for each product; {took:.0f} s")
+    bad = f"{len(failures)} of half precision with D <= 256 spill or wait for each product"
+    print(f"{kernels} kernels; {bad}; {took:.0f} s")
     return 1 if failures else 0
 
 

@@ -337,6 +337,8 @@ def _in_both_roles(settings: Settings, query: Tensor, positive_key: Tensor) -> b
     """Whether one pass over the pairs of rows can give the gradients of both directions to both sides."""
     if not settings.symmetric or settings.num_negatives is not None or settings.reduction == "none":
         return False
+    if not settings.normalize:  # it takes the softmax from the log-sum-exp, which rounds large logits away
+        return False
     return not torch.is_grad_enabled() or query.requires_grad == positive_key.requires_grad
 
 

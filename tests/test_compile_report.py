@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compile_report import Built, Loop, matrix
+from benchmarks.compile_report import Args, Built, Loop, main, matrix
 from benchmarks.workloads import WORKLOADS
 
 pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
@@ -66,3 +66,17 @@ def test_host_time() -> None:
     assert all(float(figure) > 0 for row in rows.values() for figure in row[:3])
     assert rows["M1"][3:] == ["attend,", "combine"]
     assert rows["P1"][3:] == ["attend"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (Args(targets=(91,)), "unknown 91; known: 80, 90, 100"),
+        (Args(targets=()), "expected one target"),
+        (Args(match="nothing of the kind"), "one case"),
+        (Args(processes=0), "one process"),
+    ],
+)
+def test_bad_input(args: Args, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(args)

@@ -148,6 +148,24 @@ def test_past_the_dispatcher_is_the_same(loss: str, mode: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight, dispatched, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's: one call after the other
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_vmap_is_call_by_call(loss: str, symmetric: bool) -> None:
+    """Of the loss, and of its backward (is_grads_batched)."""
+    criterion = EqCoLoss(symmetric=symmetric) if loss == "eqco" else functional.dual_temp_infonce
+    query, key = torch.randn(3, 6, 4), torch.randn(3, 6, 4)
+    expected = torch.stack([criterion(q, k) for q, k in zip(query, key, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(criterion)(query, key), expected)
+    q, k = query[0].requires_grad_(), key[0].requires_grad_()
+    value = criterion(q, k)
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    for one in (q, k):
+        (batched,) = torch.autograd.grad(value, one, weights, retain_graph=True, is_grads_batched=True)
+        (single,) = torch.autograd.grad(value, one, retain_graph=True)
+        torch.testing.assert_close(batched, weights[:, None, None] * single)
+
+
 class Subclass(Tensor):
     """A tensor of somebody's own."""
 

@@ -36,7 +36,7 @@ _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list,
 class _Operator:
     """A registered operator, called past the dispatcher where nobody looks on: its wrappers cost 0.1 to 0.3 ms a call.
 
-    Compilers, modes and tensor subclasses meet the operator itself, as they must.
+    Compilers, modes, torch.func's transforms and tensor subclasses meet the operator itself, as they must.
     """
 
     def __init__(self, implementation: Callable[..., Any], schema: str) -> None:
@@ -57,15 +57,24 @@ class _Operator:
         self.differentiable = type(self.implementation.__name__, (torch.autograd.Function,), methods)
 
     def __call__(self, *inputs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or not _PLAIN.issuperset(map(type, inputs))
-        ):
+        if _looked_on() or not _PLAIN.issuperset(map(type, inputs)):
             return self.registered(*inputs)
-        if self.differentiable is None:
-            return self.implementation(*inputs)
-        return self.differentiable.apply(*inputs)
+        if self.differentiable is not None:
+            return self.differentiable.apply(*inputs)
+        if any(isinstance(x, Tensor) and _is_batched(x) for x in inputs):  # an operator of backward
+            return self.registered(*inputs)
+        return self.implementation(*inputs)
+
+
+def _looked_on() -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Of torch.autograd.grad(is_grads_batched=True), which torch keeps apart from torch.func."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], _Operator]:
@@ -227,6 +236,8 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
 
 def _times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """unit (N, D) times grad (N,), rounded by the same kernel."""
+    if _looked_on() or _is_batched(grad):  # a compiler fuses them, and vmap has no out=
+        return (unit * grad[:, None]).to(dtype)
     return torch.mul(unit, grad[:, None], out=torch.empty_like(unit, dtype=dtype))
 
 
