@@ -323,7 +323,7 @@ def _passes(
 
     alone = ranks is None and given is None and query_ids is None
     if alone and _in_both_roles(settings, query, positive_key):
-        z = torch.cat([query, positive_key])
+        z = both if views == 2 else torch.cat([query, positive_key])
         partners = z.detach().roll(n, 0)
         return [_Pass(z, partners, z.detach(), settings.normalize, pairs(), None, in_batch or "keys")], None
     passes = [_Pass(query, positive_key, both, settings.normalize, pairs(), given)]
