@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -39,11 +40,13 @@ class Timing(NamedTuple):
 
 
 def interleave(steps: Mapping[str, Step], rounds: int, label: str, device: str = "cpu") -> dict[str, Timing]:
-    """Wall-clock of every step once a round, in turn: all of them meet the same machine."""
+    """Wall-clock of every step once a round: all of them meet the same machine, and each other in every order."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
     for _ in tqdm(range(rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
-        for name, step in steps.items():
-            seconds[name].append(wall_clock(step, device))
+        shuffle(order)  # or the same one would always follow the one that leaves the caches coldest
+        for name in order:
+            seconds[name].append(wall_clock(steps[name], device))
     return {name: Timing.of(s) for name, s in seconds.items()}
 
 
