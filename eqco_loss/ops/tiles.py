@@ -73,12 +73,12 @@ class Tile(NamedTuple):
             count[max(0, -diagonal) : c - diagonal] -= 1
         return count
 
-    def add_weighted(self, out: Tensor, weight: Tensor) -> None:
-        """out (R, D) += weight (R, C) @ keys"""
+    def add_weighted(self, out: Tensor, weight: Tensor, first: bool) -> None:
+        """out (R, D) += weight (R, C) @ keys; ``first``: whatever is in out"""
         if self.keys.dim() == 3:
-            out += torch.bmm(weight[:, None, :], self.keys)[:, 0]
+            out.unsqueeze(1).baddbmm_(weight[:, None, :], self.keys, beta=0 if first else 1)
         else:
-            out.addmm_(weight, self.keys)
+            out.addmm_(weight, self.keys, beta=0 if first else 1)
 
     def add_transposed(self, out: Tensor, weight: Tensor, rows: Tensor) -> None:
         """out[place] += weight.T (C, R) @ rows (R, D)"""

@@ -83,34 +83,51 @@ def row_losses(
             ready = _Ready(normalize_extra, dtype)
             extra = _attend(q, _LOG2E / t, extra_keys, extra_pairs, ready, need_query_gradient, ratio, positive_logit)
             passes = _merged(passes, _whole([seen for _, seen, _ in extra]))
+        nothing = q.new_zeros(n)
         for rows, seen, only in passes:
-            s, lse = positive_similarity[rows], _checked_lse(seen, rows.start)
+            mine, its, s = q[rows], p[rows], positive_similarity[rows]
+            lse = _checked_lse(seen, rows.start)
             count = seen.negatives if seen.known is None else seen.known
             row_loss, intra_loss, weight, log_weight = _values(
                 s, lse, seen.inter_lse, count, t, inter_temperature, alpha
             )
             torch.mul(row_loss, share, out=loss[rows])
             factor = weight * (share / t)
-            stats[Stat.LSE, rows], stats[Stat.WEIGHT, rows] = lse, weight
-            stats[Stat.POSITIVE, rows], stats[Stat.COUNT, rows] = s, seen.negatives
-            stats[Stat.INTRA_LOSS, rows] = intra_loss
-            if log_weight is not None:
-                stats[Stat.LOG_WEIGHT, rows] = log_weight
+            none = nothing[rows]
+            rank, negative, of_temperature = none, none, none
             if need_statistics:
-                stats[Stat.RANK, rows] = seen.rank
-                stats[Stat.NEGATIVE, rows] = seen.logit_sum * (t * _LN2) / seen.negatives
-            if need_query_gradient and isinstance(t, Tensor):
-                stats[Stat.TEMPERATURE_GRADIENT, rows] = factor / t * (s - (q[rows] * seen.mean_key).sum(1))
+                rank, negative = seen.rank, seen.logit_sum * (t * _LN2) / seen.negatives
             if need_query_gradient:
-                change = (seen.mean_key - p[rows]).mul_(factor[:, None])
-                _through_unit(change, q[rows], q_norm, rows, query_gradient[rows])
+                # By how much a row is more like its negatives' mean than like its positive.
+                excess = (mine * seen.mean_key).sum(1).sub_(s) if normalize or isinstance(t, Tensor) else s
+                if isinstance(t, Tensor):
+                    of_temperature = excess * -factor / t
+                toward = torch.addcmul(its, mine, excess[:, None]) if normalize else its
+                pull = _per_length(factor, q_norm, rows)
+                torch.sub(seen.mean_key, toward, out=query_gradient[rows]).mul_(pull)
             if need_positive_gradient:
-                change = q[rows] * -factor[:, None]
-                _through_unit(change, p[rows], p_norm, rows, positive_gradient[rows])
+                pull = _per_length(factor, p_norm, rows)
+                out = torch.mul(mine, -pull, out=positive_gradient[rows])
+                if normalize:
+                    out.addcmul_(its, pull * s[:, None])
             if need_keys_gradient and only is not None:
-                only.tile.add_transposed(keys_gradient, only.exponentials, q[rows] * (factor * seen.unit)[:, None])
+                only.tile.add_transposed(keys_gradient, only.exponentials, mine * (factor * seen.unit)[:, None])
                 fused = True
-        if fused:
+            columns = {
+                Stat.LSE: lse,
+                Stat.WEIGHT: weight,
+                Stat.POSITIVE: s,
+                Stat.COUNT: seen.negatives,
+                Stat.LOG_WEIGHT: none if log_weight is None else log_weight,
+                Stat.TEMPERATURE_GRADIENT: of_temperature,
+                Stat.INTRA_LOSS: intra_loss,
+                Stat.RANK: rank,
+                Stat.NEGATIVE: negative,
+            }
+            torch.stack([columns[row] for row in Stat], out=stats[:, rows])
+        if fused and ready.knows(keys) and p_norm is not None:
+            _through_unit(keys_gradient, p, p_norm, out=keys_gradient)
+        elif fused:
             _keys_through_unit(keys_gradient, keys, normalize_keys)
         elif need_keys_gradient:
             keys_gradient = logsumexp_keys_gradient(
@@ -339,9 +356,12 @@ class _Ready:
     unit: Tensor | None = None  # is here already
 
     def __call__(self, part: Tensor) -> Tensor:
-        if self.unit is not None and self.raw is not None and _same_memory(part, self.raw):
+        if self.unit is not None and self.knows(part):
             return self.unit
         return _unit(part, self.normalize, self.dtype)[0]
+
+    def knows(self, part: Tensor) -> bool:
+        return self.unit is not None and self.raw is not None and _same_memory(part, self.raw)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -404,12 +424,10 @@ def _attend(
             if ratio is not None:
                 inter.fold(torch.mul(x, ratio, out=inter_scratch(*x.shape)), place == 0)
             shrink = running.fold(x, place == 0)
-            if need_mean_key and place == 0:
-                mean_key.zero_()
-            elif need_mean_key:
+            if need_mean_key and place > 0:
                 mean_key *= shrink[:, None]
             if need_mean_key:
-                tile.add_weighted(mean_key, x)
+                tile.add_weighted(mean_key, x, place == 0)
         unit = 1 / running.total
         if need_mean_key:
             mean_key *= (unit if known else torch.where(count == 0, 0.0, unit))[:, None]
@@ -578,6 +596,11 @@ def _through_unit(
         return gradient if out is None else out.copy_(gradient)
     along = (unit * gradient).sum(-1, keepdim=True)
     return torch.div(torch.addcmul(gradient, unit, along, value=-1), norm[rows], out=out)
+
+
+def _per_length(factor: Tensor, norm: Tensor | None, rows: slice) -> Tensor:
+    """factor (R,) over the raw rows' lengths, (R, 1)."""
+    return factor[:, None] if norm is None else factor[:, None] / norm[rows]
 
 
 def _keys_through_unit(gradient: Tensor, keys: Tensor, normalize: bool) -> None:
