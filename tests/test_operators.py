@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eqco_loss.ops
-from eqco_loss import EqCoLoss, MomentumQueue, functional
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
 from tests import cases, knobs, oracle
 from tests.cases import LOSSES, MODES, MODES_AND_IDS, Case, Sample
 from tests.tolerance import assert_as_exact_as_eager
@@ -176,6 +176,20 @@ def test_a_tensor_subclass_meets_the_operator() -> None:
         EqCoLoss()(torch.randn(4, 3), torch.randn(4, 3))
         with pytest.raises(InterruptedError):
             EqCoLoss()(query, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_meta_device_tells_shapes(loss: str, symmetric: bool) -> None:
+    """As when a model is built without memory: shapes and dtypes of loss and gradients, and nothing computed."""
+    criterion = (EqCoLoss if loss == "eqco" else DualTempInfoNCE)(symmetric=symmetric)
+    query, key = (torch.empty(4, 3, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    value = criterion(query, key)
+    value.backward()
+    assert value.is_meta and value.shape == () and value.dtype == torch.float32
+    for leaf in (query, key):
+        assert leaf.grad is not None and leaf.grad.is_meta
+        assert (leaf.grad.shape, leaf.grad.dtype) == ((4, 3), torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradcheck

@@ -16,7 +16,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NONE, TAIL, ENDS, PAIRS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what is masked
 CENTRE = tl.constexpr(-1.0)  # the fixed maximum of unit rows' logits: half of what float16 holds is on either side
 MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
@@ -231,7 +230,8 @@ def visit(
     keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
     first, modulus, width, limit, lo, hi, ratio, key_eps, n,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASK: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
+    MASK: tl.constexpr,  # what of s: "none", "tail" (beyond limit), "ends" (of a band), "pairs" (any)
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
     BOUNDED: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -245,7 +245,7 @@ def visit(
         if BAND:
             place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL)
             start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
-        elif MASK != NONE:  # a key there is instead of a mask: registers
+        elif MASK != "none":  # a key there is instead of a mask: registers
             place = tl.minimum(column, limit - 1)
         k = load_rows(keys, place, stride_k, stride_d, limit, D, BLOCK_D, False, WIDE)
         raw: tl.constexpr = k.dtype == q.dtype
@@ -260,9 +260,9 @@ def visit(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (R, C), logits once times row_scale
         if raw and NORM != 0:
             s = s * inverse[None, :]
-        if MASK == TAIL:
+        if MASK == "tail":
             s = tl.where((column < limit)[None, :], s, float("-inf"))
-        if MASK == PAIRS:
+        if MASK == "pairs":
             keep = (column < limit)[None, :] & (rows >= 0)[:, None]
             if BAND:
                 ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
@@ -275,7 +275,7 @@ def visit(
                 keep = keep & (query_ids[:, None] != tl.load(at, mask=(rows < n)[:, None], other=0))
             s = tl.where(keep, s, float("-inf"))
             count += tl.sum(tl.where(s == float("-inf"), 0.0, 1.0), 1)  # of s: keep has another layout
-        if MASK == ENDS and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
+        if MASK == "ends" and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
             ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
             s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
         if STATISTICS:
@@ -291,7 +291,7 @@ def visit(
             if not BOUNDED:
                 mean_key = mean_key * shrink[:, None]
             mean_key = tl.dot(x.to(q.dtype), k, acc=mean_key, input_precision=PRECISION)
-    if MASK == ENDS:  # columns r .. r + width - 1 are row r's
+    if MASK == "ends":  # columns r .. r + width - 1 are row r's
         r = tl.arange(0, BLOCK_ROWS)
         count += tl.maximum(tl.minimum(hi, r + width) - tl.maximum(lo, r), 0).to(tl.float32)
     return maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum
@@ -355,20 +355,20 @@ def attend(
     lo = split % splits_per_view * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     ratio = t / inter_t
-    MASK: tl.constexpr = PAIRS if IDS != 0 else ENDS if BAND else TAIL
+    MASK: tl.constexpr = "pairs" if IDS != 0 else "ends" if BAND else "tail"
     middle = hi
-    if MASK == TAIL:
+    if MASK == "tail":
         middle = hi - hi % BLOCK_KEYS  # lo is whole tiles
-    for rest in tl.static_range(2 if MASK == TAIL else 1):  # no mask in the loop that takes the time
+    for rest in tl.static_range(2 if MASK == "tail" else 1):  # no mask in the loop that takes the time
         maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             q, row_scale, positive_logit, ids, rows,
             keys, stride_k, stride_d, key_inverse, key_ids, ids_stride_n, ids_stride_k,
             first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, key_eps, n,
-            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, NONE if MASK == TAIL and not rest else MASK, BAND, SMALL, IDS, NORM,
-            BOUNDED, DUAL, QUERY_GRADIENT, STATISTICS, PRECISION, 1 if rest else STAGES, WIDE,
+            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if MASK == "tail" and not rest else MASK, BAND, SMALL, IDS,
+            NORM, BOUNDED, DUAL, QUERY_GRADIENT, STATISTICS, PRECISION, 1 if rest else STAGES, WIDE,
         )  # fmt: skip
-    if MASK == TAIL:
+    if MASK == "tail":
         count += hi - lo
     if FINISH:
         finish(
@@ -607,18 +607,18 @@ def collect(
             row = wrapped(start + tl.arange(0, BLOCK_ROWS), modulus, SMALL)
             start = wrapped(start + BLOCK_ROWS, modulus, SMALL)
         present = row < n
-        if MASK != ENDS:  # a row there is instead of a mask: registers
+        if MASK != "ends":  # a row there is instead of a mask: registers
             row = tl.minimum(row, n - 1)
         q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
         scale, base = tl.load(per_row + row), tl.load(per_row + plane + row)
         weight = tl.load(per_row + 2 * plane + row) * prescale
-        if MASK == TAIL:
+        if MASK == "tail":
             weight = tl.where(present, weight, 0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (C, R)
         if RAW_NORM:
             s = s * key_inverse[:, None]
         x = tl.exp2(s * scale[None, :] - base[None, :]) * weight[None, :]
-        if MASK == PAIRS:
+        if MASK == "pairs":
             keep = present[None, :] & (key_row >= 0)[:, None]
             if BAND == 1:
                 ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
@@ -637,7 +637,7 @@ def collect(
                 ids = tl.load(at, mask=(keys_at < k_limit)[:, None], other=0)
                 keep = keep & (ids != own[None, :])
             x = tl.where(keep, x, 0.0)
-        if MASK == ENDS and (c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width):
+        if MASK == "ends" and (c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width):
             ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
         if k.dtype == tl.float16:  # rows and keys that are padding
@@ -680,7 +680,7 @@ def keys_gradient(
         most = tl.load(largest)
         prescale = 4096.0 / tl.where(most > 0, most, 1.0)
     acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    MASK: tl.constexpr = ENDS if BAND == 1 and WHOLE and IDS == 0 else PAIRS if BAND != 0 or IDS != 0 else TAIL
+    MASK: tl.constexpr = "ends" if BAND == 1 and WHOLE and IDS == 0 else "pairs" if BAND != 0 or IDS != 0 else "tail"
     columns, first = n, 0
     if BAND == 1:
         columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
