@@ -139,7 +139,9 @@ def tried(
             wrong = not error <= CLOSE[dtype]  # a NaN is wrong
             found.append((tile, wave, f"differs by {error:.1e}" if wrong else step))
         except Exception as failure:  # does not fit, or does not compile
-            found.append((tile, wave, f"{type(failure).__name__}: {str(failure).splitlines()[0][:80]}"))
+            found.append(
+                (tile, wave, f"{type(failure).__name__}: {(str(failure).splitlines() or ['no text'])[0][:80]}")
+            )
     return found
 
 

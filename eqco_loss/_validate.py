@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import zlib
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
-from .queue import MomentumQueue
+from .queue import INTEGERS, MomentumQueue
 
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("none", "mean", "sum")
@@ -62,7 +63,8 @@ def inter_temperature(value: Any) -> None:
 
 
 def positive_number(name: str, value: Any, advice: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    real: type[Any] = numbers.Real  # NumPy's too
+    if isinstance(value, bool) or not isinstance(value, real):
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__} {value!r}. {advice}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}. {advice}")
@@ -128,11 +130,11 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
         if (
             negative_keys.dim() not in (2, 3)
             or negative_keys.shape[-1] != d
-            or (negative_keys.dim() == 3 and len(negative_keys) != n)
+            or (negative_keys.dim() == 3 and negative_keys.shape[0] != n)
         ):
             hint = (
                 "MoCo keeps its queue as (D, K): pass queue.T."
-                if negative_keys.dim() == 2 and len(negative_keys) == d
+                if negative_keys.dim() == 2 and negative_keys.shape[0] == d
                 else "Reshape it to one of these."
             )
             raise ValueError(
@@ -157,7 +159,7 @@ def call(
     negative_ids: Any,
 ) -> None:
     """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
-    forward_mode()
+    reverse_mode()
     stored = isinstance(negative_keys, MomentumQueue)
     embeddings(query, positive_key, None if stored else negative_keys)
     temperature_device(chosen.temperature, query)
@@ -182,19 +184,27 @@ def call(
         source = "queue without ids" if negative_keys.slot_ids is None else "queue"
         ids(query, query_ids, negative_ids, source=source)
     elif negative_keys is not None:
-        n, count = len(query), negative_keys.shape[-2]
+        n, count = query.shape[0], negative_keys.shape[-2]
         ids(query, query_ids, negative_ids, source="tensor", shapes=((count,), (n, count)))
     else:
         ids(query, query_ids, negative_ids, source="batch")
     if chosen.gather is False and negative_keys is None:
-        _others(len(query), query)
+        _others(query.shape[0], query)
 
 
-def forward_mode() -> None:
-    if not torch.compiler.is_compiling() and getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+def reverse_mode() -> None:
+    if torch.compiler.is_compiling():
+        return
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
         raise NotImplementedError(
             "eqco_loss: expected reverse-mode differentiation, got forward mode (torch.func.jvp, forward_ad), which an "
             "operator cannot serve and would take for 0. Use torch.autograd.grad, with create_graph=True for more."
+        )
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    if innermost is not None and innermost.key() == torch._C._functorch.TransformType.Grad:
+        raise NotImplementedError(
+            "eqco_loss: expected a call outside torch.func.grad, vjp and jacrev, whose transform an operator cannot "
+            "serve. Use torch.autograd.grad(loss, inputs), with create_graph=True for more."
         )
 
 
@@ -227,7 +237,7 @@ def agree(
     facts = {"an error": 0 if wrong is None else 1}
     if wrong is None:
         facts |= {
-            "rows": len(query),
+            "rows": query.shape[0],
             "D": query.shape[1],
             "dtype": _code(query.dtype),
             "settings (temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, reduction)": _code(
@@ -289,7 +299,7 @@ def ids(
     query: Tensor, query_ids: Any, negative_ids: Any, *, source: str, shapes: tuple[tuple[int, ...], ...] = ()
 ) -> None:
     """``source`` is where the negatives come from: "batch", "tensor", "queue" or "queue without ids"."""
-    n = len(query)
+    n = query.shape[0]
     if negative_ids is not None and source != "tensor":
         way = (
             "In a batch query_ids serve both sides"
@@ -344,7 +354,12 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> Non
             f"query.flatten(1)."
         )
     n, d = query.shape
-    if keys.dim() not in (2, 3) or keys.shape[-1] != d or keys.shape[-2] == 0 or (keys.dim() == 3 and len(keys) != n):
+    if (
+        keys.dim() not in (2, 3)
+        or keys.shape[-1] != d
+        or keys.shape[-2] == 0
+        or (keys.dim() == 3 and keys.shape[0] != n)
+    ):
         raise ValueError(
             f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. MoCo "
             f"keeps its queue as (D, K): pass queue.T."
@@ -370,17 +385,22 @@ def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
 
 
 def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tensor) -> None:
-    expected = " or ".join(map(str, shapes))
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected an integer tensor of shape {expected}, got {type(value).__name__}. Wrap it: "
+            f"{name}: expected an integer tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap it: "
             f"torch.tensor({name})."
         )
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {value.dtype}. Use ids.long().")
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected integers (int64 or narrower, signed), got {value.dtype}. Use {name}.long().")
     if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}. One id for each embedding.")
+        raise ValueError(
+            f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. One id for each embedding."
+        )
     _alike(name, value, query, dtype=False)
+
+
+def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " or ".join(map(str, shapes))
 
 
 def _tensor(name: str, x: Any) -> None:

@@ -260,17 +260,17 @@ def _row_losses(
         None if extra is None else extra.ids,
         None if extra is None else extra.filled,
         1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
-        settings.inter_temperature,
-        settings.alpha,
+        None if settings.inter_temperature is None else float(settings.inter_temperature),
+        None if settings.alpha is None else float(settings.alpha),
         settings.normalize,
         normalize_keys,
         extra is not None and extra.normalize,
-        grad and not both_roles and (query.requires_grad or (learned is not None and learned.requires_grad)),
-        grad and positive.requires_grad,
+        grad and not both_roles and (ops.requires_grad(query) or ops.requires_grad(learned)),
+        grad and ops.requires_grad(positive),
         # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
         # finding that out would wait for the device.
         grad
-        and keys.requires_grad
+        and ops.requires_grad(keys)
         and settings.reduction != "none"
         and keys.device.type == "cpu"
         and backend == "torch",
@@ -311,13 +311,13 @@ def _passes(
     all_keys = everyone(positive_key)  # (N, D), of all ranks
     all_queries = everyone(query) if views == 2 or settings.symmetric else query
     both = torch.cat([all_queries, all_keys]) if views == 2 else all_keys
-    offset, n = (0, len(query)) if ranks is None else (ranks.offset, ranks.total)
+    offset, n = (0, query.shape[0]) if ranks is None else (ranks.offset, ranks.total)
 
     def pairs() -> Pairs:
         others = views * (n - 1)
         k = others if settings.num_negatives is None else min(settings.num_negatives, others)
         if settings.sampling == "random" and k < others:
-            picked = random_negatives(len(query), k, query.device, total=n, offset=offset, views=views)
+            picked = random_negatives(query.shape[0], k, query.device, total=n, offset=offset, views=views)
             return Pairs(query_ids, key_ids, None, picked, [])
         return Pairs(query_ids, key_ids, None, None, [offset, k // views, n])
 
@@ -339,7 +339,7 @@ def _in_both_roles(settings: Settings, query: Tensor, positive_key: Tensor) -> b
         return False
     if not settings.normalize:  # it takes the softmax from the log-sum-exp, which rounds large logits away
         return False
-    return not torch.is_grad_enabled() or query.requires_grad == positive_key.requires_grad
+    return not torch.is_grad_enabled() or ops.requires_grad(query) == ops.requires_grad(positive_key)
 
 
 def _given(
@@ -358,7 +358,7 @@ def _share(settings: Settings, passes: list[_Pass], ranks: Ranks | None) -> list
 
     The operator multiplies by it: a mean of its own would be two more kernels on a GPU.
     """
-    rows = len(passes[0].query) * len(passes)  # twice as many if symmetric, in one pass or in two
+    rows = passes[0].query.shape[0] * len(passes)  # twice as many if symmetric, in one pass or in two
     directions = 2 if settings.symmetric else 1
     if settings.reduction == "none" or (settings.reduction == "sum" and ranks is None):
         return [1, directions]
@@ -388,8 +388,8 @@ def random_negatives(
     total = rows if total is None else total
     others = views * (total - 1)
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
-        picked = torch.empty((rows, k), dtype=torch.int64, device=device)
         uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
+        picked = torch.empty_like(uniform, dtype=torch.int64)
         for step in range(k):
             last = others - k + step
             candidate = (uniform[:, step] * (last + 1)).long()
@@ -438,12 +438,12 @@ def negatives_logsumexp(
         >>> torch.allclose(negatives_logsumexp(q, n), torch.logsumexp(q @ n.T, 1), atol=1e-5)
         True
     """
-    check.forward_mode()
+    check.reverse_mode()
     check.temperature(temperature)
     check.logsumexp_inputs(query, keys, query_ids, key_ids)
     check.temperature_device(temperature, query)
     learned = temperature if isinstance(temperature, Tensor) else None
-    need_mean_key = torch.is_grad_enabled() and (query.requires_grad or (learned is not None and learned.requires_grad))
+    need_mean_key = torch.is_grad_enabled() and (ops.requires_grad(query) or ops.requires_grad(learned))
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     chosen = _autocast_dtype(query.device), _backend("auto", query, keys)[0]
     lse: Tensor = ops.negatives_logsumexp(

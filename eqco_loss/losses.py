@@ -17,7 +17,10 @@ class _Criterion(nn.Module):
         super().__init__()
         check.settings(settings)
         for name, value in settings._asdict().items():  # a temperature that is an nn.Parameter registers itself
-            setattr(self, _attribute(name), value)
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(_attribute(name), value)  # type: ignore[arg-type]
 
     @property
     def settings(self) -> Settings:
@@ -65,7 +68,7 @@ class _Criterion(nn.Module):
     def extra_repr(self) -> str:
         shown = self.settings._asdict()
         if isinstance(shown["temperature"], Tensor):
-            shown["temperature"] = "learned"
+            shown["temperature"] = "learned" if shown["temperature"].requires_grad else "a tensor"
         if shown["inter_temperature"] is None:
             del shown["inter_temperature"]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
@@ -90,7 +93,7 @@ class EqCoLoss(_Criterion):
 
     Args:
         temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
-            module's own.
+            module's own. A compiled program has numbers built in: one that a schedule changes should be a tensor.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
         in_batch: the batch's own negatives. None: ``"keys"`` if no ``negative_keys`` are given, else none. ``"keys"``:
             the other rows of positive_key. ``"views"``: every other embedding of both views (SimCLR), 2N - 2. With
@@ -181,8 +184,7 @@ class DualTempInfoNCE(_Criterion):
     code is NaN.
 
     Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022), the loss of
-        SimCo and SimMoCo. ``alpha`` is an
-    extension: EqCo's margin in both gaps.
+        SimCo and SimMoCo. ``alpha`` is an extension: EqCo's margin in both gaps.
 
     Args:
         temperature: t > 0, within a row; a number or a 0-dim tensor, which may require a gradient.

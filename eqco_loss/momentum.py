@@ -15,10 +15,10 @@ def momentum_update(
 ) -> None:
     r"""Move the key encoder towards the query encoder, in place: ``key = momentum * key + (1 - momentum) * query``.
 
-    Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded. No gradient is
-        recorded, storages stay the same, and
-    ``DistributedDataParallel`` and ``torch.compile`` wrappers on either side are looked through, and parameters sharded
-    by FSDP2 (``DTensor``) are updated shard by shard.
+    Source: MoCo (He et al. 2020), equation 2. Call it once a step, before the keys are encoded.
+
+    No gradient is recorded, and storages stay the same. ``DistributedDataParallel`` and ``torch.compile`` wrappers on
+    either side are looked through, and parameters sharded by FSDP2 (``DTensor``) are updated shard by shard.
 
     Args:
         query_encoder: trained by gradients; left as it is.

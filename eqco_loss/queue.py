@@ -9,18 +9,21 @@ from torch import Tensor, nn
 
 from .distributed import Gather, cannot_wait, check_gather, counted_ranks, equal_ranks
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # torch compares no others with these
+
 
 class MomentumQueue(nn.Module):
     r"""The newest ``size`` keys, first in, first out: negatives for later batches (MoCo, He et al. 2020, 3.2).
 
-    Starts empty, and slots not yet filled are never negatives: there is no random initialisation to unlearn. Batches of
-    any size fit: they wrap around, and of a batch larger than ``size`` the newest ``size`` rows stay. Rows are
-    normalised to unit length, in float32, when they enter. Contents, cursor, count and ids are buffers, so a
-    ``state_dict`` resumes bit for bit.
+    Starts empty, and slots not yet filled are never negatives: there is no random initialisation to unlearn.
+    Batches of any size fit: they wrap around, and of a batch larger than ``size`` the newest ``size`` rows stay.
+    Rows are normalised to unit length, in float32 (float64 for rows stored so), when they enter. Contents, cursor,
+    count and ids are buffers, so a ``state_dict`` resumes bit for bit.
 
     A NaN that enters stays until it is overwritten: skip ``enqueue`` in a step whose keys are not finite.
-    Enqueue after the loss; before ``backward()`` is safe too, without a clone. Prime a new queue with a first batch's
-    keys.
+    Enqueue after the loss; before ``backward()`` is safe too, without a clone, but not where the loss is computed again
+    then: with ``create_graph=True``, an error, or inside ``torch.utils.checkpoint``, which would meet the newer keys.
+    Prime a new queue with a first batch's keys.
 
     Args:
         size: how many keys to keep, K >= 1. No batch size needs to divide it.
@@ -191,7 +194,7 @@ class MomentumQueue(nn.Module):
                 f"decides."
             )
         if ids is not None:
-            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
                 raise TypeError(
                     f"ids: expected an integer tensor ({len(keys)},), got "
                     f"{getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."

@@ -59,6 +59,11 @@ def test_what_fails(spilled: int, waits: int, dtype: str, d: int, fails: bool) -
     assert Built(90, "attend", "queue", dtype, d, 128, spilled, 1024, 1.0, loop, 0.1).fails is fails
 
 
+@pytest.mark.parametrize(("target", "kilobytes", "fails"), [(86, 99, False), (86, 100, True), (90, 128, False)])
+def test_what_does_not_fit_fails(target: int, kilobytes: int, fails: bool) -> None:
+    assert Built(target, "attend", "queue", "fp32", 512, 128, 0, 1024 * kilobytes, 1.0, None, 0.1).fails is fails
+
+
 def test_host_time() -> None:
     """A row for each workload, and which kernels a step of ours would launch."""
     rows = {line[0]: line[1:] for line in command("benchmarks.host", "--rounds", "1")[1:]}
@@ -71,7 +76,7 @@ def test_host_time() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (Args(targets=(91,)), "unknown 91; known: 80, 90, 100"),
+        (Args(targets=(91,)), "unknown 91; known: 80, 86, 90, 100, 120"),
         (Args(targets=()), "expected one target"),
         (Args(match="nothing of the kind"), "one case"),
         (Args(processes=0), "one process"),

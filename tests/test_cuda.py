@@ -141,6 +141,7 @@ def test_cuda_graph(in_batch: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss, gradient = step(criterion, q, k)
+        loss = loss.detach()  # or q's node, which belongs to the captured stream, lives on
     with torch.no_grad():
         q.copy_(rows(256, seed=7))
     graph.replay()

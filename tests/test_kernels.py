@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eqco_loss import EqCoLoss, MomentumQueue, functional
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
 from eqco_loss.ops import Pairs, Stat, torch_backend, triton_backend
 from tests import cases, test_negatives
 from tests.cases import DEVICE, LOSSES, MODES_AND_IDS, Answer, Case, Sample
@@ -70,6 +70,22 @@ def test_odd_sizes(n: int, k: int, d: int) -> None:
     if n > 1:
         for dtype in DTYPES[1:]:
             assert_kernels(Case("dual", "in_batch", n=n, d=d, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+@pytest.mark.parametrize("loss", [EqCoLoss, DualTempInfoNCE])
+@pytest.mark.parametrize("why", ["one row", "one id"])
+def test_a_batch_without_negatives_beside_keys(why: str, loss: Any, in_batch: str, dtype: torch.dtype) -> None:
+    """Value and gradients of the keys alone."""
+    n, k, d = (1 if why == "one row" else 4), 21, 16
+    leaves = [torch.randn(rows, d, device=DEVICE).to(dtype).requires_grad_() for rows in (n, n, k)]
+    ids = {"query_ids": torch.full((n,), 3), "negative_ids": torch.arange(k) + 4} if why == "one id" else {}
+    ids = {name: x.to(DEVICE) for name, x in ids.items()}
+    both, alone = (loss(in_batch=choice, backend="triton")(*leaves, **ids) for choice in (in_batch, None))
+    torch.testing.assert_close(both, alone)
+    for got, expected in zip(torch.autograd.grad(both, leaves), torch.autograd.grad(alone, leaves), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("choice", CHOICES[::7], ids=str)
@@ -352,6 +368,31 @@ def test_second_derivatives() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # of the interpreter's numpy
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+def test_float16_gradients_too_small_for_it_are_zero(in_batch: str) -> None:
+    """Every negative is as good as out of reach: no scale brings its gradient back, and none may make it NaN."""
+    query = torch.randn(20, 16, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    key = query.detach().clone().requires_grad_()
+    criterion = EqCoLoss(0.005, None, in_batch=in_batch, symmetric=in_batch == "views", backend="triton")
+    for gradient in torch.autograd.grad(criterion(query, key), [query, key]):
+        assert bool((gradient == 0).all())
+
+
+def test_ids_of_two_dtypes_are_compared_by_value() -> None:
+    x, keys = torch.randn(4, 8, device=DEVICE), torch.randn(9, 8, device=DEVICE)
+    ids = {"query_ids": torch.full((4,), -1, dtype=torch.int8), "negative_ids": torch.full((9,), 255).to(torch.uint8)}
+    ids = {name: value.to(DEVICE) for name, value in ids.items()}
+    values = [EqCoLoss(backend=backend)(x, x, keys, **ids) for backend in ("triton", "torch")]
+    torch.testing.assert_close(*values)
+
+
+def test_an_integer_alpha_of_any_size() -> None:
+    x = torch.randn(4, 8, device=DEVICE)
+    values = [EqCoLoss(alpha=10**20, backend=backend)(x, x + 1) for backend in ("triton", "torch")]
+    torch.testing.assert_close(*values)
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["query", "positive", "keys"])
 def test_nan_and_inf_come_out_as_nan(where: str, bad: float) -> None:
@@ -385,6 +426,15 @@ def test_refusals_name_the_reason_and_the_way_out(query: Tensor, keys: Tensor, r
         EqCoLoss(backend="triton")(query, query, keys)
     assert EqCoLoss(backend="auto")(query, query, keys).isfinite()
     assert EqCoLoss(backend="auto").backend(query, query, keys)[0] == "torch"
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of torch 2.6 could not be compiled."""
+    monkeypatch.setattr(triton_backend, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(triton_backend.kernels().triton, "__version__", "3.2.0")
+    assert "Triton 3.2.0: the kernels need 3.3" in str(triton_backend._refusal_of("cuda", 0))
+    monkeypatch.setattr(triton_backend.kernels().triton, "__version__", "3.10.0")
+    assert triton_backend._refusal_of("cuda", 0) is None
 
 
 def test_float32_follows_torchs_setting() -> None:

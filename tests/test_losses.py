@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,19 @@ def test_function_and_module_are_one(loss: str, mode: str) -> None:
     value = functional.eqco_loss if loss == "eqco" else functional.dual_temp_infonce
     call: dict[str, Any] = {**arguments, **sample.ids(), "num_negatives": num_negatives}
     assert torch.equal(expected, value(sample.query, sample.positive, sample.negatives, **call))
+
+
+def test_settings_may_be_changed_and_may_be_numpys() -> None:
+    """Each by its name, ``backend`` too, which is also a method."""
+    query, key = torch.randn(4, 3), torch.randn(4, 3)
+    criterion = EqCoLoss()
+    for name, value in {"temperature": np.float32(0.5), "alpha": np.int64(7), "backend": "torch"}.items():
+        setattr(criterion, name, value)
+    assert criterion.backend(query, key) == ("torch", "asked for by name")
+    assert torch.equal(criterion(query, key), EqCoLoss(0.5, 7)(query, key))
+    setattr(criterion, "backend", "none")  # noqa: B010
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        criterion(query, key)
 
 
 def test_defaults_are_the_documented_ones() -> None:

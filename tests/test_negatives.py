@@ -283,3 +283,31 @@ def test_moco_checkpoint_loads() -> None:
         queue.load_moco(stored, 8)
     with pytest.raises(ValueError, match="got store_ids=True"):
         MomentumQueue(8, D, store_ids=True).load_moco(stored)
+
+
+@pytest.mark.parametrize("given", ["tensor", "per_query", "queue"])
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+@pytest.mark.parametrize("loss", [EqCoLoss, DualTempInfoNCE])
+@pytest.mark.parametrize("why", ["one row", "one id"])
+def test_a_batch_without_negatives_beside_a_set_that_has_some(why: str, loss: Any, in_batch: str, given: str) -> None:
+    """Value and gradients of the other set alone."""
+    n = 1 if why == "one row" else 4
+    leaves = [torch.randn(n, D, requires_grad=True) for _ in range(2)]
+    keys = torch.randn((n, K, D) if given == "per_query" else (K, D), requires_grad=given != "queue")
+    ids = {} if why == "one row" else {"query_ids": torch.full((n,), 3)}
+    others = torch.arange(K) + 4
+    negatives: Tensor | MomentumQueue = keys
+    if given == "queue":
+        negatives = MomentumQueue(K, D, store_ids=bool(ids))
+        negatives.enqueue(keys, others if ids else None)
+    else:
+        leaves.append(keys)
+        ids |= {"negative_ids": others} if ids else {}
+    for reduction in ("mean", "none"):
+        both, alone = (
+            loss(in_batch=choice, reduction=reduction)(*leaves[:2], negatives, **ids).mean()
+            for choice in (in_batch, None)
+        )
+        torch.testing.assert_close(both, alone)
+        for got, expected in zip(torch.autograd.grad(both, leaves), torch.autograd.grad(alone, leaves), strict=True):
+            torch.testing.assert_close(got, expected)

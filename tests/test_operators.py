@@ -149,6 +149,41 @@ def test_past_the_dispatcher_is_the_same(loss: str, mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's: one call after the other
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"num_negatives": 2}], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_backward_of_vmap_is_call_by_call(loss: str, kind: dict[str, Any], reduction: str) -> None:
+    criterion = (EqCoLoss if loss == "eqco" else DualTempInfoNCE)(reduction=reduction, **kind)
+    query, key = (torch.randn(3, 6, 4, requires_grad=True) for _ in range(2))
+    mapped = torch.autograd.grad(torch.func.vmap(criterion)(query, key).sum(), [query, key])
+    values = [criterion(q, k).sum() for q, k in zip(query, key, strict=True)]
+    expected = torch.autograd.grad(torch.stack(values).sum(), [query, key])
+    for got, gradient in zip(mapped, expected, strict=True):
+        torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_draws_negatives_for_each_call() -> None:
+    query, key = torch.randn(1, 40, 4).expand(2, 40, 4), torch.randn(1, 40, 4).expand(2, 40, 4)
+    for k in (3, 20):  # both ways to draw
+        draw = EqCoLoss(num_negatives=k, sampling="random")
+        first, second = torch.func.vmap(draw, randomness="different")(query, key)
+        assert first != second
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own jvp uses it
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jvp])
+def test_other_transforms_of_torch_func_name_the_way_out(transform: Callable[..., Any]) -> None:
+    query, key = torch.randn(4, 3), torch.randn(4, 3)
+
+    def loss(q: Tensor) -> Any:
+        return EqCoLoss()(q, key)
+
+    with pytest.raises(NotImplementedError, match=r"Use torch\.autograd\.grad"):
+        transform(loss, (query,), (query,)) if transform is torch.func.jvp else transform(loss)(query)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's: one call after the other
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_vmap_is_call_by_call(loss: str, symmetric: bool) -> None:
@@ -186,9 +221,11 @@ def test_the_meta_device_tells_shapes(loss: str, symmetric: bool) -> None:
     query, key = (torch.empty(4, 3, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     value = criterion(query, key)
     value.backward()
-    assert value.is_meta and value.shape == () and value.dtype == torch.float32
+    assert value.is_meta
+    assert (value.shape, value.dtype) == ((), torch.float32)
     for leaf in (query, key):
-        assert leaf.grad is not None and leaf.grad.is_meta
+        assert leaf.grad is not None
+        assert leaf.grad.is_meta
         assert (leaf.grad.shape, leaf.grad.dtype) == ((4, 3), torch.bfloat16)
 
 
@@ -391,6 +428,55 @@ def test_one_graph_for_every_batch_size() -> None:
         torch.testing.assert_close(compiled(q, p), EqCoLoss()(q, p))
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1] >= 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", ["batch", "tensor", "queue", "lse"])
+def test_one_graph_for_every_batch_size_with_ids(kind: str) -> None:
+    queue = MomentumQueue(12, 3, store_ids=True)
+    queue.enqueue(torch.randn(12, 3), torch.arange(12))
+
+    def loss(query: Tensor, key: Tensor, ids: Tensor) -> Any:
+        if kind == "lse":
+            return functional.negatives_logsumexp(query, key, query_ids=ids, key_ids=ids).mean()
+        if kind == "queue":
+            return EqCoLoss()(query, key, queue, query_ids=ids)
+        if kind == "tensor":
+            return EqCoLoss()(query, key, key.detach(), query_ids=ids, negative_ids=ids)
+        return EqCoLoss()(query, key, query_ids=ids)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for n in (6, 9, 5):
+        given = torch.randn(n, 3), torch.randn(n, 3), torch.arange(n)
+        torch.testing.assert_close(compiled(*given), loss(*given))
+        graphs.append(counter.frame_count)  # torch may compile the first one twice, to find out which numbers are fixed
+    assert graphs[0] == graphs[-1]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"symmetric": True, "in_batch": "views"}, {"num_negatives": 2}], ids=str)
+def test_exports_for_every_batch_size(kind: dict[str, Any], strict: bool) -> None:
+    criterion, n = EqCoLoss(**kind), torch.export.Dim("n", min=2, max=64)
+    given = torch.randn(6, 3), torch.randn(6, 3)
+    program = torch.export.export(criterion, given, dynamic_shapes=({0: n}, {0: n}), strict=strict).module()
+    for rows in (6, 9, 5):
+        query, key = torch.randn(rows, 3), torch.randn(rows, 3)
+        torch.testing.assert_close(program(query, key), criterion(query, key))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+def test_compiles_with_a_temperature_of_another_dtype(in_batch: str) -> None:
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    criterion = EqCoLoss(temperature, in_batch=in_batch, symmetric=True)
+    query, key = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    leaves = [query, key, temperature]
+    expected = torch.autograd.grad(criterion(query, key), leaves)
+    compiled = torch.autograd.grad(torch.compile(criterion, backend="aot_eager")(query, key), leaves)
+    for got, gradient in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(got, gradient)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

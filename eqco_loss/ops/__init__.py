@@ -24,7 +24,7 @@ from .tiles import Pairs
 from .torch_backend import Stat, compute_dtype
 from .triton_backend import refusal as triton_refusal
 
-__all__ = ["Pairs", "Stat", "negatives_logsumexp", "row_losses", "triton_refusal"]
+__all__ = ["Pairs", "Stat", "negatives_logsumexp", "requires_grad", "row_losses", "triton_refusal"]
 
 _PAIRS = "Tensor? query_ids, Tensor? key_ids, Tensor? valid_count, Tensor? picked, SymInt[] band"
 _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list, torch.dtype})
@@ -58,7 +58,7 @@ class _Operator:
         self.differentiable = type(self.implementation.__name__, (torch.autograd.Function,), methods)
 
     def __call__(self, *inputs: Any) -> Any:
-        if _looked_on() or inputs[0].is_meta or not _PLAIN.issuperset(map(type, inputs)):
+        if _looked_on() or _without_memory(inputs[0]) or not _PLAIN.issuperset(map(type, inputs)):
             return self.registered(*inputs)
         if self.differentiable is not None:
             return self.differentiable.apply(*inputs)
@@ -71,6 +71,18 @@ def _looked_on() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _without_memory(x: Tensor) -> bool:
+    return x.is_meta
+
+
+def requires_grad(x: Tensor | None) -> bool:
+    """Also of a tensor under torch.func.vmap, which hides it."""
+    if x is not None and not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return x is not None and x.requires_grad
 
 
 def _is_batched(grad: Tensor) -> bool:

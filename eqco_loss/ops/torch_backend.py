@@ -273,7 +273,7 @@ def both_roles_gradient(
         out.addcmul_(partner, (a + a.roll(half))[:, None], value=-1)
         for rows in slices(len(z), 256):
             _through_unit(out[rows], unit[rows], norm, rows, out[rows])
-    return out.to(z.dtype), temperature_gradient
+    return out.to(z.dtype), temperature_gradient.to(out.dtype)
 
 
 # ---------------------------------------------------------------------------------- plain formulas, for double backward
@@ -429,8 +429,10 @@ def _attend(
             if need_mean_key:
                 tile.add_weighted(mean_key, x, place == 0)
         unit = 1 / running.total
+        if not known:  # of nothing, which a second set may make up for
+            unit = torch.where(count == 0, 0.0, unit)
         if need_mean_key:
-            mean_key *= (unit if known else torch.where(count == 0, 0.0, unit))[:, None]
+            mean_key *= unit[:, None]
         lse = running.lse()
         inter_lse = lse if ratio is None else inter.lse()
         only = _Only(tile, x) if block.single and tile is not None else None

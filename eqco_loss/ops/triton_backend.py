@@ -17,7 +17,8 @@ from .torch_backend import Stat, norm_eps
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D, LARGEST_K = 512, 2**24
-LITTLE_SHARED_MEMORY = (86, 89, 120)  # 99 KB a block: no room for more than one stage of everything
+OLDEST_TRITON = (3, 3)
+LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KB a block: no room for more than one stage of everything
 _CONVERSIONS = 16  # more blocks of rows than these do not convert the keys each for itself: a copy costs less
 _COLUMNS_AT_ONCE = 1024  # up to so many, a block of rows finishes on its own
 
@@ -75,7 +76,11 @@ def _refusal_of(device: str, index: int | None) -> str | None:
     if torch.version.hip is not None:
         return "ROCm: the kernels are made for NVIDIA"
     major, minor = _capability(index)
-    return None if major >= 8 else f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
+    if major < 8:
+        return f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
+    version: str = kernels().triton.__version__
+    old = tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON
+    return f"Triton {version}: the kernels need 3.3, that of torch 2.7, or newer" if old else None
 
 
 @functools.cache
@@ -123,7 +128,7 @@ def forward_config(dtype: torch.dtype, block_d: int, n: int, arch: int, plain: b
         if narrow:
             return Config(min(rows, 64), 32, 4 if plain or rows < 64 else 8, 2)
         return Config(min(rows, 128), 64 if rows >= 128 and (plain or arch // 10 == 9) else 32, warps, 2)
-    return Config(min(rows, 64), 32, 8, 2)
+    return Config(min(rows, 32), 32, 8, 1) if arch in LITTLE_SHARED_MEMORY else Config(min(rows, 64), 32, 8, 2)
 
 
 def small_config(dtype: torch.dtype, block_d: int) -> Config:
@@ -213,7 +218,8 @@ def row_losses(
         "POSITIVE_GRADIENT": need_positive_gradient,
         "STATISTICS": need_statistics,
     }
-    numbers = (1.0 if inter_temperature is None else inter_temperature, 1.0 if alpha is None else alpha, share)
+    # Of integers, Triton would compile kernels of their own.
+    numbers = (float(inter_temperature or 1.0), float(alpha or 1.0), share)
     out = (loss, query_gradient, positive_gradient, stats)
     finish = len(sets) == 1 and sets[0].splits == 1 and (sets[0].own or sets[0].config.resident * d <= 8192)
     _attend(query, positive, sets, temperature, numbers, out, autocast, options, finish)
@@ -266,8 +272,8 @@ def logsumexp_keys_gradient(
     eps = norm_eps(keys.dtype)
     if keys.dim() == 3:
         k, block = keys.shape[1], 32
-        kernels().keys_gradient_own[(n, _blocks(k, block))](
-            query, *query.stride(), keys, *keys.stride(), *common, out, n, k, eps,
+        kernels().keys_gradient_own[(n * _blocks(k, block),)](
+            query, *query.stride(), keys, *keys.stride(), *common, out, n, k, _blocks(k, block), eps,
             D=d, BLOCK_KEYS=block, BLOCK_D=block_d, IDS=ids != 0, NORM=normalize_keys, enable_fp_fusion=True,
         )  # fmt: skip
     elif pairs.picked is not None:
@@ -348,7 +354,7 @@ def both_roles_gradient(
     if not learned:
         return out, along
     of_positives = (grad * weight * similarity).sum() * (share / temperature)
-    return out, (of_positives - along.sum() / 2) / temperature
+    return out, ((of_positives - along.sum() / 2) / temperature).to(torch.float32)
 
 
 def _keys_splits(columns: int, blocks: int, tile: Config, x: Tensor) -> tuple[int, int]:
@@ -429,7 +435,8 @@ def _set(
     )
     if _arch(query) in LITTLE_SHARED_MEMORY or (ids and pairs.key_ids is not None and pairs.key_ids.dim() == 2):
         tile = tile._replace(stages=1)
-    if turned and config is None and _arch(query) < 90 and tile.resident > 64:
+    few_registers = _arch(query) < 90 or _arch(query) in LITTLE_SHARED_MEMORY
+    if turned and config is None and few_registers and tile.resident > 64:
         tile = tile._replace(resident=64, warps=4)
     columns = width + (tile.resident - 1 if pairs.band else 0)
     wanted = _wave(tile, _blocks(n, tile.resident) * views, query) * (1 if gradient else 2)  # (N, D) of each, or (N,)
@@ -477,7 +484,7 @@ def _attend(
         else:
             dtype, row_blocks = dot_dtype(query, keys, autocast), _blocks(n, tile.resident)
             norm, inverse = int(one.normalize) * (2 if tile.resident == 16 else 1), query
-            if keys.dtype != dtype and row_blocks > _CONVERSIONS:
+            if keys.dtype != dtype and (row_blocks > _CONVERSIONS or d > 256):  # or both would not fit a tile's memory
                 converted = torch.empty(keys.shape, dtype=dtype, device=device)
                 kernels().converted_rows[(_blocks(len(keys), 16),)](
                     keys, *keys.stride(), converted, len(keys), eps,
@@ -524,10 +531,12 @@ def _ids(pairs: Pairs, unused: Tensor) -> tuple[Tensor, Tensor, int, tuple[int, 
     """Query ids, key ids, 0 (none), 1 (K,) or 2 (N, K), and the strides of the key ids."""
     if pairs.query_ids is None or pairs.key_ids is None:
         return unused, unused, 0, (0, 0)
-    key_ids = pairs.key_ids
+    query_ids, key_ids = pairs.query_ids.contiguous(), pairs.key_ids
+    if query_ids.dtype != key_ids.dtype:  # Triton would compare int8's -1 as 255
+        query_ids, key_ids = query_ids.long(), key_ids.long()
     if key_ids.dim() == 1:
-        return pairs.query_ids.contiguous(), key_ids, 1, (0, key_ids.stride(0))
-    return pairs.query_ids.contiguous(), key_ids, 2, (key_ids.stride(0), key_ids.stride(1))
+        return query_ids, key_ids, 1, (0, key_ids.stride(0))
+    return query_ids, key_ids, 2, (key_ids.stride(0), key_ids.stride(1))
 
 
 def _count(pairs: Pairs, unused: Tensor) -> tuple[Tensor]:

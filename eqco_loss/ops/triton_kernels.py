@@ -329,7 +329,9 @@ def attend(
         if NORMALIZE:
             s = s * inverse_norm(p, positive_eps)
         positive_logit = s * scale
-    if raw_q.dtype == DOT and DOT != tl.float32:
+    SAME: tl.constexpr = raw_q.dtype == DOT
+    FLOAT: tl.constexpr = DOT == tl.float32
+    if SAME and not FLOAT:  # of the comparisons themselves, Triton 3.3 makes no condition
         q = raw_q
         row_scale = row_scale * inverse
     else:
@@ -678,9 +680,9 @@ def keys_gradient(
     prescale = 1.0
     if PRESCALE:  # float16 would lose what is small
         most = tl.load(largest)
-        prescale = 4096.0 / tl.where(most > 0, most, 1.0)
+        prescale = 4096.0 / tl.where(most > 1e-30, most, 1.0)  # or it would be infinite
     acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    MASK: tl.constexpr = "ends" if BAND == 1 and WHOLE and IDS == 0 else "pairs" if BAND != 0 or IDS != 0 else "tail"
+    MASK: tl.constexpr = "ends" if (BAND == 1 and WHOLE) and IDS == 0 else "pairs" if BAND != 0 or IDS != 0 else "tail"
     columns, first = n, 0
     if BAND == 1:
         columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
@@ -729,16 +731,16 @@ def merge_keys_gradient(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "k"])
+@triton.jit(do_not_specialize=["n", "k", "blocks"])
 def keys_gradient_own(
     query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, per_row, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, out, n, k, key_eps,
+    ids_stride_n, ids_stride_k, out, n, k, blocks, key_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Some keys of one row's own, (N, K, D)."""
-    row = tl.program_id(0)
+    """Some keys of one row's own, (N, K, D), which has so many blocks of them."""
+    row = tl.program_id(0) // blocks
     rows = row + tl.arange(0, 1)
-    column = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    column = tl.program_id(0) % blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     keep = column < k
     plane = n.to(tl.int64)
     scale, base = tl.load(per_row + row), tl.load(per_row + plane + row)
@@ -835,7 +837,7 @@ def both_roles(
     prescale = 1.0
     if PRESCALE:  # float16 would lose what is small
         most = tl.load(largest)
-        prescale = 2048.0 / tl.where(most > 0, most, 1.0)
+        prescale = 2048.0 / tl.where(most > 1e-30, most, 1.0)
     highest = LOG2E / t  # a logit's bound: with ONE_EXP no power of two leaves float32
     weights = per_row + (4 if ONE_EXP else 2) * plane
     a = tl.load(weights + rows) / inverse * prescale
