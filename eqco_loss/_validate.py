@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
-from .queue import INTEGERS, MomentumQueue
+from .queue import FLOATS, INTEGERS, MomentumQueue
 
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("none", "mean", "sum")
 SAMPLINGS = ("rolled", "random")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def settings(chosen: Any) -> None:
@@ -160,6 +159,7 @@ def call(
 ) -> None:
     """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
     reverse_mode()
+    settings(chosen)
     stored = isinstance(negative_keys, MomentumQueue)
     embeddings(query, positive_key, None if stored else negative_keys)
     temperature_device(chosen.temperature, query)
@@ -225,6 +225,7 @@ def agree(
     negative_ids: Any,
 ) -> Ranks:
     """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
+    check_gather(chosen.gather)
     group, rank, size = world(chosen.gather)
     if isinstance(query, Tensor) and cannot_wait(query):
         call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
@@ -232,20 +233,19 @@ def agree(
     wrong: Exception | None = None
     try:
         call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         wrong = error
     facts = {"an error": 0 if wrong is None else 1}
     if wrong is None:
+        t = "learned" if isinstance(chosen.temperature, Tensor) else chosen.temperature
         facts |= {
             "rows": query.shape[0],
             "D": query.shape[1],
-            "dtype": _code(query.dtype),
+            "dtype": _code((query.dtype, positive_key.dtype)),
             "settings (temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, reduction)": _code(
-                chosen._replace(
-                    gather=True, temperature="learned" if isinstance(chosen.temperature, Tensor) else chosen.temperature
-                )
+                [float(x) if isinstance(x, numbers.Real) else x for x in chosen._replace(gather=True, temperature=t)]
             ),
-            "kind of negative_keys": _code(type(negative_keys)),
+            "kind of negative_keys": _code([isinstance(negative_keys, kind) for kind in (Tensor, MomentumQueue)]),
             "query_ids given": int(query_ids is not None),
             "gradients wanted": 4 * torch.is_grad_enabled() + 2 * query.requires_grad + positive_key.requires_grad,
         }
@@ -407,7 +407,7 @@ def _tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         kinds = "torch.Tensor, a MomentumQueue or None" if name == "negative_keys" else "torch.Tensor"
         raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. Convert it with torch.as_tensor.")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}. Use {name}.float().")
 
 

@@ -75,12 +75,6 @@ def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
     return Ranks(group, rank, (x.shape[0],) * size)
 
 
-def counted_ranks(gather: Gather, x: Tensor) -> Ranks:
-    """Ranks with the rows that each of them tells."""
-    group, rank, size = world(gather)
-    return Ranks(group, rank, tuple(rows for (rows,) in exchange([x.shape[0]], x.device, group, size)))
-
-
 def exchange(values: list[int], device: torch.device, group: ProcessGroup | None, size: int) -> list[list[int]]:
     """Every rank's values, in rank order. Waits for the device."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)

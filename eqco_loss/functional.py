@@ -101,19 +101,8 @@ def eqco_loss(
         >>> loss = eqco_loss(torch.randn(8, 16), torch.randn(8, 16), num_negatives=4, alpha=256)
     """
     settings = Settings(
-        temperature,
-        None,
-        alpha,
-        in_batch,
-        num_negatives,
-        sampling,
-        symmetric,
-        normalize,
-        gather,
-        reduction,
-        backend,
+        temperature, None, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend
     )
-    check.settings(settings)
     return compute_loss(settings, query, positive_key, negative_keys, query_ids, negative_ids)
 
 
@@ -171,7 +160,6 @@ def dual_temp_infonce(
         reduction,
         backend,
     )
-    check.settings(settings)
     return compute_loss(settings, query, positive_key, negative_keys, query_ids, negative_ids)
 
 
@@ -202,9 +190,10 @@ def compute_metrics(
     share = _share(settings, passes, ranks)
     outputs = [_row_losses(settings, one, share, need_statistics=True) for one in passes]
     stats = torch.cat([stats for _, stats in outputs], 1)  # (len(Stat), N) or, of both directions, (len(Stat), 2N)
-    alpha = stats[Stat.COUNT] if settings.alpha is None else torch.full_like(stats[Stat.COUNT], settings.alpha)
-    t = settings.temperature.detach() if isinstance(settings.temperature, Tensor) else settings.temperature
-    rank = stats[Stat.RANK] + 0 * stats[Stat.LSE]  # NaN where the row is
+    alpha = stats[Stat.COUNT] if settings.alpha is None else torch.full_like(stats[Stat.COUNT], float(settings.alpha))
+    t = settings.temperature
+    t = t.detach().to(stats.dtype) if isinstance(t, Tensor) else float(t)
+    rank = stats[Stat.RANK] + 0 * (stats[Stat.LSE] + stats[Stat.POSITIVE])  # NaN where the row is
     rows = torch.stack(
         [
             torch.where(rank.isnan(), rank, (rank < 1).to(rank.dtype)),
@@ -265,6 +254,7 @@ def _row_losses(
         settings.normalize,
         normalize_keys,
         extra is not None and extra.normalize,
+        settings.gather is False,  # or the other ranks would wait
         grad and not both_roles and (ops.requires_grad(query) or ops.requires_grad(learned)),
         grad and ops.requires_grad(positive),
         # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
@@ -307,7 +297,7 @@ def _passes(
         return x if ranks is None else ranks.gather(x)
 
     views = 2 if in_batch == "views" else 1
-    key_ids = None if query_ids is None else everyone(query_ids).repeat(views)
+    key_ids = None if query_ids is None else everyone(query_ids.to(torch.int64)).repeat(views)
     all_keys = everyone(positive_key)  # (N, D), of all ranks
     all_queries = everyone(query) if views == 2 or settings.symmetric else query
     both = torch.cat([all_queries, all_keys]) if views == 2 else all_keys
@@ -324,8 +314,7 @@ def _passes(
     alone = ranks is None and given is None and query_ids is None
     if alone and _in_both_roles(settings, query, positive_key):
         z = both if views == 2 else torch.cat([query, positive_key])
-        partners = z.detach().roll(n, 0)
-        return [_Pass(z, partners, z.detach(), settings.normalize, pairs(), None, in_batch or "keys")], None
+        return [_Pass(z, z.detach(), z.detach(), settings.normalize, pairs(), None, in_batch or "keys")], None
     passes = [_Pass(query, positive_key, both, settings.normalize, pairs(), given)]
     if settings.symmetric:
         other = both if views == 2 else all_queries
@@ -387,6 +376,13 @@ def random_negatives(
     """
     total = rows if total is None else total
     others = views * (total - 1)
+
+    def over_own(picked: Tensor, first: int) -> Tensor:
+        """Of others, to places: each row steps over its own."""
+        view, place = picked // (total - 1), picked % (total - 1)
+        own = torch.arange(offset + first, offset + first + picked.shape[0], device=device)
+        return place.add_(place >= own[:, None]).add_(view, alpha=total)
+
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
         uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
         picked = torch.empty_like(uniform, dtype=torch.int64)
@@ -395,13 +391,15 @@ def random_negatives(
             candidate = (uniform[:, step] * (last + 1)).long()
             taken = (picked[:, :step] == candidate[:, None]).any(1)
             picked[:, step] = torch.where(taken, last, candidate)
-    else:  # the k largest of others' random numbers, some rows at a time
-        step = max(1, 2**20 // others)
-        counts = [min(step, rows - start) for start in range(0, rows, step)]
-        picked = torch.cat([torch.rand((count, others), device=device).topk(k, 1).indices for count in counts])
-    view, place = picked // (total - 1), picked % (total - 1)
-    place = place + (place >= offset + torch.arange(rows, device=device)[:, None])  # step over the row's own
-    return view * total + place
+        return over_own(picked, 0)
+    step = max(1, 2**20 // others)  # the k largest of others' random numbers, some rows at a time
+    counts = {start: min(step, rows - start) for start in range(0, rows, step)}
+    return torch.cat(
+        [
+            over_own(torch.rand((count, others), device=device).topk(k, 1).indices, start)
+            for start, count in counts.items()
+        ]
+    )
 
 
 def negatives_logsumexp(
@@ -456,6 +454,7 @@ def chosen_backend(
     settings: Settings, query: Tensor, positive_key: Tensor | None = None, negative_keys: Negatives = None
 ) -> tuple[str, str]:
     """The backend that serves this call, and why."""
+    check.settings(settings)
     given = _given(settings, negative_keys, None, None)
     keys = [positive_key if given is None or settings.in_batch else None, None if given is None else given.keys]
     return _backend(settings.backend, query, *keys)

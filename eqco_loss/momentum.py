@@ -60,12 +60,15 @@ def momentum_update(
             "key_encoder: expected another module than query_encoder, got the same one, which would never lag behind. "
             "Make it with copy.deepcopy(query_encoder)."
         )
-    averaged = _pair(dict(query_encoder.named_parameters()), dict(key_encoder.named_parameters()), "parameter")
-    copied: list[tuple[Tensor, Tensor]] = []
+    parameters = _pair(dict(query_encoder.named_parameters()), dict(key_encoder.named_parameters()), "parameter")
+    averaged = [(q, k) for q, k in parameters if k.is_floating_point() or k.is_complex()]
+    copied = [(q, k) for q, k in parameters if not (k.is_floating_point() or k.is_complex())]
     if buffers != "none":
         for q, k in _pair(dict(query_encoder.named_buffers()), dict(key_encoder.named_buffers()), "buffer"):
             (averaged if buffers == "ema" and k.is_floating_point() else copied).append((q, k))
     _check_step({k.dtype for _, k in averaged if k.is_floating_point()}, momentum)
+    if momentum == 1:
+        averaged = []
     if momentum == 0:
         copied, averaged = averaged + copied, []
     for q, k in copied:

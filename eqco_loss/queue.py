@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import Gather, cannot_wait, check_gather, counted_ranks, equal_ranks
+from .distributed import Gather, Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # torch compares no others with these
 
 
@@ -77,9 +78,10 @@ class MomentumQueue(nn.Module):
                     f"{name}: expected an integer >= 1, got {value!r}. MoCo uses MomentumQueue(65536, 128)."
                 )
         dtype = torch.float32 if dtype is None else dtype
-        if not dtype.is_floating_point:
+        if dtype not in FLOATS:
             raise TypeError(
-                f"dtype: expected a floating-point dtype, got {dtype}. float32 is exact, bfloat16 halves the memory."
+                f"dtype: expected a floating dtype, float16, bfloat16, float32 or float64, got {dtype}. float32 is "
+                "exact, bfloat16 halves the memory."
             )
         self.register_buffer("contents", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
@@ -92,12 +94,16 @@ class MomentumQueue(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """Store ``keys`` (N, D), the oldest rows making room; ``ids`` (N,) beside them if and only if ``store_ids``."""
-        self._check(keys, ids)
+        ranks = None
+        if self.gather is False or (isinstance(keys, Tensor) and cannot_wait(keys)):
+            self._check(keys, ids)
+        else:
+            ranks = self._agree(keys, ids)
         if self.gather is not False:
-            ranks = equal_ranks(self.gather, keys) if cannot_wait(keys) else counted_ranks(self.gather, keys)
-            keys, ids = ranks.gather(keys.detach()), None if ids is None else ranks.gather(ids)
+            ranks = ranks or equal_ranks(self.gather, keys)
+            keys, ids = ranks.gather(self._unit(keys)), None if ids is None else ranks.gather(ids.to(torch.int64))
         size = len(self.contents)
-        unit = self._unit(keys[-size:])
+        unit = self._unit(keys[-size:]) if ranks is None else keys[-size:]
         n = len(unit)
         slots = (self.cursor + torch.arange(n, device=unit.device)) % size
         self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
@@ -162,6 +168,26 @@ class MomentumQueue(nn.Module):
     def _unit(self, keys: Tensor) -> Tensor:
         dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
         return torch.nn.functional.normalize(keys.detach().to(dtype), dim=1)
+
+    def _agree(self, keys: Tensor, ids: Tensor | None) -> Ranks:
+        """Whatever is wrong on one rank is an error on all, and none is left waiting."""
+        wrong: Exception | None = None
+        try:
+            self._check(keys, ids)
+        except (TypeError, ValueError) as error:
+            wrong = error
+        group, rank, size = world(self.gather)
+        rows = -1 if wrong is not None else keys.shape[0]
+        sizes = tuple(count for (count,) in exchange([rows], self.contents.device, group, size))
+        if wrong is not None:
+            raise wrong
+        failed = [str(r) for r, count in enumerate(sizes) if count < 0]
+        if failed:
+            raise ValueError(
+                f"gather: expected every rank's keys to pass its own checks, got an error on rank {', '.join(failed)}. "
+                "Its message is the one to mend."
+            )
+        return Ranks(group, rank, sizes)
 
     def _order(self) -> Tensor:
         count, size = int(self.count), len(self.contents)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -146,7 +147,29 @@ def everything_else(rank: int, world: int) -> list[str]:
     torch.testing.assert_close(got, expected)
 
     fsdp(rank, world)
-    return [mistake(*one) for one in mistakes(rank)]
+    unlike(rank)
+    return [mistake(*one) for one in mistakes(rank)] + [queue_mistake(rank)]
+
+
+def unlike(rank: int) -> None:
+    """What may differ between ranks, and what only one of them has wrong in its values."""
+    x, width = torch.randn(2, D), (torch.int64, torch.int32)[rank]
+    EqCoLoss(0.2, (64, 64.0)[rank], gather=True)(x, x.clone(), query_ids=torch.tensor([1, 2]).to(width))
+    queue = MomentumQueue(8, D, store_ids=True, gather=True)
+    queue.enqueue(x.to((torch.float32, torch.bfloat16)[rank]), torch.tensor([3, 4]).to(width))
+    assert queue.ids is not None
+    assert queue.ids.tolist() == [3, 4, 3, 4]
+    ids = (torch.tensor([1, 2]), torch.tensor([7, 7]))[rank]  # each of rank 1's rows meets one other, of its own id
+    q = x.clone().requires_grad_()
+    loss = EqCoLoss(num_negatives=1, gather=True, reduction="none")(q, x, query_ids=ids)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [[False, False], [True, False]][rank]
+
+
+def queue_mistake(rank: int) -> str:
+    with pytest.raises(ValueError, match=r"keys:|gather:") as caught:
+        MomentumQueue(8, D, gather=True).enqueue(torch.randn(2, D + rank))
+    return str(caught.value)
 
 
 def fsdp(rank: int, world: int) -> None:
@@ -188,10 +211,16 @@ def mistakes(rank: int) -> list[Any]:
         (loss, x.requires_grad_(rank == 0), x.detach()),
         (loss, x.detach(), x.detach()[:, : D - rank]),  # wrong in itself, on rank 1
         (loss, (x.detach(), "no tensor")[rank], x.detach()),
+        (loss, x.detach(), x.detach().to((torch.float16, torch.bfloat16)[rank])),
+        (EqCoLoss(torch.tensor(0.2), gather=True), x.detach(), x.detach(), None, None, (0.2, math.nan)[rank]),
     ]
 
 
-def mistake(criterion: Any, query: Any, key: Any, negatives: Any = None, ids: Tensor | None = None) -> str:
+def mistake(
+    criterion: Any, query: Any, key: Any, negatives: Any = None, ids: Tensor | None = None, t: float | None = None
+) -> str:
+    if t is not None:
+        criterion.temperature.fill_(t)
     with pytest.raises((TypeError, ValueError)) as caught:
         criterion(query, key, negatives, query_ids=ids)
     return str(caught.value)
@@ -209,6 +238,11 @@ def test_metrics_queues_shards_and_mistakes() -> None:
     assert "rank 1" in zero[9]
     assert one[8].startswith("positive_key: expected the shape of query")
     assert one[9].startswith("query: expected a torch.Tensor")
+    assert "different dtype" in zero[10]
+    assert "rank 1" in zero[11]
+    assert one[11].startswith("temperature: expected a finite value > 0")
+    assert "rank 1" in zero[12]
+    assert one[12].startswith("keys: expected shape (N, 5)")
 
 
 def test_gather_needs_a_process_group() -> None:

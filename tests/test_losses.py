@@ -95,6 +95,30 @@ def test_learned_temperature(loss: str, mode: str, dtype: torch.dtype) -> None:
         cases.assert_right(Case(loss, mode, dtype=dtype, ids="flat", seed=seed), learn_temperature=True)
 
 
+@pytest.mark.parametrize("kind", ["batch", "shared", "both", "lse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=id_of)
+def test_a_learned_temperature_in_half_precision_is_its_float32_value(dtype: torch.dtype, kind: str) -> None:
+    """As after ``criterion.bfloat16()``: value and gradients, also of the temperature, in float32 arithmetic."""
+    leaves = [torch.randn(6, 5, requires_grad=True) for _ in range(2)]
+
+    def results(t: Tensor) -> list[Tensor]:
+        query, key = leaves
+        if kind == "lse":
+            loss = functional.negatives_logsumexp(query, key, temperature=t).sum()
+        elif kind == "shared":
+            loss = EqCoLoss(t)(query, query.detach() + 1, key)
+        else:
+            loss = EqCoLoss(t, symmetric=kind == "both")(query, key)
+        return [loss, *torch.autograd.grad(loss, [*leaves, t])]
+
+    half = torch.tensor(0.07).to(dtype).requires_grad_()
+    *got, of_t = results(half)
+    *expected, of_float = results(half.detach().float().requires_grad_())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(of_t.float(), of_float, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_learned_temperature_alone() -> None:
     """Embeddings are frozen and only the scale learns."""
     case = Case()
@@ -222,6 +246,16 @@ def test_top1_counts_a_tie_as_right_and_knows_no_margin() -> None:
     for alpha in (1e-3, 2.0**20):
         metrics = EqCoLoss(alpha=alpha).with_metrics(query, positive, negatives)
         assert metrics.top1_accuracy.item() == 0.75
+
+
+@pytest.mark.parametrize("where", ["query", "positive"])
+def test_metrics_of_a_nan_are_nan(where: str) -> None:
+    tensors = {"query": torch.randn(4, 3), "positive": torch.randn(4, 3)}
+    tensors[where][0] = math.nan
+    metrics = EqCoLoss().with_metrics(tensors["query"], tensors["positive"], torch.randn(7, 3))
+    assert metrics.loss.isnan()
+    assert metrics.top1_accuracy.isnan()
+    assert metrics.top5_accuracy.isnan()
 
 
 def test_mutual_information_is_a_lower_bound_only_for_small_alpha() -> None:

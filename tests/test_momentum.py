@@ -222,6 +222,23 @@ def test_float32_key_of_a_half_query() -> None:
         torch.testing.assert_close(value.detach(), 0.999 * k[name] + 0.001 * q[name].float())
 
 
+def test_momentum_1_is_frozen_whatever_the_query_is() -> None:
+    query, key = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = copy.deepcopy(key.state_dict())
+    with torch.no_grad():
+        query.weight.fill_(float("inf"))
+    momentum_update(query, key, 1.0)
+    assert all(torch.equal(before[name], value) for name, value in key.state_dict().items())
+
+
+def test_integer_parameters_are_copied() -> None:
+    query, key = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for module, value in ((query, 3), (key, 5)):
+        module.steps = torch.nn.Parameter(torch.tensor([value]), requires_grad=False)
+    momentum_update(query, key, 0.5)
+    assert key.get_parameter("steps").tolist() == [3]
+
+
 def test_converges_to_a_constant_query() -> None:
     """The update is an average: the distance shrinks by the momentum at each step."""
     query, key = encoder(0), encoder(1)

@@ -1,6 +1,7 @@
 """What PyTorch asks of an operator: opcheck, gradcheck, compile, autocast, versions, memory, determinism."""
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -621,10 +622,25 @@ def test_backward_twice_and_retain_graph() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("lse", [False, True])
+def test_a_loss_that_is_kept_lets_go_of_its_inputs_after_backward(lse: bool) -> None:
+    """As torch does with what it saved, and as it says when backward comes again."""
+    query = torch.randn(4, 3, requires_grad=True)
+    keys = query * 2
+    alive = weakref.ref(keys)
+    loss: Any = functional.negatives_logsumexp(query, keys).sum() if lse else EqCoLoss()(query, query.detach(), keys)
+    del keys
+    loss.backward(retain_graph=True)
+    assert alive() is not None
+    loss.backward()
+    assert alive() is None
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
 def test_nothing_is_kept_alive_after_the_loss_is_gone() -> None:
     """No reference cycle holds the embeddings of past steps."""
     import gc
-    import weakref
 
     gc.disable()
     try:

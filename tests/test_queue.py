@@ -213,6 +213,17 @@ def test_stored_ids_without_query_ids_are_an_error() -> None:
     assert EqCoLoss().with_metrics(query, query, queue, query_ids=torch.tensor([1, 2])).effective_k.item() == 6
 
 
+@pytest.mark.parametrize("metrics", [False, True])
+def test_a_queue_that_was_emptied_behind_its_back_is_an_error(metrics: bool) -> None:
+    """By a broadcast of buffers, say."""
+    queue = MomentumQueue(4, 3)
+    queue.enqueue(torch.randn(2, 3))
+    queue.count.zero_()
+    criterion = EqCoLoss()
+    with pytest.raises(ValueError, match="query 0 has no negatives left"):
+        (criterion.with_metrics if metrics else criterion)(torch.randn(2, 3), torch.randn(2, 3), queue)
+
+
 def test_a_resumed_run_is_bit_identical() -> None:
     """Twenty steps straight, against ten, a checkpoint, and ten more: the same losses to the last bit."""
 

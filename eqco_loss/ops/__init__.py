@@ -100,9 +100,9 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], _Operator]:
 @_operator(
     "(Tensor query, Tensor positive, Tensor keys, Tensor? extra_keys, Tensor? learned_temperature, "
     f"{_PAIRS}, Tensor? extra_key_ids, Tensor? extra_valid_count, float temperature, float? inter_temperature, "
-    "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool need_query_gradient, "
-    "bool need_positive_gradient, bool need_keys_gradient, bool need_statistics, SymInt[] share, "
-    "ScalarType? autocast, str backend, str both_roles) -> "
+    "float? alpha, bool normalize, bool normalize_keys, bool normalize_extra, bool may_raise, "
+    "bool need_query_gradient, bool need_positive_gradient, bool need_keys_gradient, bool need_statistics, "
+    "SymInt[] share, ScalarType? autocast, str backend, str both_roles) -> "
     "(Tensor loss, Tensor query_gradient, Tensor positive_gradient, Tensor keys_gradient, Tensor stats)",
 )
 def row_losses(
@@ -124,6 +124,7 @@ def row_losses(
     normalize: bool,
     normalize_keys: bool,
     normalize_extra: bool,
+    may_raise: bool,  # where nothing is left to a row, on a CPU; else it is NaN
     need_query_gradient: bool,
     need_positive_gradient: bool,
     need_keys_gradient: bool,
@@ -141,7 +142,7 @@ def row_losses(
     keys' shape and is that of the sum over rows: backward scales it where all rows weigh the same, as after a mean or a
     sum. What is not needed comes back empty.
     """
-    t = temperature if learned_temperature is None else learned_temperature
+    t = temperature if learned_temperature is None else learned_temperature.to(compute_dtype(query))
     if both_roles and backend == "torch" and not need_statistics:
         across = both_roles == "keys"
         loss, stats = torch_backend.both_roles_losses(
@@ -157,12 +158,14 @@ def row_losses(
     def losses(query: Tensor, positive: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         given = query, positive, keys, extra_keys, *sets_of_pairs, t, inter_temperature, alpha, *flags
         if backend == "torch":
-            return torch_backend.row_losses(*given, need_keys_gradient, need_statistics, _ratio(share))
+            return torch_backend.row_losses(*given, need_keys_gradient, need_statistics, _ratio(share), may_raise)
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             out = triton_backend.row_losses(*given, need_statistics, _ratio(share), autocast)
         loss, query_gradient, positive_gradient, stats = out
         return loss, query_gradient, positive_gradient, loss.new_empty(0), stats
 
+    if both_roles == "views":
+        positive = query.roll(query.shape[0] // 2, 0)
     if both_roles == "keys":  # each view against the other, without gradients
         first, second = query.chunk(2)
         there, back = losses(first, second, second), losses(second, first, first)
@@ -194,16 +197,17 @@ def _row_losses_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    query_gradient, positive_gradient, unit_keys_gradient, stats = ctx.saved_tensors
     if grad is None:
         return (None,) * len(ctx.inputs)
     query, positive, keys, extra_keys, learned, *pairs = ctx.inputs[:10]
-    extra_ids, extra_count, temperature, *settings = ctx.inputs[10:18]
+    extra_ids, extra_count, temperature, *settings = ctx.inputs[10:18]  # to normalize_extra
     *chosen, both_roles = ctx.inputs[-4:]  # share, autocast, backend
     extra_pairs = [pairs[0], extra_ids, extra_count, None, []]
     normalize, normalize_keys, normalize_extra = settings[-3:]
 
     def formula(q: Tensor, p: Tensor, k: Tensor, extra: Tensor | None, t: Tensor | None) -> Tensor:
-        t_ = temperature if t is None else t
+        t_ = temperature if t is None else t.to(compute_dtype(q))
         of = Pairs(*pairs), Pairs(*extra_pairs), t_, *settings
         if both_roles == "views":
             p, k = q.roll(len(q) // 2, 0), q
@@ -217,7 +221,6 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
 
     if torch.is_grad_enabled():  # create_graph
         return _dense_gradients(ctx, grad, formula, 5)
-    query_gradient, positive_gradient, unit_keys_gradient, stats = ctx.saved_tensors
     need_query, need_positive, need_keys, need_extra, need_temperature = ctx.needs_input_grad[:5]
     weight, lse = stats[Stat.WEIGHT], stats[Stat.LSE]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
@@ -244,6 +247,7 @@ def _row_losses_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
         )
     if need_temperature and not both_roles:
         out[4] = (grad * stats[Stat.TEMPERATURE_GRADIENT]).sum().to(learned.dtype)
+    _release_inputs(ctx)
     return tuple(out)
 
 
@@ -279,7 +283,7 @@ def negatives_logsumexp(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """log sum_j exp(q_i . n_j / t) per row (N,), and the softmax-weighted mean key (N, D): t times its gradient."""
-    t = temperature if learned_temperature is None else learned_temperature
+    t = temperature if learned_temperature is None else learned_temperature.to(compute_dtype(query))
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
     if backend == "triton":
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
@@ -301,19 +305,19 @@ def _logsumexp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    lse, mean_key = ctx.saved_tensors
     if grad is None:
         return (None,) * len(ctx.inputs)
     query, keys, learned, *pairs = ctx.inputs[:8]
     temperature = ctx.inputs[8]
 
     def formula(q: Tensor, k: Tensor, t: Tensor | None) -> Tensor:
-        return torch_backend.dense_logsumexp(q, k, Pairs(*pairs), temperature if t is None else t)
+        return torch_backend.dense_logsumexp(q, k, Pairs(*pairs), temperature if t is None else t.to(compute_dtype(q)))
 
     if torch.is_grad_enabled():  # create_graph
         return _dense_gradients(ctx, grad, formula, 3)
-    lse, mean_key = ctx.saved_tensors
     _check_unchanged(ctx, query, learned)
-    t = temperature if learned is None else learned
+    t = temperature if learned is None else learned.to(compute_dtype(query))
     need_query, need_keys, need_temperature = ctx.needs_input_grad[:3]
     out: list[Tensor | None] = [None] * len(ctx.inputs)
     if need_query:
@@ -325,6 +329,7 @@ def _logsumexp_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor 
         out[1] = keys_gradient(query, keys, grad, one, lse, None, learned, *pairs, temperature, *flags)
     if need_temperature:
         out[2] = (-(grad * (query * mean_key).sum(1)).sum() / t**2).to(learned.dtype)
+    _release_inputs(ctx)
     return tuple(out)
 
 
@@ -362,7 +367,7 @@ def keys_gradient(
     """Gradient of share * sum_i grad_i weight_i lse_i with respect to the raw keys, in their shape and dtype."""
     if unit is not None and (grad.stride(0) == 0 or bool((grad == grad[0]).all())):  # a mean's is one number
         return (unit * grad[0]).to(keys.dtype)
-    t = temperature if learned_temperature is None else learned_temperature
+    t = temperature if learned_temperature is None else learned_temperature.to(compute_dtype(query))
     pairs = Pairs(query_ids, key_ids, valid_count, picked, band)
     if backend == "triton":
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
@@ -401,7 +406,7 @@ def both_roles_gradient(
     both_roles: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of rows that are anchors, positives and keys, in their shape and dtype; and a learned temperature's."""
-    t = temperature if learned_temperature is None else learned_temperature
+    t = temperature if learned_temperature is None else learned_temperature.to(compute_dtype(query))
     if backend == "triton":
         settings = both_roles == "keys", t, normalize, _ratio(share), autocast
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
@@ -424,6 +429,12 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
     tensors = (x for x in inputs if isinstance(x, Tensor) and not x.is_inference())
     ctx.versions = {id(x): x._version for x in tensors}
     ctx.set_materialize_grads(False)  # or zeros for the gradients among the outputs
+
+
+def _release_inputs(ctx: Any) -> None:
+    """After a backward that keeps no graph, as torch lets go of what it saved itself."""
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.inputs = ctx.versions = None
 
 
 def _check_unchanged(ctx: Any, *tensors: Tensor | None) -> None:

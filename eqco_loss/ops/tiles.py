@@ -64,14 +64,10 @@ class Tile(NamedTuple):
         return x if self.drop is None else x.masked_fill_(self.drop, -math.inf)
 
     def negatives(self, rows: int) -> Tensor:
-        """How many of its keys each of its rows has, (R,)."""
+        """How many of its keys each of its rows has, (R,), where only ``drop`` can tell."""
         if self.drop is not None:
             return (~self.drop).sum(1)
-        c = self.keys.shape[-2]
-        count = torch.full((rows,), c, dtype=torch.int64, device=self.keys.device)
-        for diagonal in self.diagonals:
-            count[max(0, -diagonal) : c - diagonal] -= 1
-        return count
+        return torch.full((rows,), self.keys.shape[-2], dtype=torch.int64, device=self.keys.device)
 
     def add_weighted(self, out: Tensor, weight: Tensor, first: bool) -> None:
         """out (R, D) += weight (R, C) @ keys; ``first``: whatever is in out"""

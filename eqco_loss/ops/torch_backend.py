@@ -1,4 +1,4 @@
-"""The operators in plain torch, any device, float32 or float64 arithmetic, without ever holding N x K numbers.
+"""The operators in plain torch, any device, float32 or float64 arithmetic, without ever holding N x K similarities.
 
 Work goes block of rows by block of rows, tile of keys by tile of keys (``tiles.py``), with a running maximum. Where
 nothing is left out, the CPU's own flash attention with value = key is the same pass, fused. Inside, logits are in base
@@ -61,6 +61,7 @@ def row_losses(
     need_keys_gradient: bool,
     need_statistics: bool,
     share: float = 1.0,  # of the loss and its gradients
+    may_raise: bool = True,  # where a row has nothing left, on a CPU; else it is NaN
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         t, dtype = temperature, compute_dtype(query)
@@ -86,7 +87,7 @@ def row_losses(
         nothing = q.new_zeros(n)
         for rows, seen, only in passes:
             mine, its, s = q[rows], p[rows], positive_similarity[rows]
-            lse = _checked_lse(seen, rows.start)
+            lse = _checked_lse(seen, rows.start, may_raise)
             count = seen.negatives if seen.known is None else seen.known
             row_loss, intra_loss, weight, log_weight = _values(
                 s, lse, seen.inter_lse, count, t, inter_temperature, alpha
@@ -169,7 +170,7 @@ def negatives_logsumexp(
         ready = _Ready(False, q.dtype)
         scale = _LOG2E / temperature
         for rows, seen, _ in _attend(q, scale, keys, pairs, ready, need_query_gradient, None, None):
-            lse[rows] = _checked_lse(seen, rows.start)
+            lse[rows] = _checked_lse(seen, rows.start, True)
             if need_query_gradient:
                 mean_key[rows] = seen.mean_key
     return lse, mean_key
@@ -501,12 +502,12 @@ def _both(seen: _Seen, other: _Seen) -> _Seen:
     )
 
 
-def _checked_lse(seen: _Seen, first: int) -> Tensor:
+def _checked_lse(seen: _Seen, first: int, may_raise: bool) -> Tensor:
     """The log-sum-exps of rows that have something to sum: else an error, or NaN on a device that cannot raise."""
     if seen.known:
         return seen.lse
     empty = seen.negatives == 0
-    if empty.is_cpu:
+    if empty.is_cpu and may_raise:
         if bool(empty.any()):
             raise ValueError(
                 f"query {first + int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
@@ -526,6 +527,7 @@ def _flash_serves(keys: Tensor, pairs: Pairs) -> bool:
         and (pairs.query_ids is None or pairs.key_ids is None)
         and pairs.picked is None
         and not pairs.band
+        and (pairs.valid_count is None or int(pairs.valid_count) > 0)  # of no keys it kills the process
         and flash_works()
     )
 
@@ -556,7 +558,7 @@ def _flash(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 def flash_works() -> bool:
     """Whether torch's private operator is there and still returns (mean, log-sum-exp)."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(3, 8, generator=generator), torch.randn(37, 8, generator=generator)
+    q, k = (torch.randn(n, 8, generator=generator, dtype=torch.float32, device="cpu") for n in (3, 37))
     logits = q @ k.T
     try:
         mean, lse = _flash(q * _LOG2E, k)
@@ -606,10 +608,10 @@ def _per_length(factor: Tensor, norm: Tensor | None, rows: slice) -> Tensor:
 
 
 def _keys_through_unit(gradient: Tensor, keys: Tensor, normalize: bool) -> None:
-    """The same for all keys, in place, some at a time."""
+    """From the gradient of unit keys to that of the raw ones, in place, some at a time."""
     if normalize:
         gradient, keys = gradient.view(-1, gradient.shape[-1]), keys.reshape(-1, keys.shape[-1])
-        for part in (slice(start, start + 256) for start in range(0, len(keys), 256)):
+        for part in slices(len(keys), 256):
             gradient[part] = _through_unit(gradient[part], *_unit(keys[part], True, gradient.dtype))
 
 
