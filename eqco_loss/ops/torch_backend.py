@@ -127,7 +127,8 @@ def row_losses(
             }
             torch.stack([columns[row] for row in Stat], out=stats[:, rows])
         if fused and ready.knows(keys) and p_norm is not None:
-            _through_unit(keys_gradient, p, p_norm, out=keys_gradient)
+            for rows in slices(n, 1024):
+                _through_unit(keys_gradient[rows], p[rows], p_norm, rows, keys_gradient[rows])
         elif fused:
             _keys_through_unit(keys_gradient, keys, normalize_keys)
         elif need_keys_gradient:
