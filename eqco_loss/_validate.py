@@ -14,6 +14,7 @@ from .queue import FLOATS, INTEGERS, MomentumQueue
 
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("none", "mean", "sum")
+LARGEST = 1e38  # what float32 holds
 SAMPLINGS = ("rolled", "random")
 
 
@@ -65,7 +66,7 @@ def positive_number(name: str, value: Any, advice: str) -> None:
     real: type[Any] = numbers.Real  # NumPy's too
     if isinstance(value, bool) or not isinstance(value, real):
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__} {value!r}. {advice}")
-    if not 0 < value < float("inf"):
+    if not 0 < value < LARGEST:
         raise ValueError(f"{name}: expected a finite number > 0, got {value!r}. {advice}")
 
 

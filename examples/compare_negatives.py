@@ -8,12 +8,15 @@ the same command again to resume: a finished run only prints its result.
 
 import csv
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import tyro
 from matplotlib.figure import Figure
@@ -50,6 +53,9 @@ class Job:
 
 
 def main(args: Args) -> None:
+    for name in ("jobs", "seeds", "epochs", "num_negatives"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"error: {name}: expected 1 or more, got {getattr(args, name)}.")
     jobs = make_jobs(args)
     run_all(jobs, args)
     curves = {(job.loss, job.seed): [(epoch, knn) for epoch, knn in job.rows() if knn == knn] for job in jobs}
@@ -61,6 +67,10 @@ def main(args: Args) -> None:
         seeds = ", ".join(f"{knn:.1f}" for knn in final)
         print(f"K = {args.num_negatives}, {loss:24s} kNN {statistics.mean(final):.1f}{spread} %  ({seeds})")
     print(f"Results are in {args.run_dir}")
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def make_jobs(args: Args) -> list[Job]:
@@ -77,6 +87,7 @@ def make_jobs(args: Args) -> list[Job]:
 
 def run_all(jobs: list[Job], args: Args) -> None:
     """Each job in a process of its own with one thread; what it prints goes to log.txt beside its metrics."""
+    signal.signal(signal.SIGTERM, interrupt)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     waiting, running = list(jobs), dict[Job, "subprocess.Popen[bytes]"]()
     with tqdm(total=len(jobs) * args.epochs, unit="epoch", disable=not sys.stderr.isatty()) as bar:
@@ -97,9 +108,13 @@ def run_all(jobs: list[Job], args: Args) -> None:
                         if process.returncode:
                             raise SystemExit(f"error: {job.loss}, seed {job.seed} failed; see {job.directory}/log.txt")
                         bar.write(f"{job.loss}, seed {job.seed}: {''.join(last)}")
-        finally:  # Ctrl-C, or one that failed
+        except KeyboardInterrupt:
+            print("stopped. The same command goes on from the checkpoints", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:  # Ctrl-C, SIGTERM, or one that failed
             for process in running.values():
                 process.terminate()
+            for process in running.values():
                 process.wait()
 
 

@@ -11,6 +11,7 @@ second, on an H200; the last line is a try on a CPU. Their metrics.csv and confi
 
 import csv
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,7 +59,10 @@ def run(args: Args, name: str, epochs: int, more: list[str]) -> dict[str, object
     command += [f"--data-dir={args.data_dir}"] if args.data_dir else []
     command += [f"--limit={args.limit}"] if args.limit else []
     begun = time.perf_counter()
-    if (code := subprocess.run(command).returncode) != 0:
+    process = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())  # it saves, and ends this with its code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it gets too
+    if (code := process.wait()) != 0:
         raise SystemExit(code)
     wall = time.perf_counter() - begun
     kept.mkdir(parents=True, exist_ok=True)

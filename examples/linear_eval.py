@@ -41,8 +41,8 @@ from pretrain.data import (
     Share,
     TwoViews,
     decoded,
-    ignore_ctrl_c,
     open_data,
+    outlive_signals,
     sample_order,
     seed_of,
 )
@@ -291,7 +291,7 @@ def loader(data: ImageData, args: Args, sampler: EpochBatches) -> DataLoader[Any
         persistent_workers=args.workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # leaves the default generator alone
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=outlive_signals,
     )
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -144,7 +145,16 @@ def test_other_arguments_are_an_error_that_lists_them(whole: Path, simo: Script)
     assert (whole / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def flipped(path: Path) -> bytes:
+    """The checkpoint with one byte in the midst of its largest tensor changed."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped", "other"])
 def test_a_damaged_checkpoint_is_an_error(simo: Script, whole: Path, tmp_path: Path, damage: str) -> None:
     good = (whole / "checkpoint.pt").read_bytes()
     path = tmp_path / "run" / "checkpoint.pt"
@@ -152,7 +162,14 @@ def test_a_damaged_checkpoint_is_an_error(simo: Script, whole: Path, tmp_path: P
     if damage == "other":
         torch.save({"epoch": 3}, path)
     else:
-        path.write_bytes({"cut": good[: len(good) // 2], "empty": b"", "text": b"not a checkpoint"}[damage])
+        path.write_bytes(
+            {
+                "cut": good[: len(good) // 2],
+                "empty": b"",
+                "text": b"not a checkpoint",
+                "flipped": flipped(whole / "checkpoint.pt"),
+            }[damage]
+        )
     output = simo.run(*SHORT, f"--run-dir={path.parent}", code=1)
     assert f"{path} cannot be read" in output
     assert "Delete it to start over" in output

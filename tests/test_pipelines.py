@@ -363,6 +363,34 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         data.open_data("cifar10", tmp_path, seed=0, device=torch.device("cpu"))
 
 
+def test_a_worker_outlives_the_signals_that_stop_a_run() -> None:
+    """Those of a terminal or of torchrun reach the workers too, and the step that is under way needs them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        data.outlive_signals(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.alarm(0) == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert 0 < signal.alarm(0) <= 30  # and no longer
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("error", [ValueError, Image.DecompressionBombError, SyntaxError])
+def test_whatever_pil_makes_of_a_broken_file_is_named(
+    error: type[Exception], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> Any:
+        raise error("no picture")
+
+    picture = next(images.rglob("*.png"))
+    monkeypatch.setattr(Image, "open", broken)
+    assert data.broken_files([(picture, 0)]) == [picture]
+    with pytest.raises(data.DataError, match=r"cannot be decoded .no picture."):
+        data.read_image(picture)
+
+
 def test_many_unreadable_images_are_an_error(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "images")
     for i in range(3):

@@ -26,6 +26,9 @@ ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed 
 UNREADABLE = 0.1  # share of images above which there is something wrong with the folder
 
 
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises of a broken file
+
+
 class DataError(ValueError):
     """The data cannot be used; the message says why, and what to do."""
 
@@ -244,14 +247,16 @@ class ImageData:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # leaves the default generator alone
-            worker_init_fn=ignore_ctrl_c,
+            worker_init_fn=outlive_signals,
             **how,
         )
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """The run finishes its step and saves; its workers must live until then."""
+def outlive_signals(worker: int) -> None:
+    """The run finishes its step and saves; its workers must live until then, whoever else gets the signal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # SIGTERM may be meant for this worker alone: it has half a minute
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def decoded(pictures: Pictures, device: torch.device) -> Tensor:
@@ -325,7 +330,7 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # PIL's broken PNG is a SyntaxError
+    except BROKEN as error:
         raise DataError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
 
 
@@ -471,7 +476,7 @@ def broken_files(samples: list[Sample]) -> list[Path]:
         try:
             with Image.open(sample[0]):
                 return True
-        except (OSError, SyntaxError):
+        except BROKEN:
             return False
 
     with ThreadPoolExecutor(16) as pool:

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -218,6 +219,9 @@ class Run:
         damages: list[str] = []
         for path in found:
             try:
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():  # torch does not compare the checksums
+                        raise ValueError(f"{damaged} is not what was written")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 if missing := {"fixed", "environment", "rows", "epoch", "at", "result", "state"} - saved.keys():
                     raise ValueError(f"without {', '.join(sorted(missing))}")

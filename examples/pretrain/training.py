@@ -320,6 +320,10 @@ class Training(Generic[Args]):
                 f"batch_size: expected at most the number of training images, {data.train_size}, got "
                 f"{args.batch_size}. Give --batch-size {data.train_size} or less."
             )
+        if args.probe and len(torch.unique(data.view_labels())) < 2:
+            raise DataError(
+                "probe: expected training images of two classes or more, got one. Give --no-probe, or images of more."
+            )
         if self.ranks > data.test_size:
             raise DataError(
                 f"nproc-per-node: expected no more ranks than the {data.test_size} test images, got {self.ranks}. "
