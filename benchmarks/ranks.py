@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -192,7 +193,8 @@ def rank_main(rank: int, ranks: int, port: int, n: int, d: int, form: Form, answ
 def counted() -> Iterator[dict[str, int]]:
     """Bytes by purpose, of every collective that is called inside."""
     found = {"gathered": 0, "reduced": 0, "agreed": 0}
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, reduce = getattr(dist, name), dist.all_reduce
 
     def counting_gather(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         found["gathered" if out.is_floating_point() else "agreed"] += out.nbytes
@@ -202,11 +204,8 @@ def counted() -> Iterator[dict[str, int]]:
         found["reduced"] += x.nbytes
         return reduce(x, *args, **kwargs)
 
-    dist.all_gather_into_tensor, dist.all_reduce = counting_gather, counting_reduce  # type: ignore[assignment]
-    try:
+    with mock.patch.object(dist, name, counting_gather), mock.patch.object(dist, "all_reduce", counting_reduce):
         yield found
-    finally:
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
 
 
 def across_loopback(step: Callable[[], object]) -> float | None:

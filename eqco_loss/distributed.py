@@ -79,9 +79,15 @@ def exchange(values: list[int], device: torch.device, group: ProcessGroup | None
     """Every rank's values, in rank order. Waits for the device."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     out = torch.empty(size * len(values), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(out, mine, group=group)
+    _gather_into(out, mine, group)
     rows: list[list[int]] = out.view(size, len(values)).tolist()
     return rows
+
+
+def _gather_into(out: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
+    """Of equal shapes, by the name that this torch wants it called."""
+    newer = getattr(dist, "all_gather_single", None)
+    (dist.all_gather_into_tensor if newer is None else newer)(out, x, group=group)
 
 
 def _all_gather(x: Tensor, ranks: Ranks) -> Tensor:
@@ -89,7 +95,7 @@ def _all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     if len(x) < longest:  # collectives want equal shapes
         x = torch.cat([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
     out = x.new_empty((len(ranks.sizes) * longest, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=ranks.group)
+    _gather_into(out, x.contiguous(), ranks.group)
     if min(ranks.sizes) == longest:
         return out
     return torch.cat([out[r * longest : r * longest + size] for r, size in enumerate(ranks.sizes)])

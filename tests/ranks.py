@@ -4,6 +4,7 @@ import multiprocessing
 import queue
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +47,7 @@ def _rank(
     work: Callable[..., Any], rank: int, world: int, store: str, answers: Any, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".torch.distributed.*deprecated")
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
