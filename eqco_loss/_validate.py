@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
+from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, fail_together, world
 from .queue import FLOATS, INTEGERS, MomentumQueue
 
 BACKENDS = ("auto", "torch", "triton")
@@ -252,14 +252,7 @@ def agree(
         }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, size)
-    if wrong is not None:
-        raise wrong
-    failed = [r for r, values in enumerate(everyone) if values[0]]
-    if failed:
-        raise ValueError(
-            f"gather: expected every rank to pass its own checks, got an error on rank {', '.join(map(str, failed))}. "
-            "Its message is the one to mend."
-        )
+    fail_together(wrong, [r for r, values in enumerate(everyone) if values[0]])
     for place, name in enumerate(facts):
         values = [row[place] for row in everyone]
         if name != "rows" and len(set(values)) > 1:

@@ -84,6 +84,17 @@ def exchange(values: list[int], device: torch.device, group: ProcessGroup | None
     return rows
 
 
+def fail_together(wrong: Exception | None, failed: list[int]) -> None:
+    """What is wrong on some ranks is an error on all: each raises its own, the others name them."""
+    if wrong is not None:
+        raise wrong
+    if failed:
+        raise ValueError(
+            f"gather: expected every rank to pass its own checks, got an error on rank {', '.join(map(str, failed))}. "
+            "Its message is the one to mend."
+        )
+
+
 def _gather_into(out: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
     """Of equal shapes, by the name that this torch wants it called."""
     newer = getattr(dist, "all_gather_single", None)

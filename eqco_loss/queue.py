@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import Gather, Ranks, cannot_wait, check_gather, equal_ranks, exchange, world
+from .distributed import Gather, Ranks, cannot_wait, check_gather, equal_ranks, exchange, fail_together, world
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # torch compares no others with these
@@ -179,14 +179,7 @@ class MomentumQueue(nn.Module):
         group, rank, size = world(self.gather)
         rows = -1 if wrong is not None else keys.shape[0]
         sizes = tuple(count for (count,) in exchange([rows], self.contents.device, group, size))
-        if wrong is not None:
-            raise wrong
-        failed = [str(r) for r, count in enumerate(sizes) if count < 0]
-        if failed:
-            raise ValueError(
-                f"gather: expected every rank's keys to pass its own checks, got an error on rank {', '.join(failed)}. "
-                "Its message is the one to mend."
-            )
+        fail_together(wrong, [r for r, count in enumerate(sizes) if count < 0])
         return Ranks(group, rank, sizes)
 
     def _order(self) -> Tensor:

@@ -60,9 +60,14 @@ def run(args: Args, name: str, epochs: int, more: list[str]) -> dict[str, object
     command += [f"--limit={args.limit}"] if args.limit else []
     begun = time.perf_counter()
     process = subprocess.Popen(command)
-    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())  # it saves, and ends this with its code
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it gets too
-    if (code := process.wait()) != 0:
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.terminate()),  # it saves and ends
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # which it gets too
+    }
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if code != 0:
         raise SystemExit(code)
     wall = time.perf_counter() - begun
     kept.mkdir(parents=True, exist_ok=True)

@@ -433,7 +433,8 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 def _release_inputs(ctx: Any) -> None:
     """After a backward that keeps no graph, as torch lets go of what it saved itself."""
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # an older torch may not tell
+    if keeps is not None and not keeps():
         ctx.inputs = ctx.versions = None
 
 
