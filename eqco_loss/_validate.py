@@ -67,7 +67,7 @@ def positive_number(name: str, value: Any, advice: str) -> None:
     if isinstance(value, bool) or not isinstance(value, real):
         raise TypeError(f"{name}: expected a positive number, got {type(value).__name__} {value!r}. {advice}")
     if not 0 < value < LARGEST:
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}. {advice}")
+        raise ValueError(f"{name}: expected a finite number > 0, under {LARGEST:g}, got {value!r}. {advice}")
 
 
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
