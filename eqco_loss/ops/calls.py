@@ -1,0 +1,227 @@
+"""What an operator is asked and what it answers: one record each, with the shape beside each field.
+
+Every backend takes these records and returns these answers. N is the number of queries, K of keys, D of features. A
+*set* is some keys together with which of them are negatives of which query; a *pair* is one query and one key. Logits
+are in base 2: ``x_ij = s(q_i, n_j) log2(e) / t``, because exp2 is the cheaper exponential.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+
+class Row(IntEnum):
+    """The rows of ``rows``, which backward needs of every query.
+
+    The softmax of a pair is ``2 ** (x_ij - BASE_i) / TOTAL_i``. BASE is the log-sum-exp as float32 can hold it, and TOTAL,
+    close to 1, is what rounding took from it: without TOTAL the softmax of large logits would be off by their rounding.
+    """
+
+    BASE = 0  # log-sum-exp of the negatives' logits, in base 2
+    TOTAL = 1  # the sum of 2 ** (x_ij - BASE_i)
+    PULL = 2  # share * weight / (t TOTAL): the loss's derivative by s(q_i, n_j) is PULL_i * 2 ** (x_ij - BASE_i)
+    POSITIVE = 3  # s(q, k)
+    TEMPERATURE_GRADIENT = 4  # the derivative by t of this row's share of the loss; 0 unless t is learned
+
+
+class Metric(IntEnum):
+    """The rows of ``metrics``, which only ``with_metrics`` asks for."""
+
+    WEIGHT = 0  # -d loss / d gap
+    COUNT = 1  # K_i, the negatives that are left
+    LOG_WEIGHT = 2  # of the dual temperature; 0 for EqCo
+    INTRA_LOSS = 3  # softplus(log(alpha / K_i) - gap(t)), which estimates the mutual information
+    RANK = 4  # how many negatives are more similar than the positive
+    NEGATIVE = 5  # the negatives' mean similarity
+
+
+class Pairs(NamedTuple):
+    """Which pairs (query i, key j) are negatives: all, but for those that a field leaves out."""
+
+    query_ids: Tensor | None = None  # (N,)
+    key_ids: Tensor | None = None  # (K,) or (N, K): pairs of equal ids are left out
+    mask: Tensor | None = None  # (K,) or (N, K), bool: pairs that are False are left out
+    count: Tensor | None = None  # (): keys from this place on do not exist, in a queue that is still filling
+    picked: Tensor | None = None  # (N, C): query i meets the keys picked[i] and no others
+    band: list[int] = []  # noqa: RUF012  # offset, width, modulus: query i stands at place a = (offset + i) % modulus
+    #                       and meets the keys whose place j % modulus is one of the next ``width`` after a, cyclic
+
+    @property
+    def by_ids(self) -> bool:
+        return self.query_ids is not None and self.key_ids is not None
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether single pairs are left out, which only a comparison of each pair can tell."""
+        return self.by_ids or self.mask is not None
+
+    def negatives(self, keys: Tensor) -> int | None:
+        """How many each query has, where the host knows it."""
+        if self.by_pair or self.count is not None:
+            return None
+        if self.picked is not None:
+            return self.picked.shape[1]
+        return self.band[1] * (len(keys) // self.band[2]) if self.band else keys.shape[-2]
+
+
+class KeySet(NamedTuple):
+    """Some keys, and which of them each query meets."""
+
+    keys: Tensor  # (K, D), shared by all queries, or (N, K, D), each query's own
+    pairs: Pairs
+    normalize: bool  # whether keys are to be brought to unit length; a queue's rows have it already
+    trusted: bool = False  # whether no key can be NaN or infinite, because a queue checked them when they entered
+
+    @property
+    def own(self) -> bool:
+        """Whether each query has keys of its own, which no product of matrices serves."""
+        return self.keys.dim() == 3 or self.pairs.picked is not None
+
+
+class RowLosses(NamedTuple):
+    """The loss of each query against one or two sets of keys, and its gradients for query and positive."""
+
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, D)
+    first: KeySet
+    second: KeySet | None
+    temperature: float
+    learned_temperature: Tensor | None  # (); it replaces ``temperature``
+    inter_temperature: float | None  # None: EqCo
+    alpha: float | None  # None: alpha = K_i
+    normalize: bool  # whether query and positive are to be brought to unit length
+    share: list[int]  # numerator and denominator of what every row's loss is multiplied by, as a mean does
+    reduced: bool  # whether the loss is one number, the sum over the rows
+    may_raise: bool  # whether a query without negatives is an error on a CPU; else its loss is NaN, as on a GPU
+    need_query_gradient: bool
+    need_positive_gradient: bool
+    need_keys_gradient: bool  # of the first set; a backend that has it from the same pass returns it
+    need_metrics: bool
+    autocast: torch.dtype | None  # what torch.autocast asks products to be multiplied in
+    backend: str
+
+    @property
+    def ratio(self) -> float:
+        return self.share[0] / self.share[1]
+
+    @property
+    def sets(self) -> list[KeySet]:
+        return [self.first] if self.second is None else [self.first, self.second]
+
+
+class RowOutputs(NamedTuple):
+    loss: Tensor  # (), or (N,) unless ``reduced``
+    query_gradient: Tensor  # (N, D), of the sum over the rows of share * loss; (0,) where it is not needed
+    positive_gradient: Tensor  # (N, D) or (0,)
+    keys_gradient: Tensor  # the first set's, in its shape; (0,) where it is not needed or the pass does not give it
+    rows: Tensor  # (len(Row), N)
+    metrics: Tensor  # (len(Metric), N), or (0,) without need_metrics
+
+
+class SymmetricLosses(NamedTuple):
+    """Both directions between two views, where every row is an anchor, a positive and a key."""
+
+    views: Tensor  # (2M, D): rows i and i + M are one image's
+    across: bool  # whether only the other view's rows are negatives (CLIP, SimCo), or both views' (NT-Xent)
+    temperature: float
+    learned_temperature: Tensor | None  # ()
+    inter_temperature: float | None
+    alpha: float | None
+    share: list[int]
+    autocast: torch.dtype | None
+    backend: str
+
+    @property
+    def ratio(self) -> float:
+        return self.share[0] / self.share[1]
+
+
+class SymmetricOutputs(NamedTuple):
+    loss: Tensor  # (): the sum over the rows of share * loss
+    rows: Tensor  # (len(Row), 2M); TEMPERATURE_GRADIENT stays 0
+
+
+class SymmetricGradient(NamedTuple):
+    """The gradient of ``grad * loss`` for the views."""
+
+    views: Tensor  # (2M, D)
+    grad: Tensor  # ()
+    rows: Tensor  # (len(Row), 2M)
+    across: bool
+    temperature: float
+    learned_temperature: Tensor | None
+    autocast: torch.dtype | None
+    backend: str
+
+
+class SymmetricGradients(NamedTuple):
+    views: Tensor  # (2M, D), in the views' dtype
+    temperature: Tensor  # () in float32 or float64, or (0,) where it is not learned
+
+
+class LogSumExp(NamedTuple):
+    """The log-sum-exp of each query's similarities over t. Nothing is normalised."""
+
+    query: Tensor  # (N, D)
+    first: KeySet
+    temperature: float
+    learned_temperature: Tensor | None
+    need_query_gradient: bool
+    autocast: torch.dtype | None
+    backend: str
+
+
+class LogSumExpOutputs(NamedTuple):
+    lse: Tensor  # (N,)
+    mean_key: Tensor  # (N, D): the softmax-weighted mean of the keys, t times the query's gradient; (0,) if not needed
+    rows: Tensor  # (len(Row), N); PULL is 1 / (t TOTAL), POSITIVE and TEMPERATURE_GRADIENT are 0
+
+
+class KeysGradient(NamedTuple):
+    """The gradient of a set's raw keys: dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i."""
+
+    query: Tensor  # (N, D)
+    first: KeySet
+    grad: Tensor  # (), of a reduced loss, or (N,)
+    rows: Tensor  # (len(Row), N)
+    temperature: float
+    learned_temperature: Tensor | None
+    normalize: bool  # whether the query is to be brought to unit length
+    autocast: torch.dtype | None
+    backend: str
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the arithmetic runs in: float32, or float64 where the query is that."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def temperature_of(call: RowLosses | SymmetricLosses | SymmetricGradient | LogSumExp | KeysGradient) -> float | Tensor:
+    """t as a number, or as a tensor of the arithmetic's dtype, NaN where it is not positive."""
+    t = call.learned_temperature
+    if t is None:
+        return call.temperature
+    t = t.to(compute_dtype(call[0]))
+    return torch.where(t > 0, t, math.nan)
+
+
+NORM_EPS = 1e-12  # the least length that a row is divided by
+
+
+def gradient_eps(dtype: torch.dtype) -> float:
+    """The least length that a gradient is divided by, so that it fits the dtype of what it is the gradient of."""
+    return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS
+
+
+def rounded_log_sum(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """(BASE, TOTAL) of a sum of exponentials under its maximum. ``maximum - base`` is exact, so TOTAL has no rounding."""
+    base = maximum + total.log2()
+    return base, total * (maximum - base).exp2()
