@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, fail_together, world
 from .queue import FLOATS, INTEGERS, MomentumQueue
+from .settings import Inputs, Settings
 
 BACKENDS = ("auto", "torch", "triton")
 REDUCTIONS = ("none", "mean", "sum")
@@ -150,6 +151,14 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
         _alike("negative_keys", negative_keys, query, dtype=False)
 
 
+def inputs(chosen: Settings, given: Inputs) -> Ranks | None:
+    """A call checked, by all ranks together where they gather; who takes part."""
+    if chosen.gather is False:
+        call(chosen, *given)
+        return None
+    return agree(chosen, *given)
+
+
 def call(
     chosen: Any,
     query: Any,
@@ -157,6 +166,7 @@ def call(
     negative_keys: Any,
     query_ids: Any,
     negative_ids: Any,
+    negative_mask: Any = None,
 ) -> None:
     """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
     reverse_mode()
@@ -224,6 +234,7 @@ def agree(
     negative_keys: Any,
     query_ids: Any,
     negative_ids: Any,
+    negative_mask: Any = None,
 ) -> Ranks:
     """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
     check_gather(chosen.gather)

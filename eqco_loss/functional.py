@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from . import _validate as check
-from . import ops
+from . import negatives, ops
 from .distributed import Gather, Ranks
-from .ops import Pairs, Stat
-from .queue import MomentumQueue
+from .negatives import Direction
+from .ops import Metric, Row, RowLosses
+from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
 
 __all__ = ["LossMetrics", "cosine_momentum", "dual_temp_infonce", "eqco_loss", "negatives_logsumexp"]
-
-Negatives = Tensor | MomentumQueue | None  # (K, D) shared, (N, K, D) per query, a queue, or the batch's other keys
 
 
 class LossMetrics(NamedTuple):
@@ -45,22 +44,6 @@ class LossMetrics(NamedTuple):
     mean_log_weight: Tensor  #: log of the dual-temperature weight; 0 for EqCo
 
 
-class Settings(NamedTuple):
-    """What a loss is, apart from its tensors."""
-
-    temperature: float | Tensor
-    inter_temperature: float | None  # None: EqCo
-    alpha: float | None
-    in_batch: str | None
-    num_negatives: int | None
-    sampling: str
-    symmetric: bool
-    normalize: bool
-    gather: Gather
-    reduction: str
-    backend: str
-
-
 def eqco_loss(
     query: Tensor,
     positive_key: Tensor,
@@ -68,16 +51,17 @@ def eqco_loss(
     *,
     temperature: float | Tensor = 0.2,
     alpha: float | None = 65536,
-    in_batch: str | None = None,
+    in_batch: InBatch | None = None,
     num_negatives: int | None = None,
-    sampling: str = "rolled",
+    sampling: Sampling = "rolled",
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    negative_mask: Tensor | None = None,
     normalize: bool = True,
     gather: Gather = False,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """InfoNCE independent of the number of negatives: :class:`eqco_loss.EqCoLoss` as a function.
 
@@ -103,7 +87,8 @@ def eqco_loss(
     settings = Settings(
         temperature, None, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend
     )
-    return compute_loss(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+    return compute_loss(settings, inputs)
 
 
 def dual_temp_infonce(
@@ -114,16 +99,17 @@ def dual_temp_infonce(
     temperature: float | Tensor = 0.1,
     inter_temperature: float = 1.0,
     alpha: float | None = None,
-    in_batch: str | None = None,
+    in_batch: InBatch | None = None,
     num_negatives: int | None = None,
-    sampling: str = "rolled",
+    sampling: Sampling = "rolled",
     symmetric: bool = False,
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    negative_mask: Tensor | None = None,
     normalize: bool = True,
     gather: Gather = False,
-    reduction: str = "mean",
-    backend: str = "auto",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """InfoNCE with two temperatures: :class:`eqco_loss.DualTempInfoNCE` as a function.
 
@@ -160,246 +146,128 @@ def dual_temp_infonce(
         reduction,
         backend,
     )
-    return compute_loss(settings, query, positive_key, negative_keys, query_ids, negative_ids)
+    inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+    return compute_loss(settings, inputs)
 
 
-def compute_loss(
-    settings: Settings,
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Negatives = None,
-    query_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-) -> Tensor:
+def compute_loss(settings: Settings, inputs: Inputs) -> Tensor:
     """The reduced loss."""
-    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    share = _share(settings, passes, ranks)
-    return _reduce([_row_losses(settings, one, share)[0] for one in passes], settings.reduction)
+    ranks = check.inputs(settings, inputs)
+    if ranks is None and _symmetric_serves(settings, inputs):
+        return _symmetric_loss(settings, inputs)
+    return _sum([out.loss for out in _row_losses(settings, inputs, ranks)])
 
 
-def compute_metrics(
-    settings: Settings,
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Negatives = None,
-    query_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-) -> LossMetrics:
+def compute_metrics(settings: Settings, inputs: Inputs) -> LossMetrics:
     """The reduced loss and what to log beside it."""
-    passes, ranks = _passes(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    share = _share(settings, passes, ranks)
-    outputs = [_row_losses(settings, one, share, need_statistics=True) for one in passes]
-    stats = torch.cat([stats for _, stats in outputs], 1)  # (len(Stat), N) or, of both directions, (len(Stat), 2N)
-    alpha = stats[Stat.COUNT] if settings.alpha is None else torch.full_like(stats[Stat.COUNT], float(settings.alpha))
+    ranks = check.inputs(settings, inputs)
+    outputs = _row_losses(settings, inputs, ranks, need_metrics=True)
+    metrics = torch.cat([out.metrics for out in outputs], 1)  # (len(Metric), N), or of both directions 2N
+    positive = torch.cat([out.rows[Row.POSITIVE] for out in outputs])
+    base = torch.cat([out.rows[Row.BASE] for out in outputs])
+    count = metrics[Metric.COUNT]
+    alpha = count if settings.alpha is None else torch.full_like(count, float(settings.alpha))
     t = settings.temperature
-    t = t.detach().to(stats.dtype) if isinstance(t, Tensor) else float(t)
-    rank = stats[Stat.RANK] + 0 * (stats[Stat.LSE] + stats[Stat.POSITIVE])  # NaN where the row is
+    t = t.detach().to(count.dtype) if isinstance(t, Tensor) else float(t)
+    rank = metrics[Metric.RANK] + 0 * (base + positive)  # NaN where the row is
     rows = torch.stack(
         [
             torch.where(rank.isnan(), rank, (rank < 1).to(rank.dtype)),
             torch.where(rank.isnan(), rank, (rank < 5).to(rank.dtype)),
-            stats[Stat.POSITIVE],
-            stats[Stat.NEGATIVE],
-            stats[Stat.COUNT],
-            torch.log1p(alpha) - stats[Stat.INTRA_LOSS],
-            2 / t * stats[Stat.WEIGHT],
-            stats[Stat.LOG_WEIGHT],
+            positive,
+            metrics[Metric.NEGATIVE],
+            count,
+            torch.log1p(alpha) - metrics[Metric.INTRA_LOSS],
+            2 / t * metrics[Metric.WEIGHT],
+            metrics[Metric.LOG_WEIGHT],
         ]
     )
-    means = rows.mean(1) if ranks is None else ranks.sum(rows.sum(1)) / (ranks.total * len(passes))
-    return LossMetrics(_reduce([loss for loss, _ in outputs], settings.reduction), *means.unbind())
-
-
-class _Pass(NamedTuple):
-    """One call of the operator: each query row against one set of keys, or two."""
-
-    query: Tensor  # (N, D)
-    positive: Tensor  # (N, D)
-    keys: Tensor  # (K, D) or (N, K, D)
-    normalize_keys: bool
-    pairs: Pairs
-    extra: _Given | None = None  # a second set
-    both_roles: str = ""  # keys and positives are the query's rows, two views, and the gradient is all its
-
-
-class _Given(NamedTuple):
-    """The negatives that came as an argument."""
-
-    keys: Tensor  # (K, D) or (N, K, D)
-    normalize: bool
-    ids: Tensor | None  # (K,) or (N, K)
-    filled: Tensor | None  # (): how many of them are there, where only the device knows
+    means = rows.mean(1) if ranks is None else ranks.sum(rows.sum(1)) / (ranks.total * len(outputs))
+    return LossMetrics(_sum([out.loss for out in outputs]), *means.unbind())
 
 
 def _row_losses(
-    settings: Settings, one: _Pass, share: list[int], need_statistics: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``share`` of the loss per row (N,), and the rows of ``Stat`` (detached)."""
-    query, positive, keys, normalize_keys, pairs, extra, both_roles = one
+    settings: Settings, inputs: Inputs, ranks: Ranks | None, *, need_metrics: bool = False
+) -> list[ops.RowOutputs]:
+    """The loss of each direction, with its gradients: one pass over its negatives."""
+    grad, share = torch.is_grad_enabled(), _share(settings, inputs, ranks)
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
-    grad = torch.is_grad_enabled()
-    backend, _ = _backend(settings.backend, query, keys, None if extra is None else extra.keys)
-    loss, *_, stats = ops.row_losses(
-        query,
-        positive,
-        keys,
-        None if extra is None else extra.keys,
-        learned,
-        *pairs,
-        None if extra is None else extra.ids,
-        None if extra is None else extra.filled,
-        1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
-        None if settings.inter_temperature is None else float(settings.inter_temperature),
-        None if settings.alpha is None else float(settings.alpha),
-        settings.normalize,
-        normalize_keys,
-        extra is not None and extra.normalize,
-        settings.gather is False,  # or the other ranks would wait
-        grad and not both_roles and (ops.requires_grad(query) or ops.requires_grad(learned)),
-        grad and ops.requires_grad(positive),
-        # Rows of a mean or a sum weigh the same in backward, so the same pass can give the keys' gradient. On a GPU
-        # finding that out would wait for the device.
-        grad
-        and ops.requires_grad(keys)
-        and settings.reduction != "none"
-        and keys.device.type == "cpu"
-        and backend == "torch",
-        need_statistics,
-        share,
-        _autocast_dtype(query.device),
-        backend,
-        both_roles,
-    )
-    return loss, stats
+
+    def outputs(one: Direction) -> ops.RowOutputs:
+        others = [one.first.keys, None if one.second is None else one.second.keys]
+        return ops.row_losses(
+            RowLosses(
+                query=one.query,
+                positive=one.positive,
+                first=one.first,
+                second=one.second,
+                temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
+                learned_temperature=learned,
+                inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
+                alpha=None if settings.alpha is None else float(settings.alpha),
+                normalize=settings.normalize,
+                share=share,
+                reduced=settings.reduction != "none",
+                may_raise=settings.gather is False,  # or the other ranks would wait
+                need_query_gradient=grad and (ops.requires_grad(one.query) or ops.requires_grad(learned)),
+                need_positive_gradient=grad and ops.requires_grad(one.positive),
+                need_keys_gradient=grad and ops.requires_grad(one.first.keys),
+                need_metrics=need_metrics,
+                autocast=_autocast_dtype(one.query.device),
+                backend=ops.choose(settings.backend, one.query, *others)[0],
+            )
+        )
+
+    return [outputs(one) for one in negatives.directions(settings, inputs, ranks)]
 
 
-def _passes(
-    settings: Settings,
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Negatives,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-) -> tuple[list[_Pass], Ranks | None]:
-    """Everything checked; which keys each query meets, one pass or (symmetric) two; and who else takes part."""
-    ranks = None
-    if settings.gather is False:
-        check.call(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    else:
-        ranks = check.agree(settings, query, positive_key, negative_keys, query_ids, negative_ids)
-    given = _given(settings, negative_keys, query_ids, negative_ids)
-    in_batch = settings.in_batch or ("keys" if given is None else None)
-    if in_batch is None and given is not None:
-        every = Pairs(query_ids, given.ids, given.filled, None, [])
-        return [_Pass(query, positive_key, given.keys, given.normalize, every)], ranks
-
-    def everyone(x: Tensor) -> Tensor:
-        return x if ranks is None else ranks.gather(x)
-
-    views = 2 if in_batch == "views" else 1
-    key_ids = None if query_ids is None else everyone(query_ids.to(torch.int64)).repeat(views)
-    all_keys = everyone(positive_key)  # (N, D), of all ranks
-    all_queries = everyone(query) if views == 2 or settings.symmetric else query
-    both = torch.cat([all_queries, all_keys]) if views == 2 else all_keys
-    offset, n = (0, query.shape[0]) if ranks is None else (ranks.offset, ranks.total)
-
-    def pairs() -> Pairs:
-        others = views * (n - 1)
-        k = others if settings.num_negatives is None else min(settings.num_negatives, others)
-        if settings.sampling == "random" and k < others:
-            picked = random_negatives(query.shape[0], k, query.device, total=n, offset=offset, views=views)
-            return Pairs(query_ids, key_ids, None, picked, [])
-        return Pairs(query_ids, key_ids, None, None, [offset, k // views, n])
-
-    alone = ranks is None and given is None and query_ids is None
-    if alone and _in_both_roles(settings, query, positive_key):
-        z = both if views == 2 else torch.cat([query, positive_key])
-        return [_Pass(z, z.detach(), z.detach(), settings.normalize, pairs(), None, in_batch or "keys")], None
-    passes = [_Pass(query, positive_key, both, settings.normalize, pairs(), given)]
-    if settings.symmetric:
-        other = both if views == 2 else all_queries
-        passes.append(_Pass(positive_key, query, other, settings.normalize, pairs(), given))
-    return passes, ranks
-
-
-def _in_both_roles(settings: Settings, query: Tensor, positive_key: Tensor) -> bool:
+def _symmetric_serves(settings: Settings, inputs: Inputs) -> bool:
     """Whether one pass over the pairs of rows can give the gradients of both directions to both sides."""
     if not settings.symmetric or settings.num_negatives is not None or settings.reduction == "none":
         return False
-    if not settings.normalize:  # it takes the softmax from the log-sum-exp, which rounds large logits away
+    if not settings.normalize or inputs.query_ids is not None or settings.gather is not False:
         return False
-    return not torch.is_grad_enabled() or ops.requires_grad(query) == ops.requires_grad(positive_key)
+    query, key = inputs.query, inputs.positive_key
+    return not torch.is_grad_enabled() or ops.requires_grad(query) == ops.requires_grad(key)
 
 
-def _given(
-    settings: Settings, negative_keys: Negatives, query_ids: Tensor | None, negative_ids: Tensor | None
-) -> _Given | None:
-    if isinstance(negative_keys, MomentumQueue):
-        ids = None if query_ids is None else negative_keys.slot_ids
-        return _Given(negative_keys.contents, False, ids, negative_keys.count)
-    if negative_keys is None:
-        return None
-    return _Given(negative_keys, settings.normalize, negative_ids, None)
+def _symmetric_loss(settings: Settings, inputs: Inputs) -> Tensor:
+    views = torch.cat([inputs.query, inputs.positive_key])  # (2N, D)
+    return ops.symmetric_losses(
+        ops.SymmetricLosses(
+            views=views,
+            across=negatives.batch_kind(settings, inputs) == "keys",
+            temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
+            learned_temperature=settings.temperature if isinstance(settings.temperature, Tensor) else None,
+            inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
+            alpha=None if settings.alpha is None else float(settings.alpha),
+            share=_share(settings, inputs, None),
+            autocast=_autocast_dtype(views.device),
+            backend=ops.choose(settings.backend, views)[0],
+        )
+    ).loss
 
 
-def _share(settings: Settings, passes: list[_Pass], ranks: Ranks | None) -> list[int]:
-    """What of a row's loss is added up, [numerator, denominator]; DDP's mean of the gradients is then the global one.
+def _share(settings: Settings, inputs: Inputs, ranks: Ranks | None) -> list[int]:
+    """What a row's loss is multiplied by, [numerator, denominator]; DDP's mean of the gradients is then the global one.
 
-    The operator multiplies by it: a mean of its own would be two more kernels on a GPU.
+    The operator multiplies by it, because a mean of its own would be two more kernels on a GPU.
     """
-    rows = passes[0].query.shape[0] * len(passes)  # twice as many if symmetric, in one pass or in two
     directions = 2 if settings.symmetric else 1
     if settings.reduction == "none" or (settings.reduction == "sum" and ranks is None):
         return [1, directions]
     if ranks is None:
-        return [1, rows]
+        return [1, directions * inputs.query.shape[0]]
     return [len(ranks.sizes), directions * (ranks.total if settings.reduction == "mean" else 1)]
 
 
-def _reduce(rows: list[Tensor], reduction: str) -> Tensor:
-    loss = rows[0] if len(rows) == 1 else rows[0] + rows[1]
-    return loss if reduction == "none" else loss.sum()
+def _sum(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else losses[0] + losses[1]
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def random_negatives(
-    rows: int, k: int, device: torch.device, *, total: int | None = None, offset: int = 0, views: int = 1
-) -> Tensor:
-    """(rows, k) indices: for each row k of the others, uniformly, without replacement, independent by row.
-
-    Row i stands at place offset + i of ``total``, and there are ``views`` keys at each place: its own are not drawn.
-    """
-    total = rows if total is None else total
-    others = views * (total - 1)
-
-    def over_own(picked: Tensor, first: int) -> Tensor:
-        """Of others, to places: each row steps over its own."""
-        view, place = picked // (total - 1), picked % (total - 1)
-        own = torch.arange(offset + first, offset + first + picked.shape[0], device=device)
-        return place.add_(place >= own[:, None]).add_(view, alpha=total)
-
-    if k * k < others:  # Floyd's sampling: k steps over all rows at once
-        uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
-        picked = torch.empty_like(uniform, dtype=torch.int64)
-        for step in range(k):
-            last = others - k + step
-            candidate = (uniform[:, step] * (last + 1)).long()
-            taken = (picked[:, :step] == candidate[:, None]).any(1)
-            picked[:, step] = torch.where(taken, last, candidate)
-        return over_own(picked, 0)
-    step = max(1, 2**20 // others)  # the k largest of others' random numbers, some rows at a time
-    counts = {start: min(step, rows - start) for start in range(0, rows, step)}
-    return torch.cat(
-        [
-            over_own(torch.rand((count, others), device=device).topk(k, 1).indices, start)
-            for start, count in counts.items()
-        ]
-    )
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def negatives_logsumexp(
@@ -409,6 +277,7 @@ def negatives_logsumexp(
     temperature: float | Tensor = 1.0,
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     r"""``log sum_j exp(query_i . key_j / temperature)`` per row, without the N x K matrix, for a loss of your own.
 
@@ -441,39 +310,25 @@ def negatives_logsumexp(
     check.logsumexp_inputs(query, keys, query_ids, key_ids)
     check.temperature_device(temperature, query)
     learned = temperature if isinstance(temperature, Tensor) else None
-    need_mean_key = torch.is_grad_enabled() and (ops.requires_grad(query) or ops.requires_grad(learned))
-    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    chosen = _autocast_dtype(query.device), _backend("auto", query, keys)[0]
-    lse: Tensor = ops.negatives_logsumexp(
-        query, keys, learned, query_ids, key_ids, None, None, [], number, need_mean_key, *chosen
-    )[0]
-    return lse
+    return ops.logsumexp(
+        ops.LogSumExp(
+            query=query,
+            first=ops.KeySet(keys, ops.Pairs(query_ids=query_ids, key_ids=key_ids, mask=key_mask), normalize=False),
+            temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+            learned_temperature=learned,
+            need_query_gradient=torch.is_grad_enabled() and (ops.requires_grad(query) or ops.requires_grad(learned)),
+            autocast=_autocast_dtype(query.device),
+            backend=ops.choose("auto", query, keys)[0],
+        )
+    ).lse
 
 
-def chosen_backend(
-    settings: Settings, query: Tensor, positive_key: Tensor | None = None, negative_keys: Negatives = None
-) -> tuple[str, str]:
+def chosen_backend(settings: Settings, inputs: Inputs) -> tuple[str, str]:
     """The backend that serves this call, and why."""
     check.settings(settings)
-    given = _given(settings, negative_keys, None, None)
-    keys = [positive_key if given is None or settings.in_batch else None, None if given is None else given.keys]
-    return _backend(settings.backend, query, *keys)
-
-
-def _backend(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, str]:
-    if requested == "torch":
-        return "torch", "asked for by name"
-    if requested == "auto" and query.is_cpu:
-        return "torch", "CPU tensors: torch's flash attention where nothing is left out, tiles elsewhere"
-    refused = ops.triton_refusal(query, *keys)
-    if refused is None:
-        return "triton", "fused kernels"
-    if requested == "triton":
-        raise ValueError(
-            f"backend: expected tensors that 'triton' serves, got {refused}. Give backend='auto', which takes 'torch' "
-            "for these."
-        )
-    return "torch", refused
+    given = negatives.given_set(settings, inputs)
+    batch = None if negatives.batch_kind(settings, inputs) is None else inputs.positive_key
+    return ops.choose(settings.backend, inputs.query, batch, None if given is None else given.keys)
 
 
 def cosine_momentum(step: int, total_steps: int, base: float = 0.996, final: float = 1.0) -> float:

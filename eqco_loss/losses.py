@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from . import _validate as check
 from . import functional
 from .distributed import Gather
-from .functional import LossMetrics, Negatives, Settings
+from .functional import LossMetrics
+from .settings import Inputs, Negatives, Settings
 
 
 class _Criterion(nn.Module):
@@ -35,9 +36,12 @@ class _Criterion(nn.Module):
         *,
         query_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss: a 0-dim tensor, or (N,) with ``reduction="none"``. Arguments and shapes: see the class."""
-        return functional.compute_loss(self.settings, query, positive_key, negative_keys, query_ids, negative_ids)
+        return functional.compute_loss(
+            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        )
 
     def with_metrics(
         self,
@@ -47,9 +51,12 @@ class _Criterion(nn.Module):
         *,
         query_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
     ) -> LossMetrics:
         """The loss and what to log beside it, as a NamedTuple. Arguments and shapes: see the class."""
-        return functional.compute_metrics(self.settings, query, positive_key, negative_keys, query_ids, negative_ids)
+        return functional.compute_metrics(
+            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        )
 
     def backend(
         self,
@@ -59,9 +66,10 @@ class _Criterion(nn.Module):
         *,
         query_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
     ) -> tuple[str, str]:
         """The backend that would serve this call, and why."""
-        return functional.chosen_backend(self.settings, query, positive_key, negative_keys)
+        return functional.chosen_backend(self.settings, Inputs(query, positive_key, negative_keys))
 
     def extra_repr(self) -> str:
         shown = self.settings._asdict()

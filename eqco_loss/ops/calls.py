@@ -21,8 +21,8 @@ LN2 = math.log(2.0)
 class Row(IntEnum):
     """The rows of ``rows``, which backward needs of every query.
 
-    The softmax of a pair is ``2 ** (x_ij - BASE_i) / TOTAL_i``. BASE is the log-sum-exp as float32 can hold it, and TOTAL,
-    close to 1, is what rounding took from it: without TOTAL the softmax of large logits would be off by their rounding.
+    The softmax of a pair is ``2 ** (x_ij - BASE_i) / TOTAL_i``. BASE is the log-sum-exp as float32 can hold it, and
+    TOTAL, close to 1, is what rounding took from it: without it the softmax of large logits is off by their rounding.
     """
 
     BASE = 0  # log-sum-exp of the negatives' logits, in base 2
@@ -222,6 +222,6 @@ def gradient_eps(dtype: torch.dtype) -> float:
 
 
 def rounded_log_sum(maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """(BASE, TOTAL) of a sum of exponentials under its maximum. ``maximum - base`` is exact, so TOTAL has no rounding."""
+    """(BASE, TOTAL) of a sum of exponentials under its maximum: exact, because ``maximum - base`` is."""
     base = maximum + total.log2()
     return base, total * (maximum - base).exp2()

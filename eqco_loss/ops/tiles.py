@@ -1,233 +1,486 @@
-"""Which negatives each query has, and the blocks of rows and tiles of keys in which the torch backend visits them."""
+"""The operators in plain torch, any device, float32 or float64 arithmetic, without ever holding N x K similarities.
+
+Work goes block of rows by block of rows, tile of keys by tile of keys (``blocks.py``), with a running maximum. Where no
+pair is left out, the CPU's own flash attention is the same pass, fused (``flash.py``).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
-SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
+from . import flash
+from .blocks import Ready, Scratch, Tile, blocks, mutual_tiles, slices, unit_rows
+from .calls import (
+    LN2,
+    LOG2E,
+    KeysGradient,
+    KeySet,
+    LogSumExp,
+    LogSumExpOutputs,
+    Metric,
+    Row,
+    RowLosses,
+    RowOutputs,
+    SymmetricGradient,
+    SymmetricGradients,
+    SymmetricLosses,
+    SymmetricOutputs,
+    compute_dtype,
+    rounded_log_sum,
+    temperature_of,
+)
+from .definition import cleaned
+
+_MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
+_ROWS_AT_ONCE = 256  # of keys whose gradient passes through their normalisation
+
+Result = TypeVar("Result")
 
 
-class Pairs(NamedTuple):
-    """Which (query i, key j) pairs are negatives; see ``eqco_loss.ops``."""
+def _plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Without gradients and autocast, whose contexts are entered only where they change something."""
 
-    query_ids: Tensor | None = None  # (N,)
-    key_ids: Tensor | None = None  # (K,) or (N, K)
-    valid_count: Tensor | None = None  # ()
-    picked: Tensor | None = None  # (N, C)
-    band: Sequence[int] = ()  # offset, width, modulus
+    @functools.wraps(function)
+    def plain(call: Any) -> Result:
+        device = call[0].device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return function(call)
+        return function(call)
 
-    def negatives(self, keys: Tensor) -> int | None:
-        """How many each query has, where the host knows it."""
-        if (self.query_ids is not None and self.key_ids is not None) or self.valid_count is not None:
-            return None
-        if self.picked is not None:
-            return self.picked.shape[1]
-        return self.band[1] * (len(keys) // self.band[2]) if self.band else keys.shape[-2]
+    return plain
 
 
-class Scratch:
-    """One buffer for every tile of a pass: fresh memory for each costs more in page faults than the arithmetic."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like, self.buffer = like, like.new_empty(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        if self.buffer.numel() < math.prod(shape):
-            self.buffer = self.like.new_empty(math.prod(shape))
-        return self.buffer[: math.prod(shape)].view(shape)
+# ---------------------------------------------------------------------------------------------------------- row losses
 
 
-class Tile(NamedTuple):
-    """A block of R rows against C keys."""
+def gives_keys_gradient(call: RowLosses) -> bool:
+    """Whether row_losses returns the keys' gradient: backward multiplies it by one number if the loss is one."""
+    return call.reduced
 
-    keys: Tensor  # (C, D) or (R, C, D), ready to multiply
-    place: Any  # where keys stand in the whole: an index into its first dimension, or (rows, columns) of a set per row
-    drop: Tensor | None = None  # (R, C) bool: True where a pair is left out
-    diagonals: tuple[int, ...] = ()  # diagonals of (R, C) to leave out besides; only without drop
 
-    def logits(self, rows: Tensor, scratch: Scratch) -> Tensor:
-        """rows (R, D) @ keys.T, -inf where left out; in ``scratch``."""
-        if self.keys.dim() == 3:
-            r, c, _ = self.keys.shape
-            x = scratch(r, c)
-            torch.bmm(self.keys, rows[:, :, None], out=x[:, :, None])
+@_plainly
+def row_losses(call: RowLosses) -> RowOutputs:
+    t, dtype, ratio = temperature_of(call), compute_dtype(call.query), call.ratio
+    learned = call.learned_temperature is not None
+    q, q_norm = unit_rows(call.query, call.normalize, dtype)
+    p, p_norm = unit_rows(call.positive, call.normalize, dtype)
+    (n, d), scale = q.shape, LOG2E / t
+    similarity = (q * p).sum(1)
+    positive_logit = similarity * scale
+    loss = q.new_zeros(()) if call.reduced else q.new_empty(n)
+    query_gradient = q.new_empty((n, d) if call.need_query_gradient else (0,))
+    positive_gradient = q.new_empty((n, d) if call.need_positive_gradient else (0,))
+    give_keys = call.need_keys_gradient and gives_keys_gradient(call)
+    keys_gradient_ = q.new_zeros(call.first.keys.shape if give_keys else (0,))
+    row_stats, metrics = q.new_zeros((len(Row), n)), q.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    row_stats[Row.POSITIVE] = similarity
+    ready = Ready(call.first, dtype, call.positive, p if call.normalize == call.first.normalize else None)
+    wanted = _Wanted(
+        mean_key=call.need_query_gradient,
+        again=call.need_keys_gradient and not call.normalize,
+        inter_ratio=None if call.inter_temperature is None else t / call.inter_temperature,
+        positive_logit=positive_logit if call.need_metrics else None,
+        rows=64 if give_keys else 256,
+    )
+    passes = _attend(q, scale, ready, wanted)
+    if call.second is not None:
+        passes = _merged(passes, _whole([seen for _, seen, _ in _attend(q, scale, Ready(call.second, dtype), wanted)]))
+    fused = False  # whether the keys' gradient came out of the same pass
+    for rows, seen, only in passes:
+        mine, its, s = q[rows], p[rows], similarity[rows]
+        maximum = _checked(seen, rows.start, call.may_raise)
+        values = _values(positive_logit[rows], seen._replace(maximum=maximum), call)
+        base, rest = rounded_log_sum(maximum, seen.total)
+        if call.reduced:
+            loss += values.loss.sum()
         else:
-            x = torch.mm(rows, self.keys.T, out=scratch(len(rows), len(self.keys)))
-        for diagonal in self.diagonals:
-            x.diagonal(diagonal).fill_(-math.inf)
-        return x if self.drop is None else x.masked_fill_(self.drop, -math.inf)
-
-    def negatives(self, rows: int) -> Tensor:
-        """How many of its keys each of its rows has, (R,), where only ``drop`` can tell."""
-        if self.drop is not None:
-            return (~self.drop).sum(1)
-        return torch.full((rows,), self.keys.shape[-2], dtype=torch.int64, device=self.keys.device)
-
-    def add_weighted(self, out: Tensor, weight: Tensor, first: bool) -> None:
-        """out (R, D) += weight (R, C) @ keys; ``first``: whatever is in out"""
-        if self.keys.dim() == 3:
-            out.unsqueeze(1).baddbmm_(weight[:, None, :], self.keys, beta=0 if first else 1)
-        else:
-            out.addmm_(weight, self.keys, beta=0 if first else 1)
-
-    def add_transposed(self, out: Tensor, weight: Tensor, rows: Tensor) -> None:
-        """out[place] += weight.T (C, R) @ rows (R, D)"""
-        if self.keys.dim() == 2 and isinstance(self.place, slice):
-            out[self.place].addmm_(weight.T, rows)
-        elif self.keys.dim() == 2:
-            out.index_add_(0, self.place, weight.T @ rows)
-        elif isinstance(self.place, Tensor):
-            out.index_add_(0, self.place.flatten(), (weight[:, :, None] * rows[:, None, :]).flatten(0, 1))
-        else:
-            out[self.place] += weight[:, :, None] * rows[:, None, :]
-
-
-class Block(NamedTuple):
-    """Some rows and the tiles that together hold their negatives."""
-
-    rows: slice
-    tiles: Iterator[Tile]
-    single: bool  # whether that is one tile; the same for every block of a pass
+            torch.mul(values.loss, ratio, out=loss[rows])
+        factor = values.weight * (ratio / t)  # the derivative of the row's share by the similarity of its negatives
+        row_stats[Row.BASE, rows], row_stats[Row.TOTAL, rows] = base, rest
+        torch.div(factor, rest, out=row_stats[Row.PULL, rows])
+        if call.need_query_gradient:
+            # By how much the row is more like its negatives' mean than like its positive.
+            excess = (mine * seen.mean_key).sum(1).sub_(s) if call.normalize or learned else s
+            if learned:
+                row_stats[Row.TEMPERATURE_GRADIENT, rows] = excess * -factor / t
+            toward = torch.addcmul(its, mine, excess[:, None]) if call.normalize else its
+            out = query_gradient[rows]
+            torch.sub(seen.mean_key, toward, out=out).mul_(_per_length(factor, q_norm, rows))
+        if call.need_positive_gradient:
+            pull = _per_length(factor, p_norm, rows)
+            out = torch.mul(mine, -pull, out=positive_gradient[rows])
+            if call.normalize:
+                out.addcmul_(its, pull * s[:, None])
+        if give_keys and only is not None:
+            only.tile.add_transposed(keys_gradient_, only.exponentials, mine * (factor * seen.unit)[:, None])
+            fused = True
+        if call.need_metrics:
+            _write_metrics(metrics[:, rows], values, seen, scale)
+    if call.reduced:
+        loss *= ratio
+    if fused and ready.knows(call.first.keys) and p_norm is not None:
+        for rows in slices(n, 4 * _ROWS_AT_ONCE):
+            _through_unit(keys_gradient_[rows], p[rows], p_norm[rows])
+    elif fused:
+        _keys_through_unit(keys_gradient_, ready)
+    elif give_keys:
+        keys_gradient_ = _keys_gradient(q, ready, row_stats, row_stats[Row.PULL], scale)
+    return RowOutputs(loss, query_gradient, positive_gradient, keys_gradient_, row_stats, metrics)
 
 
-def blocks(
-    queries: Tensor,  # (N, D)
-    keys: Tensor,  # (K, D) or (N, K, D), raw
-    pairs: Pairs,
-    ready: Callable[[Tensor], Tensor],  # raw keys to what is multiplied
-    row_hint: int = 256,  # rows that a tile should have at the least; fewer let more keys fit in one tile
-) -> Iterator[Block]:
-    """All rows once, each with all its negatives."""
-    n, d = queries.shape
-    cpu = keys.device.type == "cpu"
-    if keys.dim() == 3:  # every row its own keys
-        step, width = _split(n, keys.shape[1], TILE_ELEMENTS // d, 1)
-        for rows in slices(n, step):
-            tiles = (
-                Tile(ready(keys[rows, columns]), (rows, columns), _drop_by_id(pairs, rows, columns))
-                for columns in slices(keys.shape[1], width)
-            )
-            yield Block(rows, tiles, width >= keys.shape[1])
-    elif pairs.picked is not None and cpu and pairs.picked.shape[1] * 8 < len(keys):  # few of many: fetch them
-        c = pairs.picked.shape[1]
-        step, width = _split(n, c, TILE_ELEMENTS // d, 1)
-        for rows in slices(n, step):
-            places = (pairs.picked[rows, columns] for columns in slices(c, width))
-            yield Block(rows, (Tile(ready(keys[j]), j, _drop_by_id(pairs, rows, j)) for j in places), width >= c)
-    elif pairs.band and cpu and _is_narrow(pairs, n * len(keys)):  # only its columns
-        yield from _band_blocks(n, keys, pairs, ready)
-    else:
-        yield from _shared_blocks(n, keys, pairs, ready, row_hint)
+@_plainly
+def keys_gradient(call: KeysGradient) -> Tensor:
+    dtype = compute_dtype(call.query)
+    q = unit_rows(call.query, call.normalize, dtype)[0]
+    pull = call.rows[Row.PULL] * call.grad
+    return _keys_gradient(q, Ready(call.first, dtype), call.rows, pull, LOG2E / temperature_of(call)).to(
+        call.first.keys.dtype
+    )
 
 
-def _shared_blocks(
-    n: int, keys: Tensor, pairs: Pairs, ready: Callable[[Tensor], Tensor], row_hint: int
-) -> Iterator[Block]:
-    k = len(keys)
-    if pairs.valid_count is not None and keys.device.type == "cpu":
-        k = min(k, int(pairs.valid_count))
-        pairs = pairs._replace(valid_count=None)
-    step, width = _split(n, k, TILE_ELEMENTS, row_hint)
-    whole = ready(keys) if width >= k else None  # every block of rows meets the same tile: prepare it once
-    for rows in slices(n, step):
-        tiles = (
-            _shared_tile(ready(keys[columns]) if whole is None else whole[columns], pairs, rows, columns)
-            for columns in slices(k, width)
-        )
-        yield Block(rows, tiles, width >= k)
+@_plainly
+def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
+    t = temperature_of(call)
+    q = call.query.to(compute_dtype(call.query))
+    n = len(q)
+    mean_key, rows = q.new_empty(q.shape if call.need_query_gradient else (0,)), q.new_zeros((len(Row), n))
+    # Unit rows are not asked for, so a softmax that backward computes again needs its maximum and sum.
+    wanted = _Wanted(mean_key=call.need_query_gradient, again=True)
+    for some, seen, _ in _attend(q, LOG2E / t, Ready(call.first, q.dtype), wanted):
+        maximum = _checked(seen, some.start, True)
+        rows[Row.BASE, some], rows[Row.TOTAL, some] = rounded_log_sum(maximum, seen.total)
+        if call.need_query_gradient:
+            mean_key[some] = seen.mean_key
+    rows[Row.PULL] = 1 / (rows[Row.TOTAL] * t)
+    return LogSumExpOutputs((rows[Row.BASE] + rows[Row.TOTAL].log2()) * LN2, mean_key, rows)
 
 
-def mutual_tiles(z: Tensor, pairs: Pairs, across: bool) -> Iterator[tuple[slice, Tile, bool]]:
-    """All pairs of rows of z (2M, D) that are each other's negatives: rows, tile, and whether it is the rows' own.
+class _Values(NamedTuple):
+    """What the losses are made of, (R,) each."""
 
-    Rows i and i + M are one image's. ``across``: only rows of the other view are negatives. Each pair comes once, but
-    for the rows' own tile, which has both of (i, j) and (j, i).
+    loss: Tensor
+    intra_loss: Tensor
+    weight: Tensor  # -d loss / d gap
+    log_weight: Tensor | None  # the logarithm of the dual temperature's weight
+
+
+def _values(positive_logit: Tensor, seen: _Seen, call: RowLosses | SymmetricLosses) -> _Values:
+    """From the logits of the positives, (R,), and what the pass saw of the negatives."""
+    t = temperature_of(call)
+    shift: float | Tensor = 0.0
+    if call.alpha is not None:
+        known = seen.known
+        shift = math.log(call.alpha / known) if known else torch.log(call.alpha / seen.negatives)
+    # The maximum goes first, because its difference to another large logit is exact and its sum with log2 is not.
+    gap = (positive_logit - seen.maximum).sub_(seen.total.log2()).mul_(LN2).sub_(shift)
+    zero, minus = torch.zeros_like(gap), -gap
+    intra_loss = torch.logaddexp(zero, minus)
+    if call.inter_temperature is None or seen.inter is None:
+        return _Values(intra_loss, intra_loss, minus.sigmoid_(), None)
+    inter_logit = positive_logit * (t / call.inter_temperature)
+    inter_gap = (inter_logit - seen.inter.maximum).sub_(seen.inter.total.log2()).mul_(LN2).sub_(shift)
+    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
+    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+    return _Values(weight * _softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
+
+
+def _write_metrics(out: Tensor, values: _Values, seen: _Seen, scale: float | Tensor) -> None:
+    """The rows of ``Metric``, (len(Metric), R)."""
+    out[Metric.WEIGHT], out[Metric.INTRA_LOSS] = values.weight, values.intra_loss
+    out[Metric.COUNT], out[Metric.RANK] = seen.negatives, seen.rank
+    out[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
+    torch.div(seen.logit_sum, seen.negatives * scale, out=out[Metric.NEGATIVE])
+
+
+# ----------------------------------------------------------------------------------- both directions between two views
+
+
+@_plainly
+def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
+    """Every similarity is computed once, and serves both of its rows."""
+    t, dtype = temperature_of(call), compute_dtype(call.views)
+    unit, n = unit_rows(call.views, True, dtype)[0], len(call.views)
+    rows = unit.new_zeros((len(Row), n))
+    running = [_Running(unit.new_full((n,), _MINIMUM), unit.new_zeros(n))]
+    ratios: list[float | Tensor] = [1.0]
+    if call.inter_temperature is not None:
+        running.insert(0, _Running(unit.new_full((n,), _MINIMUM), unit.new_zeros(n)))
+        ratios.insert(0, t / call.inter_temperature)
+    scratch, copy = Scratch(unit), Scratch(unit)
+    for some, tile, own in mutual_tiles(unit, call.across):
+        x = tile.logits(unit[some] * (LOG2E / t), scratch)  # (R, C)
+        roles = [(some, False)] if own else [(some, False), (tile.place, True)]
+        folds = [(*role, ratio, one) for role in roles for ratio, one in zip(ratios, running, strict=True)]
+        for place, (which, turned, ratio, one) in enumerate(folds):
+            y = x if place == len(folds) - 1 else torch.mul(x, ratio, out=copy(*x.shape))
+            one.fold_part(y.T if turned else y, which)
+    s = (unit * unit.roll(n // 2, 0)).sum(1)
+    count = (n // 2 - 1) * (1 if call.across else 2)
+    intra, inter = running[-1], running[0]
+    seen = _Seen(intra.maximum, intra.total, s, count, s, inter, s, s, s)
+    values = _values(s * (LOG2E / t), seen, call)
+    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(intra.maximum, intra.total)
+    rows[Row.PULL], rows[Row.POSITIVE] = values.weight * (call.ratio / t) / rows[Row.TOTAL], s
+    return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
+
+
+@_plainly
+def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
+    """Gradient of rows that are anchors, positives and negatives.
+
+    With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
+    ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``.
     """
-    anchors = len(z) // 2 if across else len(z)
-    step, width = _split(anchors, anchors, TILE_ELEMENTS, 256)
-    for rows in slices(anchors, step):
-        if not across:
-            yield rows, _shared_tile(z[rows], pairs, rows, rows), True
-        for columns in slices(len(z), width, anchors if across else rows.stop):
-            yield rows, _shared_tile(z[columns], pairs, rows, columns), False
+    t, rows = temperature_of(call), call.rows
+    unit, norm = unit_rows(call.views, True, compute_dtype(call.views))
+    pull, base, half = rows[Row.PULL] * call.grad, rows[Row.BASE], len(unit) // 2
+    out, scratch, other = torch.zeros_like(unit), Scratch(unit), Scratch(unit)
+    for some, tile, own in mutual_tiles(unit, call.across):
+        x = tile.logits(unit[some] * (LOG2E / t), scratch)  # (R, C)
+        y = torch.sub(x, base[some, None], out=other(*x.shape)).exp2_().mul_(pull[some, None])
+        y += x.sub_(base[tile.place]).exp2_().mul_(pull[tile.place])
+        out[some].addmm_(y, tile.keys)
+        if not own:
+            out[tile.place].addmm_(y.T, unit[some])
+    partner, a = unit.roll(half, 0), pull * rows[Row.TOTAL]
+    of_temperature = out.new_empty(0)
+    if call.learned_temperature is not None:  # every pair's similarity is in the product twice, once a role
+        of_temperature = ((a * rows[Row.POSITIVE]).sum() - (unit * out).sum() / 2) / t
+    out.addcmul_(partner, (a + a.roll(half))[:, None], value=-1)
+    for some in slices(len(out), _ROWS_AT_ONCE):
+        _through_unit(out[some], unit[some], None if norm is None else norm[some])
+    return SymmetricGradients(out.to(call.views.dtype), of_temperature)
 
 
-def _shared_tile(keys: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
-    """A tile of keys that all rows share, with everything left out that ``pairs`` names."""
-    r, c = rows.stop - rows.start, len(keys)
-    drop = _drop_by_id(pairs, rows, columns)
-    if pairs.picked is not None:
-        local = pairs.picked[rows] - columns.start
-        absent = torch.ones((r, c + 1), dtype=torch.bool, device=keys.device)  # the last column takes what is outside
-        absent.scatter_(1, torch.where((local >= 0) & (local < c), local, c), False)
-        drop = _either(drop, absent[:, :c])
-    if pairs.valid_count is not None:
-        place = torch.arange(columns.start, columns.stop, device=keys.device)
-        drop = _either(drop, (place >= pairs.valid_count).expand(r, c))
-    if not pairs.band:
-        return Tile(keys, columns, drop)
-    offset, width, modulus = pairs.band
-    if width < modulus - 1:
-        ahead = torch.arange(columns.start - rows.stop + 1, columns.stop - rows.start, device=keys.device)
-        outside = (ahead - (offset + 1)) % modulus >= width  # by how far the column is ahead of the row
-        return Tile(keys, columns, _either(drop, outside.unfold(0, c, 1).flip(0)))
-    # Only the row's own place is left out, once in every modulus columns: diagonals.
-    first = (rows.start + offset - columns.start + r) % modulus - r
-    diagonals = tuple(x for x in range(first, c, modulus) if x > -r)
-    if drop is None:
-        return Tile(keys, columns, None, diagonals)
-    for diagonal in diagonals:
-        drop.diagonal(diagonal).fill_(True)
-    return Tile(keys, columns, drop)
+# ------------------------------------------------------------------------------------------------------- the one pass
 
 
-def _band_blocks(n: int, keys: Tensor, pairs: Pairs, ready: Callable[[Tensor], Tensor]) -> Iterator[Block]:
-    offset, width, modulus = pairs.band
-    views = len(keys) // modulus
-    step = max(1, min(_band_step(pairs), TILE_ELEMENTS // (views * (_band_step(pairs) + width))))
-    view_start = torch.arange(views, device=keys.device)[:, None] * modulus
-    for rows in slices(n, step):
-        r = rows.stop - rows.start
-        span = r + width - 1
-        local = torch.arange(span, device=keys.device)
-        place = (view_start + (rows.start + offset + 1 + local) % modulus).flatten()  # (views * span,)
-        outside = ~torch.ones((r, span), dtype=torch.bool, device=keys.device).triu().tril(width - 1)
-        drop = _either(_drop_by_id(pairs, rows, place), outside.repeat(1, views))
-        yield Block(rows, iter([Tile(ready(keys[place]), place, drop)]), True)
+class _Running(NamedTuple):
+    """A log-sum-exp in base 2 under way: the maximum so far, and the sum of exponentials under it."""
+
+    maximum: Tensor  # (R,)
+    total: Tensor  # (R,)
+
+    def fold(self, x: Tensor) -> tuple[_Running, Tensor]:
+        """Logits (R, C) to 2 ** (x - new maximum), in place; return what is new, and what earlier sums shrink by."""
+        new = torch.maximum(self.maximum, x.amax(1))
+        total = x.sub_(new[:, None]).exp2_().sum(1)
+        shrink = (self.maximum - new).exp2_()
+        return _Running(new, total.addcmul_(self.total, shrink)), shrink
+
+    def fold_part(self, x: Tensor, rows: slice) -> None:
+        """The same into some rows of this one, in place."""
+        part, _ = _Running(self.maximum[rows], self.total[rows]).fold(x)
+        self.maximum[rows], self.total[rows] = part
 
 
-def _is_narrow(pairs: Pairs, similarities: int) -> bool:
-    """Whether a band's own columns are worth several tiles instead of few with all of them."""
-    return similarities > SMALL_ELEMENTS and pairs.band[1] + _band_step(pairs) < pairs.band[2]
+def _folded(x: Tensor, may_be_empty: bool) -> _Running:
+    """The first tile's fold."""
+    maximum = x.amax(1)
+    if may_be_empty:
+        maximum.clamp_min_(_MINIMUM)
+    return _Running(maximum, x.sub_(maximum[:, None]).exp2_().sum(1))
 
 
-def _band_step(pairs: Pairs) -> int:
-    """Rows per tile of a band: each tile computes rows - 1 columns more than a row needs."""
-    return max(128, pairs.band[1] // 2)
+class _Wanted(NamedTuple):
+    """What a pass is to find out beside the log-sum-exp."""
+
+    mean_key: bool
+    again: bool = False  # whether backward computes a softmax of unbounded logits again, which flash has no maximum for
+    inter_ratio: float | Tensor | None = None  # t / T: the second temperature's logits over the first's
+    positive_logit: Tensor | None = None  # (N,): count the logits above it
+    rows: int = 256  # how many a tile should have at the least
 
 
-def _drop_by_id(pairs: Pairs, rows: slice, columns: Any) -> Tensor | None:
-    if pairs.query_ids is None or pairs.key_ids is None:
-        return None
-    key_ids = pairs.key_ids[columns] if pairs.key_ids.dim() == 1 else pairs.key_ids[rows, columns]
-    return pairs.query_ids[rows, None] == key_ids
+class _Seen(NamedTuple):
+    """What the pass saw of a block of R rows."""
+
+    maximum: Tensor  # (R,)
+    total: Tensor  # (R,)
+    negatives: Tensor  # (R,): K_i
+    known: int | None  # K_i, where the host knows it
+    mean_key: Tensor  # (R, D): sum_j softmax_ij n_j
+    inter: _Running | None
+    rank: Tensor  # (R,)
+    logit_sum: Tensor  # (R,)
+    unit: Tensor  # (R,): exponentials times this are the softmax
 
 
-def _either(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a | b
+class _Only(NamedTuple):
+    """The one tile of a block that has no other."""
+
+    tile: Tile
+    exponentials: Tensor  # (R, C): 2 ** (logit - row maximum), until the next block overwrites it
 
 
-def _split(n: int, k: int, elements: int, row_hint: int) -> tuple[int, int]:
-    """Block sizes (rows, columns) of at most ``elements``: all the keys where they fit beside ``row_hint`` rows."""
-    columns = max(1, min(k, elements // min(n, row_hint)))
-    return max(1, min(n, elements // columns)), columns
+_Passed = tuple[slice, _Seen, _Only | None]
 
 
-def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
-    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+def _attend(q: Tensor, scale: float | Tensor, ready: Ready, wanted: _Wanted) -> Iterator[_Passed]:
+    if wanted.positive_logit is None and not wanted.again and flash.serves(ready):
+        parts = (_seen_by_flash(q * scale, keys, wanted) for keys in flash.parts(ready))
+        yield slice(0, len(q)), functools.reduce(_both, parts), None
+        return
+    scratch, inter_scratch = Scratch(q), Scratch(q)
+    known = ready.keys.pairs.negatives(ready.keys.keys)
+    for block in blocks(q, ready, wanted.rows):
+        mine = q[block.rows] * scale
+        r, d = mine.shape
+        unseen = mine.new_zeros(r)
+        count, rank, logit_sum = unseen if known is None else unseen + known, unseen, unseen
+        mean_key = mine.new_empty((r, d) if wanted.mean_key else (0,))
+        running, inter, tile, x = _Running(unseen + _MINIMUM, unseen), None, None, mine
+        for place, tile in enumerate(block.tiles):
+            x = tile.logits(mine, scratch)  # (R, C)
+            if known is None:
+                count = count + tile.negatives(r)
+            if wanted.positive_logit is not None:
+                rank = rank + (x > wanted.positive_logit[block.rows, None]).sum(1)
+                logit_sum = logit_sum + x.masked_fill(x == -math.inf, 0.0).sum(1)
+            if wanted.inter_ratio is not None:
+                y = torch.mul(x, wanted.inter_ratio, out=inter_scratch(*x.shape))
+                inter = _folded(y, not known) if inter is None else inter.fold(y)[0]
+            if place == 0:
+                running = _folded(x, not known)
+            else:
+                running, shrink = running.fold(x)
+                if wanted.mean_key:
+                    mean_key *= shrink[:, None]
+            if wanted.mean_key:
+                tile.add_weighted(mean_key, x, place == 0)
+        unit = 1 / running.total
+        if not known:  # a second set may make up for a row that has nothing in this one
+            unit = torch.where(count == 0, 0.0, unit)
+        if wanted.mean_key:
+            mean_key *= unit[:, None]
+        only = _Only(tile, x) if block.single and tile is not None else None
+        seen = _Seen(running.maximum, running.total, count, known, mean_key, inter, rank, logit_sum, unit)
+        yield block.rows, seen, only
+
+
+def _seen_by_flash(logits: Tensor, keys: Tensor, wanted: _Wanted) -> _Seen:
+    mean_key, base = flash.attend(logits, keys)
+    one, unseen = torch.ones_like(base), torch.zeros_like(base)
+    inter = None
+    if wanted.inter_ratio is not None:
+        inter = _Running(flash.attend(logits * wanted.inter_ratio, keys)[1], one)
+    return _Seen(base, one, torch.full_like(base, len(keys)), len(keys), mean_key, inter, unseen, unseen, one)
+
+
+def _whole(parts: list[_Seen]) -> _Seen:
+    """All rows of a pass."""
+    if len(parts) == 1:
+        return parts[0]
+    fields: dict[str, Any] = {}
+    for name in _Seen._fields:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], _Running):
+            fields[name] = _Running(*map(torch.cat, zip(*values, strict=True)))
+        else:
+            fields[name] = torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+    return _Seen(**fields)
+
+
+def _merged(passes: Iterator[_Passed], extra: _Seen) -> Iterator[_Passed]:
+    """The same rows with the negatives of both sets."""
+    for rows, seen, only in passes:
+        inter = None if extra.inter is None else _Running(extra.inter.maximum[rows], extra.inter.total[rows])
+        some: list[Any] = [field[rows] if isinstance(field, Tensor) else field for field in extra]
+        yield rows, _both(seen, _Seen(*some)._replace(inter=inter)), only
+
+
+def _both(seen: _Seen, other: _Seen) -> _Seen:
+    """What one pass over both sets of negatives would have seen."""
+    merged, share, other_share = _sum(_Running(seen.maximum, seen.total), _Running(other.maximum, other.total))
+    mean_key, inter = seen.mean_key, None
+    if len(mean_key):
+        mean_key = mean_key * share[:, None] + other.mean_key * other_share[:, None]
+    if seen.inter is not None and other.inter is not None:
+        inter = _sum(seen.inter, other.inter)[0]
+    return _Seen(
+        merged.maximum,
+        merged.total,
+        seen.negatives + other.negatives,
+        None if seen.known is None or other.known is None else seen.known + other.known,
+        mean_key,
+        inter,
+        seen.rank + other.rank,
+        seen.logit_sum + other.logit_sum,
+        seen.unit * share,
+    )
+
+
+def _sum(one: _Running, other: _Running) -> tuple[_Running, Tensor, Tensor]:
+    """Of both, and the share that each has in it."""
+    maximum = torch.maximum(one.maximum, other.maximum)
+    totals = [x.total * (x.maximum - maximum).exp2() for x in (one, other)]
+    total = totals[0] + totals[1]
+    return _Running(maximum, total), totals[0] / total, totals[1] / total
+
+
+def _checked(seen: _Seen, first: int, may_raise: bool) -> Tensor:
+    """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
+    if seen.known:
+        return seen.maximum
+    empty = seen.negatives == 0
+    if empty.is_cpu and may_raise:
+        if bool(empty.any()):
+            raise ValueError(
+                f"query {first + int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
+                "one key that neither ids nor mask leave out. Leave them out, make ids finer, or give more negatives."
+            )
+        return seen.maximum
+    return torch.where(empty, math.nan, seen.maximum)
+
+
+# -------------------------------------------------------------------------------------------------------- small pieces
+
+
+def _keys_gradient(q: Tensor, ready: Ready, rows: Tensor, pull: Tensor, scale: float | Tensor) -> Tensor:
+    """Gradient of the raw keys, in the arithmetic's dtype, by one more pass; ``pull`` (N,) replaces that of ``rows``."""
+    out, scratch, base = q.new_zeros(ready.keys.keys.shape), Scratch(q), rows[Row.BASE]
+    for block in blocks(q, ready):
+        mine = q[block.rows]
+        logits, pulled = mine * scale, mine * pull[block.rows, None]
+        for tile in block.tiles:
+            x = tile.logits(logits, scratch).sub_(base[block.rows, None]).exp2_()  # (R, C)
+            tile.add_transposed(out, x, pulled)
+    _keys_through_unit(out, ready)
+    return out
+
+
+def _through_unit(gradient: Tensor, unit: Tensor, norm: Tensor | None) -> None:
+    """From the gradient of unit vectors to that of the raw ones, in place."""
+    if norm is not None:
+        along = (unit * gradient).sum(-1, keepdim=True)
+        gradient.addcmul_(unit, along, value=-1).div_(norm)
+
+
+def _per_length(factor: Tensor, norm: Tensor | None, rows: slice) -> Tensor:
+    """factor (R,) over the raw rows' lengths, (R, 1)."""
+    return factor[:, None] if norm is None else factor[:, None] / norm[rows]
+
+
+def _keys_through_unit(gradient: Tensor, ready: Ready) -> None:
+    """From the gradient of unit keys to that of the raw ones, in place, some at a time."""
+    if ready.keys.normalize:
+        keys: Tensor = ready.keys.keys
+        gradient, keys = gradient.view(-1, gradient.shape[-1]), keys.reshape(-1, keys.shape[-1])
+        for some in slices(len(keys), _ROWS_AT_ONCE):
+            part = cleaned(keys[some])[0] if ready.clean else keys[some]
+            _through_unit(gradient[some], *unit_rows(part, True, gradient.dtype))
+
+
+def _softplus_over_sigmoid(x: Tensor) -> Tensor:
+    """softplus(-x) / sigmoid(-x) without the overflow of either: 1 + exp(-x)/2 as x grows, -x as it falls."""
+    e = torch.exp(-x.abs())
+    at_positive = torch.where(e < 1e-10, 1.0 + 0.5 * e, torch.log1p(e) / e.clamp_min(1e-30) * (1.0 + e))
+    at_negative = (torch.relu(-x) + torch.log1p(e)) * (1.0 + e)
+    return torch.where(x < 0, at_negative, at_positive)

@@ -1,0 +1,117 @@
+"""Which keys each query meets: of the batch, of both its views, given ones, a queue's, or some drawn at random."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .distributed import Ranks
+from .ops.calls import KeySet, Pairs
+from .queue import MomentumQueue
+from .settings import Inputs, Settings
+
+
+class Direction(NamedTuple):
+    """Queries, their positives and the keys that they meet."""
+
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, D)
+    first: KeySet
+    second: KeySet | None = None
+
+
+def directions(settings: Settings, inputs: Inputs, ranks: Ranks | None) -> list[Direction]:
+    """One direction, or with ``symmetric`` two. Gathers from all ``ranks``, where there are any."""
+    query, positive = inputs.query, inputs.positive_key
+    given, in_batch = given_set(settings, inputs), batch_kind(settings, inputs)
+    if given is not None and in_batch is None:
+        return [Direction(query, positive, given)]
+
+    def everyone(x: Tensor) -> Tensor:
+        return x if ranks is None else ranks.gather(x)
+
+    views = in_batch == "views"
+    keys = everyone(positive)
+    queries = everyone(query) if views or settings.symmetric else query
+    both = torch.cat([queries, keys]) if views else keys
+    key_ids = None if inputs.query_ids is None else everyone(inputs.query_ids.to(torch.int64))
+    key_ids = key_ids.repeat(2) if views and key_ids is not None else key_ids
+
+    def batch_set(keys: Tensor) -> KeySet:
+        return KeySet(keys, _batch_pairs(settings, inputs, ranks, key_ids, views), settings.normalize)
+
+    found = [Direction(query, positive, batch_set(both), given)]
+    if settings.symmetric:
+        found.append(Direction(positive, query, batch_set(both if views else queries), given))
+    return found
+
+
+def batch_kind(settings: Settings, inputs: Inputs) -> str | None:
+    """Which of the batch's own embeddings are negatives: "keys", "views", or None."""
+    return settings.in_batch or ("keys" if inputs.negative_keys is None else None)
+
+
+def given_set(settings: Settings, inputs: Inputs) -> KeySet | None:
+    """The negatives that came as an argument."""
+    keys, mask = inputs.negative_keys, inputs.negative_mask
+    if keys is None:
+        return None
+    if isinstance(keys, MomentumQueue):
+        ids = None if inputs.query_ids is None else keys.slot_ids
+        pairs = Pairs(query_ids=inputs.query_ids, key_ids=ids, mask=mask, count=keys.count)
+        return KeySet(keys.contents, pairs, normalize=False, trusted=True)
+    pairs = Pairs(query_ids=inputs.query_ids, key_ids=inputs.negative_ids, mask=mask)
+    return KeySet(keys, pairs, settings.normalize)
+
+
+def _batch_pairs(
+    settings: Settings, inputs: Inputs, ranks: Ranks | None, key_ids: Tensor | None, both_views: bool
+) -> Pairs:
+    rows, views = inputs.query.shape[0], 2 if both_views else 1
+    offset, total = (0, rows) if ranks is None else (ranks.offset, ranks.total)
+    others = views * (total - 1)
+    k = others if settings.num_negatives is None else min(settings.num_negatives, others)
+    pairs = Pairs(query_ids=inputs.query_ids, key_ids=key_ids)
+    if settings.sampling == "random" and k < others:
+        device = inputs.query.device
+        return pairs._replace(picked=random_negatives(rows, k, device, total=total, offset=offset, views=views))
+    return pairs._replace(band=[offset, k // views, total])
+
+
+def random_negatives(
+    rows: int, k: int, device: torch.device, *, total: int | None = None, offset: int = 0, views: int = 1
+) -> Tensor:
+    """(rows, k) indices: for each row k of the others, uniformly, without replacement, independent by row.
+
+    Row i stands at place offset + i of ``total``, and there are ``views`` keys at each place: its own are not drawn.
+    """
+    total = rows if total is None else total
+    others = views * (total - 1)
+
+    def over_own(picked: Tensor, first: int) -> Tensor:
+        """Of others, to places: each row steps over its own."""
+        view, place = picked // (total - 1), picked % (total - 1)
+        own = torch.arange(offset + first, offset + first + picked.shape[0], device=device)
+        return place.add_(place >= own[:, None]).add_(view, alpha=total)
+
+    if k * k < others:  # Floyd's sampling: k steps over all rows at once
+        uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
+        picked = torch.empty_like(uniform, dtype=torch.int64)
+        for step in range(k):
+            last = others - k + step
+            candidate = (uniform[:, step] * (last + 1)).long()
+            taken = (picked[:, :step] == candidate[:, None]).any(1)
+            picked[:, step] = torch.where(taken, last, candidate)
+        return over_own(picked, 0)
+    step = max(1, 2**20 // others)  # the k largest of others' random numbers, some rows at a time
+    counts = {start: min(step, rows - start) for start in range(0, rows, step)}
+    return torch.cat(
+        [
+            over_own(torch.rand((count, others), device=device).topk(k, 1).indices, start)
+            for start, count in counts.items()
+        ]
+    )
+
+

@@ -1,0 +1,461 @@
+"""The operators: registered from their records' fields, sent to a backend, and differentiated.
+
+An operator takes a record of ``calls.py`` and returns another. torch's dispatcher knows only flat arguments, so a record
+is flattened by its fields' names for it: ``first.pairs.key_ids`` is the argument ``first_pairs_key_ids``.
+
+Private names of torch that are used here, and why:
+
+- ``torch._C._len_torch_dispatch_stack``, ``torch._C._functorch.peek_interpreter_stack``: whether a mode or a transform
+  looks on. Where nobody does, a call passes the dispatcher by, whose wrappers cost 0.1 to 0.3 ms.
+- ``torch._C._functorch.is_batchedtensor``, ``get_unwrapped``, ``is_legacy_batchedtensor``: what ``vmap`` hides.
+- ``torch._C._autograd._get_current_graph_task_keep_graph``: whether inputs may be let go of after backward. An older
+  torch may not have it; then they are kept as long as the loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
+from typing import Any, Generic, NamedTuple, Optional, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from . import definition
+from .backends import BACKENDS
+from .calls import (
+    KeysGradient,
+    KeySet,
+    LogSumExp,
+    LogSumExpOutputs,
+    Metric,
+    Pairs,
+    Row,
+    RowLosses,
+    RowOutputs,
+    SymmetricGradient,
+    SymmetricGradients,
+    SymmetricLosses,
+    SymmetricOutputs,
+    compute_dtype,
+    temperature_of,
+)
+
+Call = TypeVar("Call", bound=NamedTuple)  # type: ignore[valid-type]  # the record that an operator takes
+Out = TypeVar("Out")  # what it returns
+Gradients = dict[str, Tensor]  # by the argument's name
+
+_PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list, torch.dtype})
+_NESTED = (Pairs, KeySet)  # records inside of records
+
+
+# --------------------------------------------------------------------------------------------------- records, flattened
+
+
+class _Field(NamedTuple):
+    nested: type[Any] | None  # the record that it is
+    optional: bool
+
+
+def _fields(record: type[Any]) -> dict[str, tuple[Any, _Field]]:
+    """Each field's name, its type without None, and what it is."""
+    found = {}
+    for name, hint in get_type_hints(record).items():
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
+        found[name] = kinds[0], _Field(kinds[0] if kinds[0] in _NESTED else None, kinds[0] is not hint)
+    return found
+
+
+_LAYOUTS = {
+    record: [field for _, field in _fields(record).values()]
+    for record in (*_NESTED, RowLosses, SymmetricLosses, SymmetricGradient, LogSumExp, KeysGradient)
+}
+
+
+def _arguments(record: type[Any], prefix: str = "", optional: bool = False) -> Iterator[tuple[str, Any]]:
+    """The flat arguments' names and types."""
+    for name, (kind, field) in _fields(record).items():
+        maybe = optional or field.optional
+        if field.nested is not None:
+            yield from _arguments(field.nested, f"{prefix}{name}_", maybe)
+        else:
+            plain = Sequence[int] if kind == list[int] else kind
+            yield prefix + name, Optional[plain] if maybe else plain  # noqa: UP045  # of a type that is a value
+
+
+def flatten(record: type[Any], call: Any) -> list[Any]:
+    """A record's values in the order of ``_arguments``; of an absent record, as many times None."""
+    flat: list[Any] = []
+    values = call if call is not None else [None] * len(_LAYOUTS[record])
+    for value, field in zip(values, _LAYOUTS[record], strict=True):
+        if field.nested is None:
+            flat.append(value)
+        else:
+            flat += flatten(field.nested, value)
+    return flat
+
+
+def unflatten(record: type[Call], flat: Sequence[Any]) -> Call:
+    return _unflatten(record, iter(flat))  # type: ignore[no-any-return]
+
+
+def _unflatten(record: type[Any], flat: Iterator[Any]) -> Any:
+    values: list[Any] = []
+    for field in _LAYOUTS[record]:
+        value = next(flat) if field.nested is None else _unflatten(field.nested, flat)
+        values.append(None if field.nested is KeySet and field.optional and value.keys is None else value)
+    return record(*values)
+
+
+# -------------------------------------------------------------------------------------------------------- the operator
+
+
+class Operator(Generic[Call, Out]):
+    """One operator. ``differentiable`` names the flat arguments that its backward gives gradients of."""
+
+    def __init__(
+        self,
+        name: str,
+        call: type[Call],
+        outputs: Callable[..., Out],
+        implementation: Callable[[Call], Any],
+        fake: Callable[[Call], Any],
+        differentiable: Sequence[str] = (),
+        backward: Callable[[Any, Call, Tensor], Gradients] | None = None,
+    ) -> None:
+        self.record, self.outputs, self.implementation = call, outputs, implementation
+        arguments = dict(_arguments(call))
+        self.places = [list(arguments).index(name) for name in differentiable]
+        self.differentiable = differentiable
+
+        def flat(*inputs: Any) -> Any:
+            return _plain(self.run(unflatten(call, inputs)))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in arguments.items()]
+        returns = {Tensor: Tensor}.get(outputs) or tuple[(Tensor,) * len(outputs._fields)]  # type: ignore
+        flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        self.registered = torch.library.custom_op(
+            f"eqco_loss::{name}", flat, mutates_args=(), schema=torch.library.infer_schema(flat, mutates_args=())
+        )
+        self.registered.register_fake(lambda *inputs: _plain(fake(unflatten(call, inputs))))
+        self.function: type[torch.autograd.Function] | None = None
+        if backward is not None:
+            self._register_autograd(name, backward)
+
+    def _register_autograd(self, name: str, backward: Callable[[Any, Call, Tensor], Gradients]) -> None:
+        def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> list[Tensor | None]:
+            if grad is None:
+                return [None] * len(self.differentiable)
+            found = backward(ctx, ctx.call, grad)
+            _release(ctx)
+            return [found.get(name) for name in self.differentiable]
+
+        def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> Any:
+            outputs = tuple(self.run(call))
+            _keep(ctx, call, flatten(self.record, call), outputs, self._needed(differentiable, ctx.needs_input_grad[1:]))
+            return outputs
+
+        def function_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+            return (None, *gradients(ctx, *grads))
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(function_backward)}
+        self.function = type(name, (torch.autograd.Function,), methods)
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            tensors = [inputs[place] for place in self.places]
+            needed = self._needed(tensors, [ctx.needs_input_grad[place] for place in self.places])
+            _keep(ctx, unflatten(self.record, inputs), inputs, output, needed)
+            ctx.length = len(inputs)
+
+        def registered_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+            flat: list[Tensor | None] = [None] * ctx.length
+            for place, gradient in zip(self.places, gradients(ctx, *grads), strict=True):
+                flat[place] = gradient
+            return tuple(flat)
+
+        self.registered.register_autograd(registered_backward, setup_context=setup_context)
+
+    def _needed(self, tensors: Sequence[Any], needs: Sequence[bool]) -> frozenset[str]:
+        return frozenset(
+            name for name, x, need in zip(self.differentiable, tensors, needs, strict=True) if need and x is not None
+        )
+
+    def run(self, call: Call) -> Any:
+        x: Tensor = call[0]  # type: ignore[index]
+        if not x.is_cuda:
+            return self.implementation(call)
+        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+            return self.implementation(call)
+
+    def __call__(self, call: Call) -> Out:
+        flat = flatten(self.record, call)
+        batched = self.function is None and any(isinstance(x, Tensor) and _is_batched(x) for x in flat)
+        if _looked_on() or flat[0].is_meta or batched or not _PLAIN.issuperset(map(type, flat)):
+            answer = self.registered(*flat)
+        elif self.function is None:
+            return self.run(call)  # type: ignore[no-any-return]
+        else:
+            answer = self.function.apply(call, *[flat[place] for place in self.places])
+        return answer if self.outputs is Tensor else self.outputs(*answer)
+
+
+def _plain(outputs: Any) -> Any:
+    return outputs if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _looked_on() -> bool:
+    """Whether a compiler, a mode or a transform of torch.func must see the operator itself."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def requires_grad(x: Tensor | None) -> bool:
+    """Whether x requires a gradient, also where torch.func.vmap hides it."""
+    if x is not None and not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return x is not None and x.requires_grad
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether x is a batch of torch.autograd.grad(is_grads_batched=True), which torch keeps apart from torch.func."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+# ------------------------------------------------------------------------------------------- what backward needs, kept
+
+
+def _keep(ctx: Any, call: Any, flat: Sequence[Any], outputs: tuple[Tensor, ...], needed: frozenset[str]) -> None:
+    """Keep a call for its backward.
+
+    Inputs are not in ``save_for_backward``, because its version check would reject a queue that was enqueued to before
+    backward, though backward does not need a queue's keys.
+    """
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.save_for_backward(*outputs[1:])
+    ctx.call, ctx.needed = call, needed
+    ctx.versions = {id(x): x._version for x in flat if isinstance(x, Tensor) and not x.is_inference()}
+    ctx.set_materialize_grads(False)  # or autograd would make zeros for the outputs that are not differentiable
+
+
+def _release(ctx: Any) -> None:
+    """Let go of the inputs after a backward that keeps no graph, as torch does of what it saved itself."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    if keeps is not None and not keeps():
+        ctx.call = ctx.versions = None
+
+
+def _check_unchanged(ctx: Any, *tensors: Tensor | None) -> None:
+    for x in tensors:
+        if id(x) in ctx.versions and x is not None and x._version != ctx.versions[id(x)]:
+            raise RuntimeError(
+                "query, positive_key, negative_keys, temperature, ids: expected to be unchanged between the loss and "
+                "backward(), which needs their values (for the keys' gradient, or create_graph=True), got one of "
+                f"shape {tuple(x.shape)} changed in place. Call backward() first, or pass a clone."
+            )
+
+
+def _dense_gradients(ctx: Any, operator: Operator[Any, Any], formula: Callable[[Any], Tensor], grad: Tensor) -> Gradients:
+    """Gradients that can be differentiated again, at eager's cost in memory."""
+    flat = flatten(operator.record, ctx.call)
+    _check_unchanged(ctx, *(x for x in flat if isinstance(x, Tensor)))
+    with torch.enable_grad():
+        views = {}
+        for name, place in zip(operator.differentiable, operator.places, strict=True):
+            if flat[place] is not None:  # a view, because one tensor may serve as positive and as keys
+                flat[place] = view = flat[place].view_as(flat[place])
+                if name in ctx.needed:
+                    views[name] = view
+        loss = formula(unflatten(operator.record, flat))
+        gradients = torch.autograd.grad(loss, list(views.values()), grad, create_graph=True)
+    return dict(zip(views, gradients, strict=True))
+
+
+def _times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a sum over rows, (N, D), times grad, () or (N,), rounded to ``dtype`` by the same kernel."""
+    factor = grad if grad.dim() == 0 else grad[:, None]
+    if unit.dtype == dtype or _looked_on() or _is_batched(grad):  # a compiler fuses them, and vmap has no out=
+        return (unit * factor).to(dtype)
+    return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------- row losses
+
+
+def _row_losses_fake(call: RowLosses) -> RowOutputs:
+    n, dtype = call.query.shape[0], compute_dtype(call.query)
+    in_forward = call.need_keys_gradient and BACKENDS[call.backend].gives_keys_gradient(call)
+
+    def new(*shape: int, wanted: bool = True) -> Tensor:
+        return call.query.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return RowOutputs(
+        loss=new() if call.reduced else new(n),
+        query_gradient=new(*call.query.shape, wanted=call.need_query_gradient),
+        positive_gradient=new(*call.query.shape, wanted=call.need_positive_gradient),
+        keys_gradient=new(*call.first.keys.shape, wanted=in_forward),
+        rows=new(len(Row), n),
+        metrics=new(len(Metric), n, wanted=call.need_metrics),
+    )
+
+
+def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
+    if torch.is_grad_enabled():  # create_graph=True
+        return _dense_gradients(ctx, row_losses, definition.row_losses, grad)
+    query_gradient, positive_gradient, keys_gradient_, rows, _ = ctx.saved_tensors
+    found: Gradients = {}
+    if "query" in ctx.needed:
+        found["query"] = _times(query_gradient, grad, call.query.dtype)
+    if "positive" in ctx.needed:
+        found["positive"] = _times(positive_gradient, grad, call.positive.dtype)
+    for name, one in (("first_keys", call.first), ("second_keys", call.second)):
+        if one is None or name not in ctx.needed:
+            continue
+        if name == "first_keys" and keys_gradient_.dim() == one.keys.dim():
+            found[name] = _times(keys_gradient_, grad, one.keys.dtype)
+            continue
+        _check_unchanged(ctx, call.query, call.learned_temperature, one.keys, *one.pairs[:-1])
+        found[name] = keys_gradient(
+            KeysGradient(
+                query=call.query,
+                first=one,
+                grad=grad,
+                rows=rows,
+                temperature=call.temperature,
+                learned_temperature=call.learned_temperature,
+                normalize=call.normalize,
+                autocast=call.autocast,
+                backend=call.backend,
+            )
+        )
+    if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
+        of_rows = rows[Row.TEMPERATURE_GRADIENT]
+        found["learned_temperature"] = (grad * of_rows).sum().to(call.learned_temperature.dtype)
+    return found
+
+
+row_losses = Operator(
+    "row_losses",
+    RowLosses,
+    RowOutputs,
+    lambda call: BACKENDS[call.backend].row_losses(call),
+    _row_losses_fake,
+    ("query", "positive", "first_keys", "second_keys", "learned_temperature"),
+    _row_losses_backward,
+)
+
+keys_gradient = Operator(
+    "keys_gradient",
+    KeysGradient,
+    Tensor,
+    lambda call: BACKENDS[call.backend].keys_gradient(call),
+    lambda call: call.first.keys.new_empty(call.first.keys.shape),
+)
+
+
+# ------------------------------------------------------------------------------------------------------ symmetric losses
+
+
+def _symmetric_losses_fake(call: SymmetricLosses) -> SymmetricOutputs:
+    dtype = compute_dtype(call.views)
+    rows = call.views.new_empty((len(Row), call.views.shape[0]), dtype=dtype)
+    return SymmetricOutputs(call.views.new_empty((), dtype=dtype), rows)
+
+
+def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) -> Gradients:
+    if torch.is_grad_enabled():
+        return _dense_gradients(ctx, symmetric_losses, definition.symmetric_losses, grad)
+    (rows,) = ctx.saved_tensors
+    _check_unchanged(ctx, call.views, call.learned_temperature)
+    gradients = symmetric_gradient(
+        SymmetricGradient(
+            views=call.views,
+            grad=grad,
+            rows=rows,
+            across=call.across,
+            temperature=call.temperature,
+            learned_temperature=call.learned_temperature,
+            autocast=call.autocast,
+            backend=call.backend,
+        )
+    )
+    found = {"views": gradients.views}
+    if call.learned_temperature is not None:
+        found["learned_temperature"] = gradients.temperature.to(call.learned_temperature.dtype)
+    return found
+
+
+symmetric_losses = Operator(
+    "symmetric_losses",
+    SymmetricLosses,
+    SymmetricOutputs,
+    lambda call: BACKENDS[call.backend].symmetric_losses(call),
+    _symmetric_losses_fake,
+    ("views", "learned_temperature"),
+    _symmetric_losses_backward,
+)
+
+symmetric_gradient = Operator(
+    "symmetric_gradient",
+    SymmetricGradient,
+    SymmetricGradients,
+    lambda call: BACKENDS[call.backend].symmetric_gradient(call),
+    lambda call: SymmetricGradients(
+        call.views.new_empty(call.views.shape),
+        call.rows.new_empty((0,) if call.learned_temperature is None else ()),
+    ),
+)
+
+
+# -------------------------------------------------------------------------------------------------------- log-sum-exps
+
+
+def _logsumexp_fake(call: LogSumExp) -> LogSumExpOutputs:
+    (n, d), dtype = call.query.shape, compute_dtype(call.query)
+    mean_key = call.query.new_empty((n, d) if call.need_query_gradient else (0,), dtype=dtype)
+    return LogSumExpOutputs(
+        call.query.new_empty((n,), dtype=dtype), mean_key, call.query.new_empty((len(Row), n), dtype=dtype)
+    )
+
+
+def _logsumexp_backward(ctx: Any, call: LogSumExp, grad: Tensor) -> Gradients:
+    if torch.is_grad_enabled():
+        return _dense_gradients(ctx, logsumexp, definition.logsumexp, grad)
+    mean_key, rows = ctx.saved_tensors
+    _check_unchanged(ctx, call.query, call.learned_temperature)
+    t, found = temperature_of(call), {}
+    if "query" in ctx.needed:
+        found["query"] = (mean_key * (grad / t)[:, None]).to(call.query.dtype)
+    if "first_keys" in ctx.needed:
+        _check_unchanged(ctx, call.first.keys, *call.first.pairs[:-1])
+        found["first_keys"] = keys_gradient(
+            KeysGradient(
+                query=call.query,
+                first=call.first,
+                grad=grad,
+                rows=rows,
+                temperature=call.temperature,
+                learned_temperature=call.learned_temperature,
+                normalize=False,
+                autocast=call.autocast,
+                backend=call.backend,
+            )
+        )
+    if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
+        of_rows = (call.query * mean_key).sum(1)
+        found["learned_temperature"] = (-(grad * of_rows).sum() / t**2).to(call.learned_temperature.dtype)
+    return found
+
+
+logsumexp = Operator(
+    "logsumexp",
+    LogSumExp,
+    LogSumExpOutputs,
+    lambda call: BACKENDS[call.backend].logsumexp(call),
+    _logsumexp_fake,
+    ("query", "first_keys", "learned_temperature"),
+    _logsumexp_backward,
+)
