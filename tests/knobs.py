@@ -27,7 +27,7 @@ def tiles(elements: int | None = None, *, flash: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         if elements is not None:
             stack.enter_context(patched("TILE_ELEMENTS", elements))
-            stack.enter_context(patched("_FLASH_ELEMENTS", elements))
+            stack.enter_context(patched("FLASH_ELEMENTS", elements))
             stack.enter_context(patched("SMALL_ELEMENTS", 0))
         if not flash:
             stack.enter_context(patched("flash_works", lambda *_: False))

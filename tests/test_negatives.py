@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
-from eqco_loss.functional import random_negatives
+from eqco_loss.negatives import random_negatives
 from tests import knobs, oracle
 from tests.cases import Answer, answer, eager
 from tests.tolerance import assert_as_exact_as_eager

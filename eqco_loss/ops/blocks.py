@@ -167,7 +167,7 @@ def _shared_blocks(n: int, ready: Ready, row_hint: int) -> Iterator[Block]:
         k = min(k, int(pairs.count))
         pairs = pairs._replace(count=None)
     step, width = _split(n, k, TILE_ELEMENTS, row_hint)
-    whole = ready(keys) if width >= k else None  # every block of rows meets the same tile, which is prepared once
+    whole = ready(keys[:k]) if width >= k else None  # every block of rows meets the same tile, which is prepared once
     for rows in slices(n, step):
         tiles = (
             _shared_tile(*(ready(keys[columns]) if whole is None else whole), pairs, rows, columns)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .blocks import Ready
 from .calls import LN2, LOG2E
 
-_ELEMENTS = 2**19  # of keys that flash attention cannot take as they lie: they are made ready so many at a time
+FLASH_ELEMENTS = 2**19  # of keys that flash attention cannot take as they lie: they are made ready so many at a time
 
 
 def serves(ready: Ready) -> bool:
@@ -23,7 +23,7 @@ def serves(ready: Ready) -> bool:
         and not pairs.by_pair
         and not pairs.band
         and (pairs.count is None or int(pairs.count) > 0)  # of no keys it kills the process
-        and works()
+        and flash_works()
     )
 
 
@@ -32,7 +32,7 @@ def parts(ready: Ready) -> Iterator[Tensor]:
     keys, pairs = ready.keys[:2]
     keys = keys if pairs.count is None else keys[: int(pairs.count)]
     as_they_lie = keys.is_contiguous() and keys.dtype == ready.dtype and not ready.keys.normalize
-    size = len(keys) if as_they_lie else max(1, _ELEMENTS // keys.shape[1])
+    size = len(keys) if as_they_lie else max(1, FLASH_ELEMENTS // keys.shape[1])
     return (ready(part)[0].contiguous() for part in torch.split(keys, max(1, size)))
 
 
@@ -44,7 +44,7 @@ def attend(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def works() -> bool:
+def flash_works() -> bool:
     """Whether torch's private operator is there and still returns (mean, log-sum-exp)."""
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(n, 8, generator=generator, dtype=torch.float32, device="cpu") for n in (3, 37))

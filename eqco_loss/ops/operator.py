@@ -124,7 +124,7 @@ class Operator(Generic[Call, Out]):
         differentiable: Sequence[str] = (),
         backward: Callable[[Any, Call, Tensor], Gradients] | None = None,
     ) -> None:
-        self.record, self.outputs, self.implementation = call, outputs, implementation
+        self.name, self.record, self.outputs, self.implementation = name, call, outputs, implementation
         arguments = dict(_arguments(call))
         self.places = [list(arguments).index(name) for name in differentiable]
         self.differentiable = differentiable

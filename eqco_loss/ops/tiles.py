@@ -331,6 +331,7 @@ def _attend(q: Tensor, scale: float | Tensor, ready: Ready, wanted: _Wanted) -> 
     scratch, inter_scratch = Scratch(q), Scratch(q)
     known = ready.keys.pairs.negatives(ready.keys.keys)
     for block in blocks(q, ready, wanted.rows):
+        may_be_empty = not known or not block.single  # a tile, for some row
         mine = q[block.rows] * scale
         r, d = mine.shape
         unseen = mine.new_zeros(r)
@@ -346,9 +347,9 @@ def _attend(q: Tensor, scale: float | Tensor, ready: Ready, wanted: _Wanted) -> 
                 logit_sum = logit_sum + x.masked_fill(x == -math.inf, 0.0).sum(1)
             if wanted.inter_ratio is not None:
                 y = torch.mul(x, wanted.inter_ratio, out=inter_scratch(*x.shape))
-                inter = _folded(y, not known) if inter is None else inter.fold(y)[0]
+                inter = _folded(y, may_be_empty) if inter is None else inter.fold(y)[0]
             if place == 0:
-                running = _folded(x, not known)
+                running = _folded(x, may_be_empty)
             else:
                 running, shrink = running.fold(x)
                 if wanted.mean_key:
