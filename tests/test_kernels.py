@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
-from eqco_loss.ops import Pairs, Stat, torch_backend, triton_backend
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, ops
+from eqco_loss.ops import KeySet, LogSumExp, Metric, Pairs, Row, RowLosses, definition, tiles, triton
+from eqco_loss.ops.calls import LN2, KeysGradient, RowOutputs
+from eqco_loss.ops.triton import launch, tables
 from tests import cases, test_negatives
 from tests.cases import DEVICE, LOSSES, MODES_AND_IDS, Answer, Case, Sample
 from tests.interpreter import exact_bfloat16
@@ -145,9 +147,55 @@ def test_reductions_of_both_directions(in_batch: str, reduction: str) -> None:
     torch.testing.assert_close(next(both), next(both), atol=2e-6, rtol=1e-5)
 
 
-def attend(q: Tensor, p: Tensor, keys: Tensor, t: float, alpha: float = 2.0**20) -> tuple[Tensor, ...]:
-    flags: Any = (t, None, alpha, False, False, False, True, True, False)
-    return triton_backend.row_losses(q.to(DEVICE), p.to(DEVICE), keys.to(DEVICE), None, Pairs(), Pairs(), *flags)
+ROW_LOSSES = RowLosses(  # of one set of unit rows, every gradient but the keys'
+    query=torch.empty(0),
+    positive=torch.empty(0),
+    first=KeySet(torch.empty(0), Pairs(), normalize=False),
+    second=None,
+    temperature=1.0,
+    learned_temperature=None,
+    inter_temperature=None,
+    alpha=None,
+    normalize=False,
+    share=[1, 1],
+    reduced=False,
+    may_raise=False,
+    need_query_gradient=True,
+    need_positive_gradient=True,
+    need_keys_gradient=False,
+    need_metrics=False,
+    autocast=None,
+    backend="triton",
+)
+
+
+def row_losses(q: Tensor, p: Tensor, keys: Tensor, pairs: Pairs | None = None, **fields: Any) -> RowOutputs:
+    """By the kernels, whose answers come back in float64 on the CPU."""
+    normalize = fields.pop("normalize_keys", False)
+    first = KeySet(keys.to(DEVICE), pairs or Pairs(), normalize)
+    call = ROW_LOSSES._replace(query=q.to(DEVICE), positive=p.to(DEVICE), first=first, **fields)
+    return RowOutputs(*(x.double().cpu() for x in triton.row_losses(call)))
+
+
+def keys_gradient(q: Tensor, keys: Tensor, grad: Tensor, rows: Tensor, t: float, **fields: Any) -> Tensor:
+    """By the kernels, in float64 on the CPU."""
+    given = {"pairs": Pairs(), "normalize": False} | fields
+    call = KeysGradient(
+        query=q.to(DEVICE),
+        first=KeySet(keys.to(DEVICE), given["pairs"], given["normalize"]),
+        grad=grad.to(DEVICE),
+        rows=rows.float().to(DEVICE),
+        temperature=t,
+        learned_temperature=None,
+        normalize=given["normalize"],
+        autocast=None,
+        backend="triton",
+    )
+    return triton.keys_gradient(call).double().cpu()
+
+
+def lse_of(rows: Tensor) -> Tensor:
+    return (rows[Row.BASE] + rows[Row.TOTAL].log2()) * LN2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -156,24 +204,23 @@ def test_accuracy_targets(t: float, dtype: torch.dtype) -> None:
     """PERFORMANCE: float32 2e-6 or twice eager's error; half 5e-4 for the mean key and 2e-3 for the keys' gradient."""
     n, k, d = 24, 300, 64
     q, p, keys = (F.normalize(torch.randn(x, d)).to(dtype) for x in (n, n, k))
-    loss, query_gradient, _, stats = (x.double().cpu() for x in attend(q, p, keys, t))
+    out = row_losses(q, p, keys, temperature=t, alpha=2.0**20)
     exact = [x.double() for x in (q, p, keys)]
     logits = exact[0] @ exact[2].T / t
     lse, softmax = logits.logsumexp(1), logits.softmax(1)
     shift = math.log(2.0**20 / k)
     weight = torch.sigmoid(shift - ((exact[0] * exact[1]).sum(1) / t - lse))
-    assert (stats[Stat.LSE] - lse).abs().max() <= 2e-6 * lse.abs().max().clamp_min(1.0)
+    assert (lse_of(out.rows) - lse).abs().max() <= 2e-6 * lse.abs().max().clamp_min(1.0)
     row_loss = F.softplus(shift - ((exact[0] * exact[1]).sum(1) / t - lse))
-    assert (loss - row_loss).abs().max() <= 2e-6 * row_loss.max().clamp_min(1.0)
-    mean_key = query_gradient * t / weight[:, None] + exact[1]
+    assert (out.loss - row_loss).abs().max() <= 2e-6 * row_loss.max().clamp_min(1.0)
+    mean_key = out.query_gradient * t / weight[:, None] + exact[1]
     limit = 2e-6 if dtype == torch.float32 else 5e-4
     assert (mean_key - softmax @ exact[2]).abs().max() <= limit * max(1.0, 1 / t * (dtype == torch.float32))
     grad = torch.rand(n) / n
-    rows = grad.to(DEVICE), weight.float().to(DEVICE), lse.float().to(DEVICE)
-    got = triton_backend.logsumexp_keys_gradient(q.to(DEVICE), keys.to(DEVICE), *rows, Pairs(), t, False, False)
+    got = keys_gradient(q, keys, grad, out.rows, t)
     expected = (softmax * (grad.double() * weight / t)[:, None]).T @ exact[0]
     limit = 1e-5 if dtype == torch.float32 else 2e-3 + torch.finfo(dtype).eps  # the products', and the result's own
-    difference = got.double().cpu() - expected
+    difference = got - expected
     assert difference.abs().max() <= limit * expected.abs().max() + torch.finfo(dtype).smallest_normal * 2**-9
 
 
@@ -188,19 +235,18 @@ def test_unit_rows_at_their_extremes(lengths: float | None, t: float, dtype: tor
     q = torch.cat([q[:1], -q[:1], q[1:]])
     for keys in (near, torch.cat([near[:75], -near[75:]]), F.normalize(torch.randn(150, d))):
         raw = (keys if lengths is None else keys * lengths * (0.5 + torch.rand(150, 1))).to(dtype)
-        query, flags = q.to(dtype).to(DEVICE), (True, lengths is not None, False, True, False, False)
-        given: Any = (query, query, raw.to(DEVICE), None, Pairs(), Pairs(), t, None, None, *flags)
-        got = triton_backend.row_losses(*given)
+        how = {"temperature": t, "normalize": True, "need_positive_gradient": False}
+        got = row_losses(q.to(dtype), q.to(dtype), raw, normalize_keys=lengths is not None, **how)
         exact, exact_keys = q.to(dtype).double(), raw.double()
         units = F.normalize(exact), exact_keys if lengths is None else F.normalize(exact_keys)
         logits = units[0] @ units[1].T / t
         lse = logits.logsumexp(1)
-        assert (got[3][Stat.LSE].double().cpu() - lse).abs().max() <= 2e-6 * max(1.0, lse.abs().max().item())
+        assert (lse_of(got.rows) - lse).abs().max() <= 2e-6 * max(1.0, lse.abs().max().item())
         weight = torch.sigmoid(lse - 1 / t)
         change = (weight / t)[:, None] * (logits.softmax(1) @ units[1] - units[0])
         change = change - units[0] * (units[0] * change).sum(1, keepdim=True)
         limit = 4e-6 if dtype == torch.float32 else 1e-3
-        assert (got[1].double().cpu() * exact.norm(dim=1)[:, None] - change).abs().max() <= limit / t
+        assert (got.query_gradient * exact.norm(dim=1)[:, None] - change).abs().max() <= limit / t
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
@@ -232,14 +278,14 @@ def test_learned_temperature(loss: str, mode: str) -> None:
 def test_logsumexp(shape: tuple[int, ...], ids: bool) -> None:
     q, keys = torch.randn(6, 12), torch.randn(*shape)
     query_ids, key_ids = (torch.arange(6) % 3, torch.arange(40) % 5) if ids else (None, None)
-    on_device = [None if x is None else x.to(DEVICE) for x in (query_ids, key_ids, None, None)]
+    on_device = [None if x is None else x.to(DEVICE) for x in (query_ids, key_ids)]
     leaves = [x.to(DEVICE).requires_grad_() for x in (q, keys)]
-    from eqco_loss import ops
-
-    lse = ops.negatives_logsumexp(*leaves, None, *on_device, [], 0.5, True, None, "triton")[0]
+    first = KeySet(leaves[1], Pairs(*on_device), normalize=False)
+    call = LogSumExp(leaves[0], first, 0.5, None, need_query_gradient=True, autocast=None, backend="triton")
+    lse = ops.logsumexp(call).lse
     exact = q.double().requires_grad_(), keys.double().requires_grad_()
-    pairs = Pairs(query_ids, key_ids)
-    expected = torch_backend.dense_logsumexp(*exact, pairs, 0.5)
+    one = KeySet(exact[1], Pairs(query_ids, key_ids), normalize=False)
+    expected = definition.logsumexp(call._replace(query=exact[0], first=one))
     weight = torch.linspace(0.5, 1.5, 6)
     got = torch.autograd.grad((lse * weight.to(DEVICE)).sum(), leaves)
     truth = torch.autograd.grad((expected * weight).sum(), exact)
@@ -261,22 +307,27 @@ def test_bands(n: int, offset: int, modulus: int, width: int, views: int) -> Non
     q, p, keys = torch.randn(n, 8), torch.randn(n, 8), torch.randn(views * modulus, 8)
     pairs = Pairs(band=[offset, width, modulus])
     grad = torch.rand(n)
-    t = torch.tensor(0.3)  # learned: its gradient is among the statistics
-    flags = (None, 64.0, True, True, False, True, True)
-    plain: Any = (q.double(), p.double(), keys.double(), None, pairs, Pairs(), t.double(), *flags, False, True)
-    exact = torch_backend.row_losses(*plain)
-    device = q.to(DEVICE), p.to(DEVICE), keys.to(DEVICE)
-    fused: Any = (*device, None, pairs, Pairs(), t.to(DEVICE), *flags, True)
-    got = triton_backend.row_losses(*fused)
-    for name, a, b in zip(("loss", "query", "positive", "stats"), got, (*exact[:3], exact[4]), strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, atol=3e-6, rtol=1e-5, msg=name)
-    weight, lse = exact[4][Stat.WEIGHT], exact[4][Stat.LSE]
-    rows = grad.to(DEVICE), weight.float().to(DEVICE), lse.float().to(DEVICE)
-    keys_gradient = triton_backend.logsumexp_keys_gradient(device[0], device[2], *rows, pairs, 0.3, True, True)
-    expected = torch_backend.logsumexp_keys_gradient(
-        q.double(), keys.double(), grad * weight, lse, pairs, 0.3, True, True, torch.float64
+    t = torch.tensor(0.3)  # learned, so that its gradient is among the rows
+    fields: dict[str, Any] = {"alpha": 64.0, "normalize": True, "need_metrics": True}
+    exact = tiles.row_losses(
+        ROW_LOSSES._replace(
+            query=q.double(),
+            positive=p.double(),
+            first=KeySet(keys.double(), pairs, normalize=True),
+            learned_temperature=t.double(),
+            **fields,
+        )
     )
-    torch.testing.assert_close(keys_gradient.double().cpu(), expected, atol=2e-6, rtol=1e-5)
+    got = row_losses(q, p, keys, pairs, normalize_keys=True, learned_temperature=t.to(DEVICE), **fields)
+    for name, a, b in zip(RowOutputs._fields, got, exact, strict=True):
+        if name == "rows":  # what BASE has been rounded by is in TOTAL
+            a, b = (torch.cat([lse_of(x)[None], x[Row.PULL :]]) for x in (a, b))
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5, msg=name)
+    call = KeysGradient(
+        q.double(), KeySet(keys.double(), pairs, True), grad.double(), exact.rows, 0.3, None, True, None, "torch"
+    )
+    got_keys = keys_gradient(q, keys, grad, got.rows, 0.3, pairs=pairs, normalize=True)
+    torch.testing.assert_close(got_keys, tiles.keys_gradient(call), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("filled", [1, 16, 63, 64, 65, 200])
@@ -296,17 +347,17 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     case = Case("dual", "shared", n=18, k=150, d=24)
     sample = cases.make(case)
 
-    def under(config: triton_backend.Config | None, parallel: int) -> Answer:
+    def under(config: tables.Tile | None, parallel: int) -> Answer:
         if config is not None:
-            monkeypatch.setattr(triton_backend, "_COLUMNS_AT_ONCE", 0)
-            monkeypatch.setattr(triton_backend, "forward_config", lambda *_: config)
-            monkeypatch.setattr(triton_backend, "keys_config", lambda *_: config)
-            monkeypatch.setattr(triton_backend, "_parallel", lambda _: parallel)
+            monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
+            monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: config)
+            monkeypatch.setattr(launch, "keys_tile", lambda *_, **__: config)
+            monkeypatch.setattr(launch, "_parallel", lambda _: parallel)
         return cases.ours(replace(case, backend="triton"), moved(sample))
 
     usual = under(None, 1)
     for config, parallel in itertools.product(
-        (triton_backend.Config(16, 16, 4, 1), triton_backend.Config(32, 64, 4, 2)), (1, 3)
+        (tables.Tile(16, 16, 4, 1), tables.Tile(32, 64, 4, 2)), (1, 3)
     ):
         other = under(config, parallel)
         torch.testing.assert_close(other.loss, usual.loss, atol=1e-6, rtol=2e-6)
@@ -317,7 +368,7 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("copies", [0, 16])
 def test_autocast(copies: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 tensors are multiplied in autocast's dtype: tile by tile, or, for many blocks of rows, from one copy."""
-    monkeypatch.setattr(triton_backend, "_CONVERSIONS", copies)
+    monkeypatch.setattr(launch, "_CONVERSIONS", copies)
     for mode in ("in_batch", "shared"):
         case = Case("eqco", mode, n=18, k=40, d=24)
         sample = cases.make(case)
@@ -430,11 +481,12 @@ def test_refusals_name_the_reason_and_the_way_out(query: Tensor, keys: Tensor, r
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of torch 2.6 could not be compiled."""
-    monkeypatch.setattr(triton_backend, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(triton_backend.kernels().triton, "__version__", "3.2.0")
-    assert "Triton 3.2.0: the kernels need 3.3" in str(triton_backend._refusal_of("cuda", 0))
-    monkeypatch.setattr(triton_backend.kernels().triton, "__version__", "3.10.0")
-    assert triton_backend._refusal_of("cuda", 0) is None
+    monkeypatch.setattr(triton, "capability", lambda index: (9, 0))
+    kernels = launch.kernels()
+    monkeypatch.setattr(triton, "kernels", lambda: kernels._replace(version="3.2.0"))
+    assert "Triton 3.2.0: the kernels need 3.3" in str(triton._refusal_of("cuda", 0))
+    monkeypatch.setattr(triton, "kernels", lambda: kernels._replace(version="3.10.0"))
+    assert triton._refusal_of("cuda", 0) is None
 
 
 def test_float32_follows_torchs_setting() -> None:
@@ -442,9 +494,9 @@ def test_float32_follows_torchs_setting() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert triton_backend.precision(torch.float32) == "tf32"
+        assert tables.precision(torch.float32) == "tf32"
         torch.set_float32_matmul_precision("highest")
-        assert triton_backend.precision(torch.float32) == "tf32x3"
+        assert tables.precision(torch.float32) == "tf32x3"
     finally:
         torch.set_float32_matmul_precision(before)
     newer = torch.backends.cuda.matmul
@@ -452,10 +504,10 @@ def test_float32_follows_torchs_setting() -> None:
         chosen = newer.fp32_precision
         try:
             newer.fp32_precision = "tf32"
-            assert triton_backend.precision(torch.float32) == "tf32"
+            assert tables.precision(torch.float32) == "tf32"
         finally:
             newer.fp32_precision = chosen
-    assert triton_backend.precision(torch.bfloat16) == "ieee"
+    assert tables.precision(torch.bfloat16) == "ieee"
 
 
 @pytest.mark.skipif(GPU, reason="CPU tensors without the interpreter")
@@ -484,8 +536,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_a_simo_step_is_three_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward with detached keys: our kernel, the sum over rows, and one multiplication."""
     launches: list[str] = []
-    kernels = triton_backend.kernels()
-    for name in ("attend", "combine", "inverse_norms", "attend_own"):
+    kernels = launch.kernels().forward
+    for name in ("attend", "combine", "prepare_rows", "attend_own"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, counting(kernel, name, launches))
     q, k = torch.randn(32, 16, device=DEVICE, requires_grad=True), torch.randn(32, 16, device=DEVICE)
@@ -503,7 +555,7 @@ def counting(kernel: Any, name: str, launches: list[str]) -> Any:
     class Counting:
         def __getitem__(self, grid: Any) -> Callable[..., Any]:
             launches.append(name)
-            launch: Callable[..., Any] = kernel[grid]
-            return launch
+            launcher: Callable[..., Any] = kernel[grid]
+            return launcher
 
     return Counting()

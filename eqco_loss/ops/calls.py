@@ -214,6 +214,7 @@ def temperature_of(call: RowLosses | SymmetricLosses | SymmetricGradient | LogSu
 
 
 NORM_EPS = 1e-12  # the least length that a row is divided by
+TIE = 1e-5  # a negative that is less similar than the positive by so little, relatively, counts as more similar
 
 
 def gradient_eps(dtype: torch.dtype) -> float:

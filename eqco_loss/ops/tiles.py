@@ -19,6 +19,7 @@ from .blocks import Ready, Scratch, Tile, blocks, mutual_tiles, slices, unit_row
 from .calls import (
     LN2,
     LOG2E,
+    TIE,
     KeysGradient,
     KeySet,
     LogSumExp,
@@ -86,7 +87,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
         mean_key=call.need_query_gradient,
         again=call.need_keys_gradient and not call.normalize,
         inter_ratio=None if call.inter_temperature is None else t / call.inter_temperature,
-        positive_logit=positive_logit if call.need_metrics else None,
+        positive_logit=positive_logit - TIE * positive_logit.abs() if call.need_metrics else None,
         rows=64 if give_keys else 256,
     )
     passes = _attend(q, scale, ready, wanted)

@@ -1,0 +1,74 @@
+"""The operators by Triton kernels, and what they cannot serve. Importing this does not import Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..calls import RowLosses
+from .launch import (
+    capability,
+    interpreted,
+    kernels,
+    keys_gradient,
+    logsumexp,
+    row_losses,
+    symmetric_gradient,
+    symmetric_losses,
+)
+
+__all__ = [
+    "gives_keys_gradient",
+    "keys_gradient",
+    "logsumexp",
+    "refusal",
+    "row_losses",
+    "symmetric_gradient",
+    "symmetric_losses",
+]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_D, LARGEST_K = 512, 2**24
+OLDEST_TRITON = (3, 3)
+
+
+def gives_keys_gradient(call: RowLosses) -> bool:
+    """Whether row_losses returns the keys' gradient: here it is one more pass, which backward makes if it must."""
+    return False
+
+
+def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
+    """Why this backend cannot serve these tensors; None if it can."""
+    refused: str | None = _refusal_of(query.device.type, query.device.index)
+    if refused is not None:
+        return refused
+    for x in (query, *keys):
+        if x is not None and x.dtype not in DTYPES:
+            return f"{str(x.dtype).removeprefix('torch.')}: the kernels take float16, bfloat16 and float32"
+        if x is not None and x.shape[-2] > LARGEST_K:
+            return f"K = {x.shape[-2]}: the kernels take up to 2^24"
+    if query.shape[1] > LARGEST_D:
+        return f"D = {query.shape[1]}: the kernels take up to {LARGEST_D}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refusal_of(device: str, index: int | None) -> str | None:
+    """Why this backend cannot serve a device."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (it comes with torch on Linux)"
+    if device == "cpu":
+        reason = "CPU tensors (TRITON_INTERPRET=1 runs the kernels on them, in Triton's interpreter, to test)"
+        return None if interpreted() else reason
+    if device != "cuda":
+        return f"{device} tensors: the kernels are for CUDA"
+    if torch.version.hip is not None:
+        return "ROCm: the kernels are made for NVIDIA"
+    major, minor = capability(index)
+    if major < 8:
+        return f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
+    version = kernels().version
+    old = tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON
+    return f"Triton {version}: the kernels need 3.3, that of torch 2.7, or newer" if old else None

@@ -1,0 +1,401 @@
+"""The pass over the keys: log-sum-exp and mean key in one, split over the chip, and the splits put together.
+
+A program of ``attend`` visits columns c for its block of rows. Column c is key c, or, in a band, the place
+``(own place of the block's first row + 1 + c) % modulus`` of one view, so that the block's row r has the columns
+``r <= c < r + width``, and a comparison is needed only near the ends.
+
+Half-precision tiles are multiplied as they are stored, and the product by a factor, 1 / norm, in float32, because a unit
+vector rounded to half would cost more exactness than everything else.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, SIM300
+
+import triton
+import triton.language as tl
+
+from .parts import (
+    CENTRE,
+    LOG2E,
+    MINIMUM,
+    PART_COUNT,
+    PART_INTER_MAXIMUM,
+    PART_INTER_TOTAL,
+    PART_LOGIT_SUM,
+    PART_MAXIMUM,
+    PART_RANK,
+    PART_TOTAL,
+    finish,
+    finish_logsumexp,
+    finite_rows,
+    fold,
+    inverse_norm,
+    kept,
+    load_rows,
+    read_temperature,
+    store_parts,
+    store_rows,
+    tie_broken,
+    wrapped,
+)
+
+
+@triton.jit(do_not_specialize=["count"])
+def prepare_rows(
+    x, stride_row, stride_d, out, factor, count,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, POWER: tl.constexpr, CLEAN: tl.constexpr,
+):  # fmt: skip
+    """Rows in the dtype of the products, ``out`` (count, D), and what their products are still to be multiplied by.
+
+    With POWER rows are multiplied by a power of two near 1 / norm, which rounds nothing, where the norm itself might not
+    fit float16; else, with NORMALIZE and an ``out``, by 1 / norm. With CLEAN, rows that are not finite become zeros, and
+    their factor NaN.
+    """
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = load_rows(x, rows, stride_row, stride_d, count, D, BLOCK_D, True, True).to(tl.float32)
+    finite = finite_rows(values)
+    if CLEAN:
+        values = tl.where(finite[:, None], values, 0.0)
+    left = tl.full([BLOCK], 1.0, tl.float32)
+    if NORMALIZE:
+        left = inverse_norm(values)
+    if out is not None:
+        if POWER:
+            power = tl.exp2(tl.floor(tl.log2(left)))
+            values = values * power[:, None]
+            left = left / power
+        else:
+            values = values * left[:, None]
+            left = tl.full([BLOCK], 1.0, tl.float32)
+        store_rows(out, rows, count, values, D, BLOCK_D)
+    if factor is not None:
+        if CLEAN:
+            left = tl.where(finite, left, float("nan"))
+        tl.store(factor + rows, left, mask=rows < count)
+
+
+# ---------------------------------------------------------------------------------------------------------- shared keys
+
+
+@triton.jit
+def visit(
+    maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what has been seen, per row
+    q, row_scale, positive_logit, row_ids, rows,
+    keys, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+    first, modulus, width, limit, lo, hi, ratio, n,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    FACTOR: tl.constexpr, CLEAN: tl.constexpr,
+    BOUNDED: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here"."""
+    start = lo
+    if BAND:
+        start = (first + lo) % modulus
+    for c in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
+        column = c + tl.arange(0, BLOCK_KEYS)
+        place = column
+        if BAND:
+            place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL)
+            start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
+        elif COMPARE != "none":  # beyond the last key, that key is loaded again: a mask of the load takes registers
+            place = tl.minimum(column, limit - 1)
+        k = load_rows(keys, place, stride_k, stride_d, limit, D, BLOCK_D, False, WIDE)
+        raw: tl.constexpr = k.dtype == q.dtype
+        if FACTOR == "loaded":
+            factor = tl.load(key_factor + place)
+        if FACTOR == "here":
+            factor = inverse_norm(k)
+        if not raw:
+            if FACTOR != "none":
+                k = k.to(tl.float32) * factor[:, None]
+            k = k.to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (R, C), logits once multiplied by row_scale
+        if raw and FACTOR != "none":
+            s = s * factor[None, :]
+        if COMPARE == "tail":
+            s = tl.where((column < limit)[None, :], s, float("-inf"))
+        if COMPARE == "pairs":
+            keep = (column < limit)[None, :] & (rows >= 0)[:, None]
+            if BAND:
+                ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+                keep = (ahead >= 0) & (ahead < width)
+            keep = kept(
+                keep, rows.to(tl.int64)[:, None], place.to(tl.int64)[None, :], row_ids[:, None],
+                key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+                (rows < n)[:, None], (place >= 0)[None, :], IDS, MASKED,
+            )  # fmt: skip
+            s = tl.where(keep, s, float("-inf"))
+            count += tl.sum(tl.where(s == float("-inf"), 0.0, 1.0), 1)  # counted in s, whose layout keep has not
+        if COMPARE == "ends" and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
+            ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+            s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
+        if METRICS:
+            logits = s * row_scale[:, None]
+            logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
+            rank += tl.sum((logits > positive_logit[:, None]).to(tl.float32), 1)
+        if DUAL:
+            _, inter_maximum, inter_total, _ = fold(s, row_scale * ratio, inter_maximum, inter_total, BOUNDED)
+        x, maximum, total, shrink = fold(s, row_scale, maximum, total, BOUNDED)
+        if QUERY_GRADIENT:
+            if raw and FACTOR != "none":
+                if CLEAN:  # a key that is not finite has a NaN factor, and rows that do not meet it must not
+                    factor = tl.where(factor == factor, factor, 0.0)
+                x = x * factor[None, :]
+            if not BOUNDED:
+                mean_key = mean_key * shrink[:, None]
+            mean_key = tl.dot(x.to(q.dtype), k, acc=mean_key, input_precision=PRECISION)
+    if COMPARE == "ends":  # columns r .. r + width - 1 are row r's
+        r = tl.arange(0, BLOCK_ROWS)
+        count += tl.maximum(tl.minimum(hi, r + width) - tl.maximum(lo, r), 0).to(tl.float32)
+    return maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum
+
+
+@triton.jit(
+    do_not_specialize=["n", "k", "offset", "width", "modulus", "chunk", "splits_per_view", "first_split", "splits"]
+)
+def attend(
+    query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
+    keys, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
+    mask, mask_stride_n, mask_stride_k, key_count, temperature_tensor,
+    parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
+    n, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
+    temperature, inter_t, alpha, share, query_eps, positive_eps,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr,
+    IDS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr,
+    BOUNDED: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr,
+    METRICS: tl.constexpr, FINISH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block of rows against one split of the columns; with FINISH (one split) to the end."""
+    t = read_temperature(temperature, temperature_tensor)
+    block, split = tl.program_id(0), tl.program_id(1)
+    rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    raw_q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True)
+    scale = LOG2E / t
+    row_scale = tl.full([BLOCK_ROWS], 1.0, tl.float32) * scale
+    positive_logit = row_scale
+    inverse = tl.full([BLOCK_ROWS], 1.0, tl.float32)
+    if NORMALIZE:
+        inverse = inverse_norm(raw_q)
+    if METRICS:
+        p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+        s = tl.sum(raw_q.to(tl.float32) * p, 1) * inverse
+        if NORMALIZE:
+            s = s * inverse_norm(p)
+        positive_logit = tie_broken(s * scale)
+    SAME: tl.constexpr = raw_q.dtype == DOT
+    FLOAT: tl.constexpr = DOT == tl.float32
+    if SAME and not FLOAT:  # of the comparisons themselves, Triton 3.3 makes no condition
+        q = raw_q
+        row_scale = row_scale * inverse
+    else:
+        q = (raw_q.to(tl.float32) * inverse[:, None]).to(DOT)
+    row_ids = rows
+    if IDS != 0:
+        row_ids = tl.load(query_ids + rows, mask=rows < n, other=0)
+    floor: tl.constexpr = CENTRE if BOUNDED else MINIMUM
+    maximum, inter_maximum = tl.full([BLOCK_ROWS], floor, tl.float32), tl.full([BLOCK_ROWS], floor, tl.float32)
+    total, inter_total = tl.zeros([BLOCK_ROWS], tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
+    count, rank = tl.zeros([BLOCK_ROWS], tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
+    logit_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    mean_key = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+
+    limit = k
+    if key_count is not None:
+        limit = tl.minimum(k, tl.load(key_count).to(tl.int32))
+    columns, first = limit, 0
+    if BAND:
+        columns = BLOCK_ROWS - 1 + width
+        first, view = offset + block * BLOCK_ROWS + 1, (split // splits_per_view * modulus).to(tl.int64)
+        keys = keys + view * stride_k
+        if FACTOR == "loaded":
+            key_factor = key_factor + view
+        if IDS != 0:
+            key_ids = key_ids + view * ids_stride_k
+    lo = split % splits_per_view * chunk
+    hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
+    ratio = t / inter_t
+    COMPARE: tl.constexpr = "pairs" if IDS != 0 or MASKED != 0 else "ends" if BAND else "tail"
+    middle = hi
+    if COMPARE == "tail":
+        middle = hi - hi % BLOCK_KEYS  # lo is whole tiles
+    for rest in tl.static_range(2 if COMPARE == "tail" else 1):  # no comparison in the loop that takes the time
+        maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
+            q, row_scale, positive_logit, row_ids, rows,
+            keys, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
+            mask, mask_stride_n, mask_stride_k,
+            first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n,
+            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
+            IDS, MASKED, FACTOR, CLEAN, BOUNDED, DUAL, QUERY_GRADIENT, METRICS, PRECISION, 1 if rest else STAGES, WIDE,
+        )  # fmt: skip
+    if COMPARE == "tail":
+        count += hi - lo
+    if FINISH:
+        finish(
+            raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
+            loss, query_gradient, positive_gradient, out_rows, metrics,
+            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+        )  # fmt: skip
+    else:
+        store_parts(
+            parts, outs, first_split + split, splits, rows, n,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, DUAL, METRICS,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- keys of each query
+
+
+@triton.jit(do_not_specialize=["n", "k", "first_split", "splits"])
+def attend_own(
+    query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
+    keys, stride_n, stride_k, stride_d, picked, picked_stride_n, picked_stride_c,
+    query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, temperature_tensor,
+    parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
+    n, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
+    D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
+    QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr,
+):  # fmt: skip
+    """One row against keys of its own, (N, K, D), or those that it has picked of shared ones, in float32."""
+    t = read_temperature(temperature, temperature_tensor)
+    row = tl.program_id(0)
+    rows = row + tl.arange(0, 1)
+    raw_q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+    q = raw_q
+    scale = LOG2E / t
+    if NORMALIZE:
+        q = q * inverse_norm(q)[:, None]
+    positive_logit = tl.zeros([1], tl.float32)
+    if METRICS:
+        p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+        if NORMALIZE:
+            p = p * inverse_norm(p)[:, None]
+        positive_logit = tie_broken(tl.sum(q * p, 1) * scale)
+    row_ids = row
+    if IDS != 0:
+        row_ids = tl.load(query_ids + row)
+    maximum, inter_maximum = tl.full([1], MINIMUM, tl.float32), tl.full([1], MINIMUM, tl.float32)
+    total, inter_total = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    count, rank, logit_sum = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    mean_key = tl.zeros([1, BLOCK_D], tl.float32)
+    one = tl.full([1], 1.0, tl.float32)
+    own_keys = keys + row.to(tl.int64) * stride_n
+    for c in range(0, k, BLOCK_KEYS):
+        column = c + tl.arange(0, BLOCK_KEYS)
+        keep = column < k
+        place = column.to(tl.int64)
+        if picked is not None:
+            at = picked + row.to(tl.int64) * picked_stride_n + place * picked_stride_c
+            place = tl.load(at, mask=keep, other=0)
+        keep = kept(
+            keep, row.to(tl.int64), place, row_ids, key_ids, ids_stride_n, ids_stride_k,
+            mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
+        )  # fmt: skip
+        d = tl.arange(0, BLOCK_D)
+        at = own_keys + place[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        x = tl.load(at, mask=keep[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        if NORMALIZE_KEYS:
+            x = x * inverse_norm(x)[:, None]
+        s = (tl.sum(x * q, 1) * scale)[None, :]  # (1, C)
+        s = tl.where(keep[None, :], s, float("-inf"))
+        count += tl.sum(keep.to(tl.float32)[None, :], 1)
+        if METRICS:
+            logit_sum += tl.sum(tl.where(keep[None, :], s, 0.0), 1)
+            rank += tl.sum((s > positive_logit[:, None]).to(tl.float32), 1)
+        if DUAL:
+            _, inter_maximum, inter_total, _ = fold(s, one * (t / inter_t), inter_maximum, inter_total, False)
+        e, maximum, total, shrink = fold(s, one, maximum, total, False)
+        if QUERY_GRADIENT:
+            mean_key = mean_key * shrink[:, None] + tl.sum(tl.trans(e) * x, 0)[None, :]
+    if FINISH:
+        finish(
+            raw_q, rows, positive, positive_stride_n, positive_stride_d,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
+            loss, query_gradient, positive_gradient, out_rows, metrics,
+            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+        )  # fmt: skip
+    else:
+        store_parts(
+            parts, outs, first_split + tl.program_id(1), splits, rows, n,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, DUAL, METRICS,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- the splits together
+
+
+@triton.jit
+def load_part(parts, plane: tl.constexpr, split, splits, rows, n, other):
+    """Some splits of a plane of ``parts``, (S, R)."""
+    at = parts + (plane * splits.to(tl.int64) + split.to(tl.int64)[:, None]) * n + rows[None, :]
+    return tl.load(at, mask=(split < splits)[:, None] & (rows < n)[None, :], other=other)
+
+
+@triton.jit
+def load_outs(outs, split, splits, rows, n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Some splits of ``outs``, (S, R, BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)
+    at = outs + (split.to(tl.int64)[:, None, None] * n + rows[None, :, None]) * D + d[None, None, :]
+    inside = (split < splits)[:, None, None] & (rows < n)[None, :, None] & (d < D)[None, None, :]
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+def combine(
+    query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d, temperature_tensor,
+    parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
+    n, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr, LOSS: tl.constexpr,
+):  # fmt: skip
+    """Some rows: their splits in a fixed order, then loss and gradients; without LOSS, log-sum-exp and mean key.
+
+    Everything is loaded before anything is reduced, so that the loads wait for memory together.
+    """
+    t = read_temperature(temperature, temperature_tensor)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    split = tl.arange(0, BLOCK_SPLITS)
+    maxima = load_part(parts, PART_MAXIMUM, split, splits, rows, n, MINIMUM)  # one with nothing in it has MINIMUM
+    totals = load_part(parts, PART_TOTAL, split, splits, rows, n, 0.0)
+    counts = load_part(parts, PART_COUNT, split, splits, rows, n, 0.0)
+    some = tl.arange(0, AT_ONCE)
+    if outs is not None:
+        out = load_outs(outs, some, splits, rows, n, D, BLOCK_D)
+        out_maxima = load_part(parts, PART_MAXIMUM, some, splits, rows, n, MINIMUM)
+    zero = tl.zeros([BLOCK_ROWS], tl.float32)
+    inter_maximum, inter_total, rank, logit_sum = zero, zero, zero, zero
+    if DUAL:
+        inter_maxima = load_part(parts, PART_INTER_MAXIMUM, split, splits, rows, n, MINIMUM)
+        inter_totals = load_part(parts, PART_INTER_TOTAL, split, splits, rows, n, 0.0)
+        inter_maximum = tl.max(inter_maxima, 0)
+        inter_total = tl.sum(inter_totals * tl.exp2(inter_maxima - inter_maximum[None, :]), 0)
+    if metrics is not None:
+        rank = tl.sum(load_part(parts, PART_RANK, split, splits, rows, n, 0.0), 0)
+        logit_sum = tl.sum(load_part(parts, PART_LOGIT_SUM, split, splits, rows, n, 0.0), 0)
+    maximum = tl.max(maxima, 0)
+    total = tl.sum(totals * tl.exp2(maxima - maximum[None, :]), 0)
+    count = tl.sum(counts, 0)
+    mean_key = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    if outs is not None:
+        mean_key = tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
+        for start in range(AT_ONCE, splits, AT_ONCE):
+            out = load_outs(outs, start + some, splits, rows, n, D, BLOCK_D)
+            out_maxima = load_part(parts, PART_MAXIMUM, start + some, splits, rows, n, MINIMUM)
+            mean_key += tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
+    if LOSS:
+        q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+        finish(
+            q, rows, positive, positive_stride_n, positive_stride_d,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
+            loss, query_gradient, positive_gradient, out_rows, metrics,
+            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+        )  # fmt: skip
+    else:
+        finish_logsumexp(rows, maximum, total, mean_key, loss, query_gradient, out_rows, n, t, D, BLOCK_D)

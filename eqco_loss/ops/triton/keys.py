@@ -1,0 +1,286 @@
+"""The keys' gradient: dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i, one more pass, seen from the keys."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, SIM300
+
+import triton
+import triton.language as tl
+
+from ..calls import Row
+from .parts import (
+    LOG2E,
+    finite_rows,
+    inverse_norm,
+    kept,
+    load_rows,
+    read_temperature,
+    store_plane,
+    store_rows,
+    through_unit,
+    wrapped,
+)
+from .tables import Weight
+
+ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
+SCALE, BASE, PULL = (tl.constexpr(int(plane)) for plane in (Weight.SCALE, Weight.BASE, Weight.PULL))
+INVERSE, BOUNDED_PULL = tl.constexpr(int(Weight.INVERSE)), tl.constexpr(int(Weight.BOUNDED_PULL))
+POSITIVE = tl.constexpr(int(Weight.POSITIVE))
+
+
+@triton.jit(do_not_specialize=["n"])
+def row_weights(
+    query, stride_n, stride_d, grad, grad_stride, rows_in, temperature_tensor, out, prepared, n, temperature,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, POWER: tl.constexpr,
+):  # fmt: skip
+    """What a row brings to backward, ``out`` (len(Weight), n).
+
+    Also, where ``prepared`` is given, the rows in the dtype of the products: unit ones, or with POWER multiplied by a
+    power of two near 1 / norm, which rounds nothing. ``out`` is then of the prepared rows.
+    """
+    t = read_temperature(temperature, temperature_tensor)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < n
+    inverse = tl.full([BLOCK], 1.0, tl.float32)
+    if NORMALIZE or prepared is not None:
+        q = load_rows(query, rows, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+        if NORMALIZE:
+            inverse = inverse_norm(q)
+        if prepared is not None:
+            factor = inverse
+            if POWER:
+                factor = tl.exp2(tl.floor(tl.log2(inverse)))
+            store_rows(prepared, rows, n, q * factor[:, None], D, BLOCK_D)
+            inverse = inverse / factor
+    plane = n.to(tl.int64)
+    g = tl.load(grad + rows.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float32)
+    base = tl.load(rows_in + ROW_BASE * plane + rows, mask=valid, other=0.0)
+    pull = g * tl.load(rows_in + ROW_PULL * plane + rows, mask=valid, other=0.0)
+    store_plane(out, SCALE, rows, n, inverse * (LOG2E / t))
+    store_plane(out, BASE, rows, n, base)
+    store_plane(out, PULL, rows, n, pull * inverse)
+    store_plane(out, INVERSE, rows, n, inverse)
+    store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(base - LOG2E / t))
+    store_plane(out, POSITIVE, rows, n, pull * tl.load(rows_in + ROW_TOTAL * plane + rows, mask=valid, other=0.0))
+
+
+# ---------------------------------------------------------------------------------------------------------- shared keys
+
+
+@triton.jit
+def collect(
+    acc, k, key_inverse, key_row, keys_at, query, stride_n, stride_d, weights, prescale, query_ids, key_ids,
+    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+    n, first, modulus, width, offset, key_limit, lo, hi,
+    D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query. FACTOR: keys are still to be divided."""
+    plane = n.to(tl.int64)
+    start = lo
+    if BAND == "cyclic":
+        start = (first + lo) % modulus
+    for c in tl.range(lo, hi, BLOCK_ROWS, num_stages=STAGES):
+        column = c + tl.arange(0, BLOCK_ROWS)
+        row = column
+        if BAND == "cyclic":
+            row = wrapped(start + tl.arange(0, BLOCK_ROWS), modulus, SMALL)
+            start = wrapped(start + BLOCK_ROWS, modulus, SMALL)
+        present = row < n
+        if COMPARE != "ends":  # beyond the last row, that row is loaded again: a mask of the load takes registers
+            row = tl.minimum(row, n - 1)
+        q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
+        scale, base = tl.load(weights + SCALE * plane + row), tl.load(weights + BASE * plane + row)
+        pull = tl.load(weights + PULL * plane + row) * prescale
+        if COMPARE == "tail":
+            pull = tl.where(present, pull, 0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (C, R)
+        if FACTOR:
+            s = s * key_inverse[:, None]
+        x = tl.exp2(s * scale[None, :] - base[None, :]) * pull[None, :]
+        if COMPARE == "pairs":
+            keep = present[None, :] & (key_row >= 0)[:, None]
+            if BAND == "cyclic":
+                ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
+                keep = keep & (ahead >= 0) & (ahead < width)
+            if BAND == "any":
+                behind = key_row[:, None] - ((row + offset) % modulus)[None, :] - 1
+                behind = tl.where(behind < 0, behind + modulus, behind)
+                keep = keep & (behind < width)
+            row_ids = row
+            if IDS != 0:
+                row_ids = tl.load(query_ids + row)
+            keep = kept(
+                keep, row.to(tl.int64)[None, :], keys_at.to(tl.int64)[:, None], row_ids[None, :],
+                key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+                (row >= 0)[None, :], (keys_at < key_limit)[:, None], IDS, MASKED,
+            )  # fmt: skip
+            x = tl.where(keep, x, 0.0)
+        if COMPARE == "ends" and (c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width):
+            ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
+            x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+        if k.dtype == tl.float16:  # of rows and keys that are only padding
+            x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = tl.dot(x.to(k.dtype), q, acc=acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "chunk"])
+def keys_gradient(
+    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, query_ids, key_ids,
+    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, key_count, out,
+    n, k, offset, width, modulus, blocks_per_view, chunk,
+    D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block of keys against one split of the rows; ``query`` is in the dtype of the products.
+
+    ``out`` (splits, k, D) gets the shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the gradient.
+    BAND: "" for none, "cyclic" where places are visited in order, "any" where every row is compared.
+    """
+    block, view_start, limit = tl.program_id(0), 0, k
+    if BAND != "":
+        view_start, block, limit = block // blocks_per_view * modulus, block % blocks_per_view, modulus
+    start = block * BLOCK_KEYS
+    key_row = start + tl.arange(0, BLOCK_KEYS)
+    base = keys + tl.cast(view_start, tl.int64) * stride_k
+    clamped = tl.minimum(key_row, limit - 1)  # beyond the last key, that key: zeros would overflow float16
+    raw_k = load_rows(base, clamped, stride_k, key_stride_d, limit, D, BLOCK_D, False, True)
+    if CLEAN:
+        raw_k = tl.where(finite_rows(raw_k)[:, None], raw_k, 0.0)
+    dot: tl.constexpr = query.dtype.element_ty
+    raw: tl.constexpr = raw_k.dtype == dot
+    half: tl.constexpr = dot == tl.float16
+    inverse = tl.full([BLOCK_KEYS], 1.0, tl.float32)
+    if NORMALIZE_KEYS:
+        inverse = inverse_norm(raw_k)
+    k_tile = raw_k
+    if not raw:
+        k_tile = (raw_k.to(tl.float32) * inverse[:, None]).to(dot)
+    prescale = 1.0
+    if half:  # float16 would lose what is small, and be infinite where it is large
+        most = tl.load(largest)
+        prescale = 4096.0 / tl.where(most > 1e-30, most, 1.0)
+    acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
+    PAIRS: tl.constexpr = IDS != 0 or MASKED != 0
+    COMPARE: tl.constexpr = "ends" if BAND == "cyclic" and WHOLE and not PAIRS else "pairs" if BAND != "" or PAIRS else "tail"
+    columns, first = n, 0
+    if BAND == "cyclic":
+        columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
+    lo = tl.program_id(1) * chunk
+    hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
+    acc = collect(
+        acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, weights, prescale,
+        query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+        n, first, modulus, width, offset, k, lo, hi,
+        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, PRECISION,
+        STAGES, WIDE,
+    )  # fmt: skip
+    if half:
+        acc = acc / prescale
+    if key_count is not None:
+        acc = tl.where((key_row < tl.load(key_count))[:, None], acc, 0.0)
+    at = out + (tl.program_id(1).to(tl.int64) * k + view_start) * D
+    store_rows(at, key_row, limit, acc, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["k", "splits"])
+def merge_splits(
+    parts, rows_in, stride_k, stride_d, out, k, splits, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, CLEAN: tl.constexpr,
+):  # fmt: skip
+    """The splits' shares (splits, k, D) in a fixed order, through the normalisation of the raw rows."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    inside = (rows < k)[:, None] & (d < D)[None, :]
+    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    at = rows.to(tl.int64)[:, None] * D + d[None, :]
+    for split in range(0, splits):
+        acc += tl.load(parts + tl.cast(split, tl.int64) * k * D + at, mask=inside, other=0.0)
+    if NORMALIZE:
+        raw = load_rows(rows_in, rows, stride_k, stride_d, k, D, BLOCK_D, True, True)
+        acc = through_unit(acc, raw, eps, CLEAN)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+# -------------------------------------------------------------------------------------------------- keys of each query
+
+
+@triton.jit(do_not_specialize=["n", "k", "blocks"])
+def keys_gradient_own(
+    query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, weights, query_ids, key_ids,
+    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, blocks, eps,
+    D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Some keys of one row's own, (N, K, D), which has so many blocks of them."""
+    row = tl.program_id(0) // blocks
+    rows = row + tl.arange(0, 1)
+    column = tl.program_id(0) % blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    plane = n.to(tl.int64)
+    scale, base = tl.load(weights + SCALE * plane + row), tl.load(weights + BASE * plane + row)
+    pull = tl.load(weights + PULL * plane + row)
+    row_ids = row
+    if IDS != 0:
+        row_ids = tl.load(query_ids + row)
+    keep = column < k
+    keep = kept(
+        keep, row.to(tl.int64), column.to(tl.int64), row_ids, key_ids, ids_stride_n, ids_stride_k,
+        mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
+    )  # fmt: skip
+    q = load_rows(query, rows, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    at = keys + row.to(tl.int64) * key_stride_n
+    at = at + column.to(tl.int64)[:, None] * key_stride_k + d.to(tl.int64)[None, :] * key_stride_d
+    x = tl.load(at, mask=keep[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    unit = x
+    if NORMALIZE_KEYS:
+        unit = x * inverse_norm(x)[:, None]
+    p = tl.exp2(tl.sum(unit * q, 1) * scale - base) * pull
+    change = tl.where(keep, p, 0.0)[:, None] * q
+    if NORMALIZE_KEYS:
+        change = through_unit(change, x, eps, False)
+    store_rows(out + row.to(tl.int64) * k * D, column, k, change, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["n", "k", "picks"])
+def keys_gradient_picked(
+    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, order, starts, query_ids, key_ids,
+    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, picks, eps,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr,
+):  # fmt: skip
+    """One key against the rows that picked it: ``order`` has the picks (row * picks + c) sorted by key."""
+    key = tl.program_id(0)
+    this = key + tl.arange(0, 1)
+    x = load_rows(keys, this, stride_k, key_stride_d, k, D, BLOCK_D, True, True).to(tl.float32)
+    if CLEAN:
+        x = tl.where(finite_rows(x)[:, None], x, 0.0)
+    unit = x
+    if NORMALIZE_KEYS:
+        unit = x * inverse_norm(x)[:, None]
+    plane = n.to(tl.int64)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    last = tl.load(starts + key + 1)
+    for c in range(tl.load(starts + key), last, BLOCK_ROWS):
+        pick = c + tl.arange(0, BLOCK_ROWS)
+        keep = pick < last
+        row = tl.where(keep, tl.load(order + pick, mask=keep, other=0) // picks, n)
+        q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+        scale = tl.load(weights + SCALE * plane + row, mask=keep, other=0.0)
+        base = tl.load(weights + BASE * plane + row, mask=keep, other=0.0)
+        pull = tl.load(weights + PULL * plane + row, mask=keep, other=0.0)
+        row_ids = row
+        if IDS != 0:
+            row_ids = tl.load(query_ids + row, mask=keep, other=0)
+        keep = kept(
+            keep, row.to(tl.int64), key.to(tl.int64), row_ids, key_ids, ids_stride_n, ids_stride_k,
+            mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
+        )  # fmt: skip
+        p = tl.where(keep, tl.exp2(tl.sum(q * unit, 1) * scale - base) * pull, 0.0)
+        acc += tl.sum(p[:, None] * q, 0)[None, :]
+    if NORMALIZE_KEYS:
+        acc = through_unit(acc, x, eps, False)
+    store_rows(out, this, k, acc, D, BLOCK_D)

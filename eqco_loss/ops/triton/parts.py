@@ -1,0 +1,307 @@
+"""What the kernels share: loads, norms, the pairs that stay, and from what a pass saw to losses and gradients.
+
+Logits are in base 2; sums and statistics are float32. A plane of an array has the name that ``calls`` or ``tables`` gives
+it. An absent tensor is None, which Triton compiles away.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, SIM300
+
+import triton
+import triton.language as tl
+
+from ..calls import LN2 as _LN2
+from ..calls import LOG2E as _LOG2E
+from ..calls import NORM_EPS as _NORM_EPS
+from ..calls import TIE as _TIE
+from ..calls import Metric, Row
+from .tables import Part
+
+LOG2E, LN2, NORM_EPS, TIE = tl.constexpr(_LOG2E), tl.constexpr(_LN2), tl.constexpr(_NORM_EPS), tl.constexpr(_TIE)
+CENTRE = tl.constexpr(-1.0)  # the fixed maximum of unit rows' logits: half of what float16 holds is on either side
+MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
+
+BASE, TOTAL, PULL, POSITIVE = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL, Row.POSITIVE))
+TEMPERATURE_GRADIENT = tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
+METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
+METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
+METRIC_RANK, METRIC_NEGATIVE = tl.constexpr(int(Metric.RANK)), tl.constexpr(int(Metric.NEGATIVE))
+PART_MAXIMUM, PART_TOTAL = tl.constexpr(int(Part.MAXIMUM)), tl.constexpr(int(Part.TOTAL))
+PART_COUNT, PART_RANK = tl.constexpr(int(Part.COUNT)), tl.constexpr(int(Part.RANK))
+PART_INTER_MAXIMUM, PART_INTER_TOTAL = tl.constexpr(int(Part.INTER_MAXIMUM)), tl.constexpr(int(Part.INTER_TOTAL))
+PART_LOGIT_SUM = tl.constexpr(int(Part.LOGIT_SUM))
+
+
+# ------------------------------------------------------------------------------------------------------ loads and norms
+
+
+@triton.jit
+def load_rows(
+    x, rows, stride_row, stride_d, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows of x, (R, BLOCK_D), zeros beyond D and, if MASKED, from ``limit`` on. WIDE: offsets need 64 bits."""
+    d = tl.arange(0, BLOCK_D)
+    if WIDE:
+        at = x + rows.to(tl.int64)[:, None] * stride_row + d.to(tl.int64)[None, :] * stride_d
+    else:
+        at = x + rows.to(tl.int32)[:, None] * stride_row + d[None, :] * stride_d
+    if MASKED:
+        return tl.load(at, mask=(rows < limit)[:, None] & (d < D)[None, :], other=0.0)
+    elif D != BLOCK_D:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store_rows(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows (R, BLOCK_D) into a contiguous (n, D), in its dtype."""
+    d = tl.arange(0, BLOCK_D)
+    at = out + rows.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(at, value.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def store_plane(out, plane: tl.constexpr, rows, n, value):
+    """One number a row into a plane of a contiguous (planes, n)."""
+    tl.store(out + plane * n.to(tl.int64) + rows, value, mask=rows < n)
+
+
+@triton.jit
+def read_temperature(number, tensor):
+    """t; NaN where it is learned and not positive."""
+    t = number
+    if tensor is not None:
+        t = tl.load(tensor).to(tl.float32)
+        t = tl.where(t > 0.0, t, float("nan"))
+    return t
+
+
+@triton.jit
+def inverse_norm(x):
+    """1 / length of each row of x (R, D), float32."""
+    x = x.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def gradient_inverse(inverse, eps):
+    """1 / length as a gradient is multiplied by it: at most 1 / eps, so that it fits the input's dtype."""
+    return tl.minimum(inverse, 1.0 / eps, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def finite_rows(x):
+    """Which rows of x (R, D) hold neither NaN nor infinity."""
+    zero = tl.sum(x.to(tl.float32) * 0.0, 1)
+    return zero == 0.0
+
+
+@triton.jit
+def through_unit(gradient, raw, eps, CLEAN: tl.constexpr):
+    """From the gradient of unit rows (R, D) to that of the raw ones; with CLEAN, rows that are not finite count as 0."""
+    raw = raw.to(tl.float32)
+    if CLEAN:
+        raw = tl.where(finite_rows(raw)[:, None], raw, 0.0)
+    inverse = inverse_norm(raw)
+    unit = raw * inverse[:, None]
+    along = tl.sum(unit * gradient, 1)
+    return (gradient - unit * along[:, None]) * gradient_inverse(inverse, eps)[:, None]
+
+
+# ------------------------------------------------------------------------------------------------------ pairs that stay
+
+
+@triton.jit
+def kept(
+    keep, row, key, row_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, row_in, key_in,
+    IDS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """``keep`` without the pairs that ids or a mask leave out.
+
+    row and key (int64) are broadcast against each other, and may be read where row_in and key_in say so. IDS and MASKED
+    are the numbers of dimensions that the keys' ids and the mask have, 0 where there are none.
+    """
+    if IDS == 1:
+        keep = keep & (row_ids != tl.load(key_ids + key * ids_stride_k, mask=key_in, other=0))
+    if IDS == 2:
+        at = key_ids + row * ids_stride_n + key * ids_stride_k
+        keep = keep & (row_ids != tl.load(at, mask=row_in & key_in, other=0))
+    if MASKED == 1:
+        keep = keep & (tl.load(mask + key * mask_stride_k, mask=key_in, other=0) != 0)
+    if MASKED == 2:
+        at = mask + row * mask_stride_n + key * mask_stride_k
+        keep = keep & (tl.load(at, mask=row_in & key_in, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def wrapped(place, modulus, SMALL: tl.constexpr):
+    """place % modulus, where place - modulus is less than a tile. SMALL: so is modulus."""
+    if SMALL:
+        return place % modulus
+    else:
+        return tl.where(place >= modulus, place - modulus, place)
+
+
+# --------------------------------------------------------------------------------------------------- functions of a gap
+
+
+@triton.jit
+def softplus(x):
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def softplus_over_sigmoid(x):
+    """softplus(-x) / sigmoid(-x) without the overflow of either."""
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    ratio = tl.where(u == 1.0, 1.0, tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))  # log1p(e) / e
+    return tl.where(x < 0, (tl.maximum(-x, 0.0) + ratio * e) * u, tl.where(u == 1.0, 1.0 + 0.5 * e, ratio * u))
+
+
+@triton.jit
+def fold(s, scale, maximum, total, BOUNDED: tl.constexpr):
+    """Logits s * scale (R, C) to 2 ** (logit - new maximum); new maximum and total; what old sums shrink by."""
+    if BOUNDED:
+        x = tl.exp2(s * scale[:, None] - maximum[:, None])
+        return x, maximum, total + tl.sum(x, 1), 1.0
+    else:
+        new = tl.maximum(maximum, tl.max(s, 1) * scale)  # a positive scale: one fused multiply-add per element
+        x = tl.exp2(s * scale[:, None] - new[:, None])
+        shrink = tl.exp2(maximum - new)
+        return x, new, total * shrink + tl.sum(x, 1), shrink
+
+
+@triton.jit
+def tie_broken(positive_logit):
+    """The logit from which on a negative counts as more similar than the positive: equal ones do."""
+    return positive_logit - TIE * tl.abs(positive_logit)
+
+
+# ------------------------------------------------------------------------------------ from what a pass saw to the answer
+
+
+@triton.jit
+def something(total):
+    """``total``, NaN where nothing was added."""
+    return tl.where(total == 0.0, float("nan"), total)
+
+
+@triton.jit
+def store_softmax(out, rows, n, maximum, total):
+    """BASE and TOTAL into ``rows``; TOTAL. See calls.rounded_log_sum: without FMA contraction the difference is exact."""
+    base = maximum + tl.log2(total)
+    rest = total * tl.exp2(maximum - base)
+    store_plane(out, BASE, rows, n, base)
+    store_plane(out, TOTAL, rows, n, rest)
+    return rest
+
+
+@triton.jit
+def finish(
+    q, rows, positive, positive_stride_n, positive_stride_d,  # q (R, BLOCK_D) float32, raw
+    maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what was seen of each row
+    loss, query_gradient, positive_gradient, out_rows, metrics,
+    n, t, inter_t, alpha, share, query_eps, positive_eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
+):  # fmt: skip
+    """Losses, unit gradients and statistics of some rows. mean_key is the sum of exponentials times keys."""
+    p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+    q_inverse = tl.full(rows.shape, 1.0, tl.float32)
+    p_inverse = q_inverse
+    if NORMALIZE:
+        q_inverse, p_inverse = inverse_norm(q), inverse_norm(p)
+        q, p = q * q_inverse[:, None], p * p_inverse[:, None]
+    s = tl.sum(q * p, 1)
+    zero = tl.zeros(rows.shape, tl.float32)
+    shift = zero
+    if ALPHA:
+        shift = tl.log(alpha / tl.maximum(count, 1.0))
+    total = something(total)
+    # The maximum goes first: its difference to another large logit is exact, its sum with log2 is not.
+    gap = ((s * (LOG2E / t) - maximum) - tl.log2(total)) * LN2 - shift
+    intra_loss = softplus(-gap)
+    weight, log_weight, row_loss = sigmoid(-gap), zero, intra_loss
+    if DUAL:
+        inter_gap = ((s * (LOG2E / inter_t) - inter_maximum) - tl.log2(something(inter_total))) * LN2 - shift
+        weight = sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
+        log_weight = softplus(gap) - softplus(inter_gap)
+        row_loss = weight * softplus_over_sigmoid(gap)
+    tl.store(loss + rows, row_loss * share, mask=rows < n)
+    rest = store_softmax(out_rows, rows, n, maximum, total)
+    factor = weight * share / t
+    store_plane(out_rows, PULL, rows, n, factor / rest)
+    store_plane(out_rows, POSITIVE, rows, n, s)
+    temperature_gradient = zero
+    if query_gradient is not None:
+        mean_key = mean_key / total[:, None]
+        change = (mean_key - p) * factor[:, None]
+        if NORMALIZE:
+            along = tl.sum(q * change, 1)
+            change = (change - q * along[:, None]) * gradient_inverse(q_inverse, query_eps)[:, None]
+        store_rows(query_gradient, rows, n, change, D, BLOCK_D)
+        temperature_gradient = factor / t * (s - tl.sum(q * mean_key, 1))
+    store_plane(out_rows, TEMPERATURE_GRADIENT, rows, n, temperature_gradient)
+    if positive_gradient is not None:
+        change = q * (-factor)[:, None]
+        if NORMALIZE:
+            along = tl.sum(p * change, 1)
+            change = (change - p * along[:, None]) * gradient_inverse(p_inverse, positive_eps)[:, None]
+        store_rows(positive_gradient, rows, n, change, D, BLOCK_D)
+    if metrics is not None:
+        store_plane(metrics, METRIC_WEIGHT, rows, n, weight)
+        store_plane(metrics, METRIC_COUNT, rows, n, count)
+        store_plane(metrics, METRIC_LOG_WEIGHT, rows, n, log_weight)
+        store_plane(metrics, METRIC_INTRA, rows, n, intra_loss)
+        store_plane(metrics, METRIC_RANK, rows, n, rank)
+        store_plane(metrics, METRIC_NEGATIVE, rows, n, logit_sum * (t * LN2) / tl.maximum(count, 1.0))
+
+
+@triton.jit
+def finish_logsumexp(
+    rows, maximum, total, mean_key, lse, out_mean_key, out_rows, n, t, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The log-sum-exp in base e, the mean key, and what backward needs."""
+    total = something(total)
+    tl.store(lse + rows, (maximum + tl.log2(total)) * LN2, mask=rows < n)
+    rest = store_softmax(out_rows, rows, n, maximum, total)
+    zero = tl.zeros(rows.shape, tl.float32)
+    store_plane(out_rows, PULL, rows, n, 1.0 / (t * rest))
+    store_plane(out_rows, POSITIVE, rows, n, zero)
+    store_plane(out_rows, TEMPERATURE_GRADIENT, rows, n, zero)
+    if out_mean_key is not None:
+        store_rows(out_mean_key, rows, n, mean_key / total[:, None], D, BLOCK_D)
+
+
+@triton.jit
+def store_parts(
+    parts, outs, split, splits, rows, n, maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DUAL: tl.constexpr, METRICS: tl.constexpr,
+):  # fmt: skip
+    """One split's share: ``parts`` (len(Part), splits, n) and ``outs`` (splits, n, D)."""
+    valid = rows < n
+    plane = splits.to(tl.int64) * n
+    at = parts + split.to(tl.int64) * n + rows
+    tl.store(at + PART_MAXIMUM * plane, maximum, mask=valid)
+    tl.store(at + PART_TOTAL * plane, total, mask=valid)
+    tl.store(at + PART_COUNT * plane, count, mask=valid)
+    if DUAL:
+        tl.store(at + PART_INTER_MAXIMUM * plane, inter_maximum, mask=valid)
+        tl.store(at + PART_INTER_TOTAL * plane, inter_total, mask=valid)
+    if METRICS:
+        tl.store(at + PART_RANK * plane, rank, mask=valid)
+        tl.store(at + PART_LOGIT_SUM * plane, logit_sum, mask=valid)
+    if outs is not None:
+        store_rows(outs + split.to(tl.int64) * n * D, rows, n, mean_key, D, BLOCK_D)

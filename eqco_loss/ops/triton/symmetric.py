@@ -1,0 +1,92 @@
+"""The gradient of both directions between two views in one pass, where every row is an anchor, a positive and a key."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803, N806, SIM300
+
+import triton
+import triton.language as tl
+
+from .keys import BASE, BOUNDED_PULL, INVERSE, POSITIVE, PULL, SCALE
+from .parts import LOG2E, inverse_norm, load_rows, read_temperature, store_rows, through_unit, wrapped
+
+
+@triton.jit(do_not_specialize=["n", "m", "chunk"])
+def symmetric_rows(
+    views, stride_n, stride_d, raw_views, raw_stride_n, raw_stride_d, weights, largest, temperature_tensor, out, along,
+    n, m, chunk, temperature, eps,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACROSS: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """A block of rows z (2M, D) against one split of the others.
+
+    For unit rows the gradient is sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a its
+    POSITIVE weight, P the softmax over both views or, ACROSS, the other one. ``along`` (splits, 2M), where it is given,
+    gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views`` is in the dtype of
+    the products, ``raw_views`` what was given. ``out`` gets the gradient, or, without WHOLE_GRADIENT, (splits, 2M, D)
+    shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible logit) serves both softmaxes.
+    """
+    t = read_temperature(temperature, temperature_tensor)
+    block, split = tl.program_id(0), tl.program_id(1)
+    anchors, own_start = n, 0
+    if ACROSS:  # a block's rows are of one view
+        per_view_blocks = tl.cdiv(m, BLOCK_ROWS)
+        anchors, own_start, block = m, block // per_view_blocks * m, block % per_view_blocks
+    place_in_view = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = place_in_view < anchors
+    plane = n.to(tl.int64)
+    rows = own_start + tl.minimum(place_in_view, anchors - 1)  # beyond the last row, that row
+    q = load_rows(views, rows, stride_n, stride_d, n, D, BLOCK_D, False, True)
+    half: tl.constexpr = q.dtype == tl.float16
+    scale, base = tl.load(weights + SCALE * plane + rows), tl.load(weights + BASE * plane + rows)
+    inverse = tl.load(weights + INVERSE * plane + rows)
+    prescale = 1.0
+    if half:  # float16 would lose what is small
+        most = tl.load(largest)
+        prescale = 2048.0 / tl.where(most > 1e-30, most, 1.0)
+    highest = LOG2E / t  # no logit is larger: with ONE_EXP no power of two leaves float32
+    pulls = weights + (BOUNDED_PULL if ONE_EXP else PULL) * plane
+    a = tl.load(pulls + rows) / inverse * prescale
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    width = m - 1
+    per_view = tl.cdiv(BLOCK_ROWS - 1 + width, BLOCK_KEYS) * BLOCK_KEYS
+    first = block * BLOCK_ROWS + 1
+    lo, hi = split * chunk, tl.minimum((split + 1) * chunk, (1 if ACROSS else 2) * per_view)
+    start = (first + lo % per_view) % m
+    for visited in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
+        second = visited >= per_view
+        c = visited - tl.where(second, per_view, 0)
+        start = tl.where(c == 0, first % m, start)
+        place = wrapped(start + tl.arange(0, BLOCK_KEYS), m, SMALL)
+        place += m - own_start if ACROSS else tl.where(second, m, 0)
+        start = wrapped(start + BLOCK_KEYS, m, SMALL)
+        k = load_rows(views, place, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
+        key_pull = tl.load(pulls + place) * prescale
+        key_inverse = tl.load(weights + INVERSE * plane + place)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None] * key_inverse[None, :]
+        if ONE_EXP:
+            x = tl.exp2(logits - highest) * (a[:, None] * key_inverse[None, :] + key_pull[None, :])
+        else:
+            key_base = tl.load(weights + BASE * plane + place)
+            x = tl.exp2(logits - base[:, None]) * (a[:, None] * key_inverse[None, :])
+            x += tl.exp2(logits - key_base[None, :]) * key_pull[None, :]
+        if c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width:
+            ahead = c + tl.arange(0, BLOCK_KEYS)[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+            x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+        if half:  # of rows that are only padding
+            x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = tl.dot(x.to(k.dtype), k, acc=acc, input_precision=PRECISION)
+    acc = acc / prescale
+    if along is not None:
+        product = tl.sum(q.to(tl.float32) * acc, 1) * inverse
+        tl.store(along + split.to(tl.int64) * n + rows, product, mask=valid)
+    if split == 0:
+        other = tl.where(rows < m, rows + m, rows - m)
+        length = tl.load(weights + POSITIVE * plane + rows) + tl.load(weights + POSITIVE * plane + other)
+        partner = load_rows(raw_views, other, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
+        acc -= (length * inverse_norm(partner))[:, None] * partner
+    if WHOLE_GRADIENT:
+        raw = load_rows(raw_views, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True)
+        acc = through_unit(acc, raw, eps, False)
+    at = out + (split.to(tl.int64) * n + own_start) * D
+    store_rows(at, place_in_view, anchors, acc, D, BLOCK_D)

@@ -1,0 +1,135 @@
+"""The kernels' tiles, and the names of the planes in which they hand numbers to each other. Nothing here needs Triton.
+
+A tile is how many rows a program keeps, how many it streams, its warps, and the stages of its pipeline. Each line says
+what it was chosen by: *measured* on an H200 (``python -m benchmarks.tune``), or by its *loop*, which
+``python -m benchmarks.compile_report`` reads from the machine code: no spill and no wait a product inside.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KB a block, which leaves no room for a second stage of everything
+
+
+class Part(IntEnum):
+    """The planes of ``parts`` (len(Part), splits, N): what one split of the keys saw of each row."""
+
+    MAXIMUM = 0
+    TOTAL = 1
+    COUNT = 2
+    INTER_MAXIMUM = 3
+    INTER_TOTAL = 4
+    RANK = 5
+    LOGIT_SUM = 6
+
+
+class Weight(IntEnum):
+    """The planes of ``weights`` (len(Weight), N): what a row brings to the kernels of backward."""
+
+    SCALE = 0  # from products to logits in base 2: 1 / norm * log2(e) / t
+    BASE = 1
+    PULL = 2  # grad * PULL / norm, which multiplies the row as it is stored
+    INVERSE = 3  # 1 / norm
+    BOUNDED_PULL = 4  # PULL where 2 ** (logit - largest possible logit) stands for the softmax
+    POSITIVE = 5  # grad * PULL * TOTAL: what pulls the positive
+
+
+class Tile(NamedTuple):
+    resident: int  # rows that a program keeps
+    streamed: int  # rows of a step of its loop
+    warps: int
+    stages: int  # of the loop's pipeline
+
+
+def forward_tile(dtype: torch.dtype, block_d: int, n: int, arch: int, plain: bool, turned: bool) -> Tile:
+    """Of ``attend`` for many keys, which are streamed.
+
+    ``plain``: one softmax and its gradient, which leaves registers for more keys. ``turned``: keys whose rows do not lie
+    in one piece and are converted in the kernel.
+    """
+    rows, major = max(16, power_of_two(n)), arch // 10
+    if precision(dtype) == "tf32x3":
+        if block_d <= 64:
+            return Tile(min(rows, 64), 32, 4, 2)  # by its loop
+        if block_d <= 128:
+            found = {9: Tile(min(rows, 64), 16, 4, 1), 10: Tile(min(rows, 64), 32, 8, 1)}  # by their loops
+            return found.get(major, Tile(min(rows, 32), 16, 4, 1))  # by its loop
+        return Tile(16, 16 if block_d > 256 else 32, 8, 1)  # by its loop
+    if precision(dtype) == "tf32":
+        if block_d <= 128:
+            return Tile(min(rows, 64), 32, 4, 2)  # by its loop
+        return Tile(min(rows, 32), 32, 8, 1) if block_d <= 256 else Tile(16, 16, 8, 1)  # by their loops
+    narrow = major not in (9, 10)  # a warp multiplies on its own, with everything in registers
+    warps = 8 if rows >= 128 else 4  # a warp has 16 whole rows, or on sm_90 four have 64
+    if block_d <= 128:
+        if major == 9 and plain and not turned:
+            return Tile(min(rows, 64), 128, 4, 3)  # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69
+        if major == 9 and plain:
+            return Tile(min(rows, 128), 128, warps, 2)  # measured: M1 of float32 keys 34 us; 64 x 128/4/3 49
+        few_registers = turned and (narrow or arch in LITTLE_SHARED_MEMORY)
+        resident = 64 if few_registers else min(rows, 128)
+        return Tile(min(rows, resident), 32 if narrow else 64, 4 if few_registers else warps, 3)  # by its loop
+    if block_d <= 256:
+        if narrow:
+            return Tile(min(rows, 64), 32, 4 if plain or rows < 64 else 8, 2)  # by its loop
+        return Tile(min(rows, 128), 64 if rows >= 128 and (plain or major == 9) else 32, warps, 2)  # by its loop
+    return Tile(min(rows, 32), 32, 8, 1) if arch in LITTLE_SHARED_MEMORY else Tile(min(rows, 64), 32, 8, 2)  # its loop
+
+
+def small_tile(dtype: torch.dtype, block_d: int) -> Tile:
+    """Of ``attend`` where a block of rows meets few keys and finishes on its own."""
+    if block_d > 256:
+        return Tile(16, 16 if dtype == torch.float32 else 32, 8, 1)  # by its loop
+    return Tile(16, 32 if block_d > 128 else 64, 4, 2)  # by its loop
+
+
+def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int) -> Tile:
+    """Of ``keys_gradient``: keys are resident, rows of the query streamed."""
+    if dtype == torch.float32:
+        return forward_tile(dtype, block_d, k, arch, plain=False, turned=False)
+    keys = max(16, power_of_two(k))
+    if block_d <= 128:
+        if arch // 10 == 9:
+            return Tile(min(keys, 64), 128, 4, 2)  # measured: S1 35 us; 64 x 64/4/3 39. Spills outside its loop.
+        return Tile(min(keys, 64), 64, 4, 3)  # by its loop
+    return Tile(min(keys, 64), 32, 4, 2) if block_d <= 256 else Tile(min(keys, 32), 32, 8, 2)  # by their loops
+
+
+def symmetric_tile(dtype: torch.dtype, block_d: int, n: int, arch: int) -> Tile:
+    """Of ``symmetric_rows``, whose rows are resident and streamed."""
+    rows = max(16, power_of_two(n))
+    if dtype != torch.float32 and arch // 10 == 9 and block_d <= 128:
+        return Tile(min(rows, 64), 128, 4, 2)  # measured: S2 84 us; 64 x 64/4/3 101. Spills outside its loop.
+    if dtype != torch.float32 and 128 < block_d <= 256:
+        return Tile(min(rows, 64), 32, 8 if rows >= 64 else 4, 2)  # by its loop
+    if dtype != torch.float32 and arch // 10 == 9 and block_d <= 512:
+        return Tile(min(rows, 64), 64, 8, 2)  # by its loop: HGMMA, where 32 resident rows are HMMA
+    return keys_tile(dtype, block_d, n, arch)
+
+
+def combine_tile(splits: int, block_d: int, gradient: bool) -> tuple[int, int]:
+    """Rows a program of ``combine`` and splits that it loads at once, with four warps.
+
+    Measured: M1 (66 splits) 5.8 us by one row and all splits, 12.4 with eight warps; S1 (4 splits) 15.0 by eight rows, 85
+    by one; S2 (without a gradient) 3.2 by eight rows, 25.5 by one.
+    """
+    at_once = min(power_of_two(splits), max(1, 2**14 // block_d))
+    return (max(1, min(8, 2**12 // (at_once * block_d))) if gradient else 8), at_once
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied, as torch.set_float32_matmul_precision says: "highest" in three products of tf32."""
+    if dtype != torch.float32:
+        return "ieee"
+    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # newer torch: knows of the older setting too
+    if chosen is None:
+        chosen = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if chosen in ("ieee", "none") else "tf32"
+
+
+def power_of_two(x: int) -> int:
+    return 1 << max(0, x - 1).bit_length()
