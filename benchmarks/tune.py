@@ -20,11 +20,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import tyro
+from eqco_loss.ops.triton_backend import Config
 from torch import Tensor
 from tqdm import tqdm
 
 from eqco_loss.ops import Pairs, triton_backend
-from eqco_loss.ops.triton_backend import Config
 
 from .measure import RESULTS, Row, Timing, captured, interleave, interleave_graphs, provenance, set_precision, write_csv
 from .runner import check_device

@@ -31,7 +31,8 @@ def settings(chosen: Any) -> None:
             "Give the number of negatives to mimic (65536 for MoCo's queue), or None for as many as there are.",
         )
     k = chosen.num_negatives
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+    whole: type[Any] = numbers.Integral  # NumPy's too
+    if k is not None and (isinstance(k, bool) or not isinstance(k, whole) or k < 1):
         raise ValueError(
             f"num_negatives: expected an integer >= 1 or None, got {k!r}. None takes every other key of the batch; 16 "
             f"is the SiMo paper's choice."
@@ -51,6 +52,25 @@ def settings(chosen: Any) -> None:
         )
     one_of("reduction", chosen.reduction, REDUCTIONS)
     one_of("backend", chosen.backend, BACKENDS)
+
+
+def only_by_keyword(name: str, by_position: tuple[str, ...], more: tuple[Any, ...]) -> None:
+    """People write EqCoLoss(0.2, 16) and mean 16 negatives."""
+    if more:
+        raise TypeError(
+            f"{name}: expected only {' and '.join(by_position)} by position, got {more[0]!r} besides. Name it: "
+            f"num_negatives={more[0]!r} is how many negatives each query meets, alpha={more[0]!r} how many it mimics."
+        )
+
+
+def constructed_temperature(value: Any) -> None:
+    """A tensor that was computed keeps one graph, which the first backward frees."""
+    if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
+        raise ValueError(
+            "temperature: expected a number or a leaf tensor (an nn.Parameter), got the result of a computation, whose "
+            "graph the first backward() frees. Compute it in each step: functional.eqco_loss(query, positive_key, "
+            "temperature=(-scale).exp())."
+        )
 
 
 def inter_temperature(value: Any) -> None:
@@ -101,8 +121,20 @@ def temperature(value: Any) -> None:
 
 def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
     """Shapes, dtypes and devices of one call; ``negative_keys`` is a tensor or None here."""
+    if isinstance(positive_key, Tensor) and positive_key.dtype in INTEGERS and positive_key.dim() == 1:
+        raise TypeError(
+            f"positive_key: expected embeddings (N, D), row i being query i's positive, got integers "
+            f"{tuple(positive_key.shape)}. Labels are not keys: give the two views as query and positive_key, and the "
+            "labels as query_ids=labels, so that no query is repelled by its own label."
+        )
     for name, x in (("query", query), ("positive_key", positive_key)):
         _tensor(name, x)
+        if name == "positive_key" and x.dim() == 3 and query.dim() == 2 and x.shape[::2] == query.shape:
+            raise ValueError(
+                f"positive_key: expected one positive a query, (N, D) = {tuple(query.shape)}, got {tuple(x.shape)}. Of "
+                "P positives each is a row: query.repeat_interleave(P, 0), positive_key.flatten(0, 1), and the same "
+                "query_ids for all rows of a query, so that its positives do not repel each other."
+            )
         if x.dim() != 2:
             raise ValueError(
                 f"{name}: expected shape (N, D), one embedding a row, got {tuple(x.shape)}. "
@@ -185,6 +217,8 @@ def call(
             "symmetric: expected False when negative_keys is given, got True. Each direction has negatives of its own: "
             "0.5 * (criterion(q1, k2, negatives_2) + criterion(q2, k1, negatives_1))."
         )
+    if negative_mask is not None:
+        mask(query, negative_keys, negative_mask)
     if chosen.in_batch == "views" and k is not None and k % 2:
         raise ValueError(
             f'num_negatives: expected an even number with in_batch="views", got {k}. Both views of the next K/2 images '
@@ -250,6 +284,7 @@ def agree(
     facts = {"an error": 0 if wrong is None else 1}
     if wrong is None:
         t = "learned" if isinstance(chosen.temperature, Tensor) else chosen.temperature
+        learned = isinstance(chosen.temperature, Tensor) and chosen.temperature.requires_grad
         facts |= {
             "rows": query.shape[0],
             "D": query.shape[1],
@@ -259,10 +294,14 @@ def agree(
             ),
             "kind of negative_keys": _code([isinstance(negative_keys, kind) for kind in (Tensor, MomentumQueue)]),
             "query_ids given": int(query_ids is not None),
-            "gradients wanted": 4 * torch.is_grad_enabled() + 2 * query.requires_grad + positive_key.requires_grad,
+            "gradients wanted": 8 * learned
+            + 4 * torch.is_grad_enabled()
+            + 2 * query.requires_grad
+            + positive_key.requires_grad,
         }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, size)
+    bits = None if wrong is not None else _bits(chosen.temperature)
+    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, size, bits)
     fail_together(wrong, [r for r, values in enumerate(everyone) if values[0]])
     for place, name in enumerate(facts):
         values = [row[place] for row in everyone]
@@ -273,10 +312,26 @@ def agree(
                 f"gather: expected the same on every rank, got different {name}{shown} on rank "
                 f"{', '.join(map(str, odd))} than on rank 0. Call the same loss with the same settings on every rank."
             )
+    if len({row[-1] for row in everyone}) > 1:
+        found = [float(torch.tensor(row[-1], dtype=torch.int64).view(torch.float64)) for row in everyone]
+        raise ValueError(
+            f"gather: expected a learned temperature of the same value on every rank, got {found}. Start from the "
+            "same (torch.distributed.broadcast(temperature.data, 0), or register it in the module that DDP wraps), and "
+            "step it on every rank."
+        )
     ranks = Ranks(group, rank, tuple(row[1] for row in everyone))
     if negative_keys is None:
         _others(ranks.total, query)
     return ranks
+
+
+def _bits(value: Any) -> Tensor | None:
+    """A temperature that is a tensor, as the integer that its float64 looks like: the device need not be asked."""
+    if not isinstance(value, Tensor):
+        return None
+    kind = torch.float32 if value.device.type == "mps" else torch.float64
+    as_float = value.detach().to(kind)
+    return as_float.view(torch.int64 if kind == torch.float64 else torch.int32).to(torch.int64)
 
 
 def _code(value: Any) -> int:
@@ -340,6 +395,30 @@ def ids(
         _ids("negative_ids", negative_ids, shapes, query)
 
 
+def mask(query: Tensor, negative_keys: Any, value: Any, name: str = "negative_mask") -> None:
+    """``negative_keys`` is what the mask is about: a tensor, a queue or None."""
+    if negative_keys is None:
+        raise ValueError(
+            f"{name}: expected None unless negative_keys is a tensor or a queue, got one. In a batch query_ids say "
+            "which pairs are no negatives."
+        )
+    stored = isinstance(negative_keys, MomentumQueue)
+    n, k = query.shape[0], (negative_keys.contents if stored else negative_keys).shape[-2]
+    slots = ", over the slots of the queue's contents," if stored else ""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name}: expected a bool tensor of shape ({k},) or ({n}, {k}){slots} True where a key is a negative, got "
+            f"{got}. Use mask.bool()."
+        )
+    if tuple(value.shape) not in ((k,), (n, k)):
+        raise ValueError(
+            f"{name}: expected shape ({k},) or ({n}, {k}){slots} got {tuple(value.shape)}. One value for each key, or "
+            "for each pair of a query and a key."
+        )
+    _alike(name, value, query, dtype=False)
+
+
 def temperature_device(value: Any, query: Tensor) -> None:
     """A learned temperature of another device would have to be waited for."""
     if isinstance(value, Tensor) and value.device != query.device:
@@ -349,7 +428,7 @@ def temperature_device(value: Any, query: Tensor) -> None:
         )
 
 
-def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> None:
+def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any, key_mask: Any) -> None:
     """What ``functional.negatives_logsumexp`` is called with."""
     for name, x in (("query", query), ("keys", keys)):
         _tensor(name, x)
@@ -376,6 +455,8 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any) -> Non
         k = keys.shape[-2]
         _ids("query_ids", query_ids, ((n,),), query)
         _ids("key_ids", key_ids, ((k,), (n, k)), query)
+    if key_mask is not None:
+        mask(query, keys, key_mask, "key_mask")
 
 
 def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
@@ -38,6 +39,17 @@ class Ranks(NamedTuple):
             return out
         return _all_gather(x, self)
 
+    def shared(self, x: Tensor) -> Tensor:
+        """A parameter that every rank has a copy of; its gradient is the mean over ranks, as DDP makes the encoders'.
+
+        Each rank's loss is scaled such that this mean is the gradient of the global loss. Inside DDP the mean is taken
+        once more, of equal numbers, which changes nothing.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = _MeanGradient.apply(x, self)
+            return out
+        return x
+
     def sum(self, x: Tensor) -> Tensor:
         """Of all ranks; no gradient."""
         total = x.detach().clone()
@@ -45,7 +57,37 @@ class Ranks(NamedTuple):
         return total
 
 
+class LeftBehind:
+    """Stands in a loaded module for the process group that it had where it was saved."""
+
+
+class HoldsGroup(nn.Module):
+    """A module with a ``gather``, which copies share and pickles leave behind if it is a group of this process."""
+
+    gather: Gather
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
+        memo[id(self.gather)] = self.gather
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __copy__(self) -> HoldsGroup:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"gather": self.gather if isinstance(self.gather, bool) else LeftBehind()}
+
+
 def check_gather(gather: Any) -> None:
+    if isinstance(gather, LeftBehind):
+        raise TypeError(
+            "gather: expected a process group of this process, got one that loading has left behind, because groups "
+            "cannot be saved. Set .gather to True or to a group."
+        )
     if not isinstance(gather, bool) and not (dist.is_available() and isinstance(gather, dist.ProcessGroup)):
         raise TypeError(
             f"gather: expected False, True or a torch.distributed.ProcessGroup, got {gather!r}. "
@@ -55,6 +97,7 @@ def check_gather(gather: Any) -> None:
 
 def world(gather: Gather) -> tuple[ProcessGroup | None, int, int]:
     """(group, rank, world size)."""
+    check_gather(gather)
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
             f"gather: expected an initialised process group, got {gather!r} without one. Launch with torchrun and call "
@@ -75,12 +118,16 @@ def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
     return Ranks(group, rank, (x.shape[0],) * size)
 
 
-def exchange(values: list[int], device: torch.device, group: ProcessGroup | None, size: int) -> list[list[int]]:
-    """Every rank's values, in rank order. Waits for the device."""
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    out = torch.empty(size * len(values), dtype=torch.int64, device=device)
+def exchange(
+    values: list[int], device: torch.device, group: ProcessGroup | None, size: int, on_device: Tensor | None = None
+) -> list[list[int]]:
+    """Every rank's values in rank order, then the integer that is ``on_device``, else 0. Waits for the device."""
+    mine = torch.tensor([*values, 0], dtype=torch.int64, device=device)
+    if on_device is not None:
+        mine[-1] = on_device
+    out = torch.empty(size * len(mine), dtype=torch.int64, device=device)
     _gather_into(out, mine, group)
-    rows: list[list[int]] = out.view(size, len(values)).tolist()
+    rows: list[list[int]] = out.view(size, len(mine)).tolist()
     return rows
 
 
@@ -125,3 +172,18 @@ class _GatherRows(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)  # not ours to reduce in place
         dist.all_reduce(total, group=ranks.group)
         return total[ranks.offset : ranks.offset + ranks.sizes[ranks.rank]], None
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ranks: Ranks = ctx.ranks
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ranks.group)
+        return total / len(ranks.sizes), None

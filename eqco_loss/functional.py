@@ -32,8 +32,9 @@ class LossMetrics(NamedTuple):
     """The loss, and what to log beside it: 0-dim, detached means over the rows."""
 
     loss: Tensor  #: what the criterion returns; the only one with a gradient
-    top1_accuracy: Tensor  #: share of queries whose positive no negative exceeds (without the margin, as MoCo logs)
-    top5_accuracy: Tensor  #: share whose positive fewer than five negatives exceed
+    top1_accuracy: Tensor  #: share of queries whose positive is more similar than every negative, by more than rounding
+    #: (1e-5), and without the margin, as MoCo logs: 0 for embeddings that have collapsed to one point
+    top5_accuracy: Tensor  #: share for which fewer than five negatives are as similar as the positive
     positive_similarity: Tensor  #: s(q, k), between -1 and 1
     negative_similarity: Tensor  #: mean s(q, n) over each query's negatives
     effective_k: Tensor  #: K_i, the negatives that are left after exclusions
@@ -68,7 +69,8 @@ def eqco_loss(
     Source: EqCo (Zhu et al. 2020), equations 1 and 5.
 
     Args:
-        query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.EqCoLoss`.
+        query, positive_key, negative_keys, query_ids, negative_ids, negative_mask: as in a call of
+            :class:`eqco_loss.EqCoLoss`.
         temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in
             its constructor.
 
@@ -116,7 +118,8 @@ def dual_temp_infonce(
     Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022).
 
     Args:
-        query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.DualTempInfoNCE`.
+        query, positive_key, negative_keys, query_ids, negative_ids, negative_mask: as in a call of
+            :class:`eqco_loss.DualTempInfoNCE`.
         temperature, inter_temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather,
             reduction, backend: as in its constructor.
 
@@ -192,6 +195,8 @@ def _row_losses(
     """The loss of each direction, with its gradients: one pass over its negatives."""
     grad, share = torch.is_grad_enabled(), _share(settings, inputs, ranks)
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
+    if learned is not None and ranks is not None:
+        learned = ranks.shared(learned)
 
     def outputs(one: Direction) -> ops.RowOutputs:
         others = [one.first.keys, None if one.second is None else one.second.keys]
@@ -287,10 +292,11 @@ def negatives_logsumexp(
     Args:
         temperature: a number > 0, or a 0-dim tensor, which may require a gradient.
         query_ids, key_ids: integers; a pair of equal ids is left out of the sum.
+        key_mask: bool; a pair that is False is left out of the sum. What is left out may hold anything, NaN too.
 
     Shape:
-        query (N, D); keys (K, D) or (N, K, D); query_ids (N,); key_ids (K,) or (N, K). Returns (N,), float32 for half
-        inputs.
+        query (N, D); keys (K, D) or (N, K, D); query_ids (N,); key_ids and key_mask (K,) or (N, K). Returns (N,),
+        float32 for half inputs.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or ids that do not fit; a row that ids leave without a key (on
@@ -307,7 +313,7 @@ def negatives_logsumexp(
     """
     check.reverse_mode()
     check.temperature(temperature)
-    check.logsumexp_inputs(query, keys, query_ids, key_ids)
+    check.logsumexp_inputs(query, keys, query_ids, key_ids, key_mask)
     check.temperature_device(temperature, query)
     learned = temperature if isinstance(temperature, Tensor) else None
     return ops.logsumexp(

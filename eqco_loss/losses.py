@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, NoReturn
+
+from torch import Tensor
 
 from . import _validate as check
 from . import functional
-from .distributed import Gather
+from .distributed import Gather, HoldsGroup
 from .functional import LossMetrics
-from .settings import Inputs, Negatives, Settings
+from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
 
 
-class _Criterion(nn.Module):
+class _Criterion(HoldsGroup):
     """What both losses share: the settings, and three ways to call them."""
+
+    temperature: float | Tensor
+    inter_temperature: float | None
+    alpha: float | None
+    in_batch: InBatch | None
+    num_negatives: int | None
+    sampling: Sampling
+    symmetric: bool
+    normalize: bool
+    gather: Gather
+    reduction: Reduction
+    backend: Backend
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         check.settings(settings)
-        for name, value in settings._asdict().items():  # a temperature that is an nn.Parameter registers itself
-            setattr(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(_attribute(name), value)  # type: ignore[arg-type]
+        check.constructed_temperature(settings.temperature)
+        for name, value in zip(Settings._fields, settings, strict=True):
+            setattr(self, name, value)  # a temperature that is an nn.Parameter registers itself
 
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
-        return Settings(*(getattr(self, _attribute(name)) for name in Settings._fields))
+        return Settings(*(getattr(self, name) for name in Settings._fields))
 
     def forward(
         self,
@@ -39,9 +51,11 @@ class _Criterion(nn.Module):
         negative_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss: a 0-dim tensor, or (N,) with ``reduction="none"``. Arguments and shapes: see the class."""
-        return functional.compute_loss(
-            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
-        )
+        inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        return functional.compute_loss(self.settings, inputs)
+
+    if TYPE_CHECKING:  # nn.Module calls forward, whose arguments and result a reader's editor should see
+        __call__ = forward
 
     def with_metrics(
         self,
@@ -54,11 +68,10 @@ class _Criterion(nn.Module):
         negative_mask: Tensor | None = None,
     ) -> LossMetrics:
         """The loss and what to log beside it, as a NamedTuple. Arguments and shapes: see the class."""
-        return functional.compute_metrics(
-            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
-        )
+        inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        return functional.compute_metrics(self.settings, inputs)
 
-    def backend(
+    def chosen_backend(
         self,
         query: Tensor,
         positive_key: Tensor,
@@ -69,19 +82,16 @@ class _Criterion(nn.Module):
         negative_mask: Tensor | None = None,
     ) -> tuple[str, str]:
         """The backend that would serve this call, and why."""
-        return functional.chosen_backend(self.settings, Inputs(query, positive_key, negative_keys))
+        inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        return functional.chosen_backend(self.settings, inputs)
 
     def extra_repr(self) -> str:
-        shown = self.settings._asdict()
-        if isinstance(shown["temperature"], Tensor):
-            shown["temperature"] = "learned" if shown["temperature"].requires_grad else "a tensor"
-        if shown["inter_temperature"] is None:
+        shown: dict[str, object] = dict(zip(Settings._fields, self.settings, strict=True))
+        if isinstance(self.temperature, Tensor):
+            shown["temperature"] = "learned" if self.temperature.requires_grad else "a tensor"
+        if self.inter_temperature is None:
             del shown["inter_temperature"]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def _attribute(name: str) -> str:
-    return "requested_backend" if name == "backend" else name  # ``backend`` is a method
 
 
 class EqCoLoss(_Criterion):
@@ -99,7 +109,9 @@ class EqCoLoss(_Criterion):
 
     Args:
         temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
-            module's own. A compiled program has numbers built in: one that a schedule changes should be a tensor.
+            module's own; with ``gather`` its gradient is the global one on every rank. A function of a parameter, such
+            as ``(-scale).exp()``, is new in each step: give it to ``functional.eqco_loss``. A compiled program has
+            numbers built in: one that a schedule changes should be a tensor.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
         in_batch: the batch's own negatives. None: ``"keys"`` if no ``negative_keys`` are given, else none. ``"keys"``:
             the other rows of positive_key. ``"views"``: every other embedding of both views (SimCLR), 2N - 2. With
@@ -116,9 +128,9 @@ class EqCoLoss(_Criterion):
             return to the rank that owns the key, and each rank's value is scaled (world size / rows of all ranks) such
             that after DDP's averaging values and gradients are those of one process with the whole batch.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``criterion.backend(...)``
-            tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512,
-            on NVIDIA GPUs of compute capability 8.0 or newer.
+        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises;
+            ``criterion.chosen_backend(...)`` tells what serves a call and why. The Triton kernels take float16,
+            bfloat16 and float32 with D up to 512, on NVIDIA GPUs of compute capability 8.0 or newer.
 
     Shape:
         - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or
@@ -127,12 +139,17 @@ class EqCoLoss(_Criterion):
           a :class:`MomentumQueue`.
         - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the
           positive always stays. In a batch query_ids serve both sides, and a queue uses the ids it stored.
+        - negative_mask (K,) or (N, K): bool, True where a key is a negative of the query, as
+          ``F.scaled_dot_product_attention`` reads its mask; for padded hard negatives. Beside given keys, or a queue,
+          whose slots it is about. What mask and ids leave out may hold anything, NaN too: loss and gradients are as if
+          it were not there.
         - output: 0-dim, or (N,) with ``reduction="none"``; float32 for half inputs. Gradients reach query, positive_key
           and negative_keys.
 
     Raises:
         ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes,
-            devices or ids that do not fit, a row that ids leave without negatives (on CPU; NaN in that row elsewhere).
+            devices or ids that do not fit, a row that ids or a mask leave without negatives (on CPU; NaN
+            in that row elsewhere).
         TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers.
 
     Example:
@@ -150,17 +167,18 @@ class EqCoLoss(_Criterion):
     def __init__(
         self,
         temperature: float | Tensor = 0.2,
+        *not_by_position: NoReturn,
         alpha: float | None = 65536,
-        *,
-        in_batch: str | None = None,
+        in_batch: InBatch | None = None,
         num_negatives: int | None = None,
-        sampling: str = "rolled",
+        sampling: Sampling = "rolled",
         symmetric: bool = False,
         normalize: bool = True,
         gather: Gather = False,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
+        check.only_by_keyword("EqCoLoss", ("temperature",), not_by_position)
         super().__init__(
             Settings(
                 temperature,
@@ -216,17 +234,18 @@ class DualTempInfoNCE(_Criterion):
         self,
         temperature: float | Tensor = 0.1,
         inter_temperature: float = 1.0,
-        *,
+        *not_by_position: NoReturn,
         alpha: float | None = None,
-        in_batch: str | None = None,
+        in_batch: InBatch | None = None,
         num_negatives: int | None = None,
-        sampling: str = "rolled",
+        sampling: Sampling = "rolled",
         symmetric: bool = False,
         normalize: bool = True,
         gather: Gather = False,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
+        check.only_by_keyword("DualTempInfoNCE", ("temperature", "inter_temperature"), not_by_position)
         check.inter_temperature(inter_temperature)
         super().__init__(
             Settings(

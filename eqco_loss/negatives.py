@@ -60,7 +60,7 @@ def given_set(settings: Settings, inputs: Inputs) -> KeySet | None:
         return None
     if isinstance(keys, MomentumQueue):
         ids = None if inputs.query_ids is None else keys.slot_ids
-        pairs = Pairs(query_ids=inputs.query_ids, key_ids=ids, mask=mask, count=keys.count)
+        pairs = Pairs(query_ids=inputs.query_ids, key_ids=ids, mask=mask, filled=keys.count)
         return KeySet(keys.contents, pairs, normalize=False, trusted=True)
     pairs = Pairs(query_ids=inputs.query_ids, key_ids=inputs.negative_ids, mask=mask)
     return KeySet(keys, pairs, settings.normalize)
@@ -113,5 +113,3 @@ def random_negatives(
             for start, count in counts.items()
         ]
     )
-
-

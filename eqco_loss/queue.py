@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .distributed import Gather, Ranks, cannot_wait, check_gather, equal_ranks, exchange, fail_together, world
+from .distributed import (
+    Gather,
+    HoldsGroup,
+    Ranks,
+    cannot_wait,
+    check_gather,
+    equal_ranks,
+    exchange,
+    fail_together,
+    world,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # torch compares no others with these
 
 
-class MomentumQueue(nn.Module):
+class MomentumQueue(HoldsGroup):
     r"""The newest ``size`` keys, first in, first out: negatives for later batches (MoCo, He et al. 2020, 3.2).
 
     Starts empty, and slots not yet filled are never negatives: there is no random initialisation to unlearn.
@@ -21,7 +32,10 @@ class MomentumQueue(nn.Module):
     Rows are normalised to unit length, in float32 (float64 for rows stored so), when they enter. Contents, cursor,
     count and ids are buffers, so a ``state_dict`` resumes bit for bit.
 
-    A NaN that enters stays until it is overwritten: skip ``enqueue`` in a step whose keys are not finite.
+    A key that is not finite enters as a row of zeros, a negative whose similarity to everything is 0, because a NaN
+    would make every loss NaN until it is overwritten. ``replaced`` counts them; it is a buffer, and reading it waits
+    for the device.
+
     Enqueue after the loss; before ``backward()`` is safe too, without a clone, but not where the loss is computed again
     then: with ``create_graph=True``, an error, or inside ``torch.utils.checkpoint``, which would meet the newer keys.
     Prime a new queue with a first batch's keys.
@@ -59,6 +73,7 @@ class MomentumQueue(nn.Module):
     contents: Tensor  # (size, dim)
     cursor: Tensor  # (): where the next key goes
     count: Tensor  # (): how many slots hold a key
+    replaced: Tensor  # (): how many keys were not finite, and are rows of zeros
     slot_ids: Tensor | None  # (size,)
 
     def __init__(
@@ -72,11 +87,13 @@ class MomentumQueue(nn.Module):
         gather: Gather = False,
     ) -> None:
         super().__init__()
+        whole: type[Any] = numbers.Integral  # NumPy's too
         for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, whole) or value < 1:
                 raise ValueError(
                     f"{name}: expected an integer >= 1, got {value!r}. MoCo uses MomentumQueue(65536, 128)."
                 )
+        size, dim = int(size), int(dim)
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in FLOATS:
             raise TypeError(
@@ -86,10 +103,11 @@ class MomentumQueue(nn.Module):
         self.register_buffer("contents", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("replaced", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("slot_ids", torch.zeros(size, dtype=torch.int64, device=device) if store_ids else None)
         check_gather(gather)
         self.gather = gather
-        self.primed = False  # whether anything was ever stored: known to the host without asking the device
+        self._known_to_hold_keys = False  # once the host knows, it need not ask the device again
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
@@ -104,6 +122,7 @@ class MomentumQueue(nn.Module):
             keys, ids = ranks.gather(self._unit(keys)), None if ids is None else ranks.gather(ids.to(torch.int64))
         size = len(self.contents)
         unit = self._unit(keys[-size:]) if ranks is None else keys[-size:]
+        unit = self._without_nonfinite(unit)
         n = len(unit)
         slots = (self.cursor + torch.arange(n, device=unit.device)) % size
         self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
@@ -111,7 +130,21 @@ class MomentumQueue(nn.Module):
             self.slot_ids.index_copy_(0, slots, ids[-size:].to(torch.int64))
         self.cursor.add_(n).remainder_(size)
         self.count.add_(n).clamp_(max=size)
-        self.primed = self.primed or n > 0
+        self._known_to_hold_keys = self._known_to_hold_keys or n > 0
+
+    @property
+    def primed(self) -> bool:
+        """Whether a loss may use the queue, because it holds a key.
+
+        What the buffers say: they may have been copied into from elsewhere. A GPU is asked only as long as it may hold
+        nothing, and not in a traced or captured graph; there an empty queue makes the loss NaN.
+        """
+        if self.count.is_cpu and not torch.compiler.is_compiling():
+            return int(self.count) > 0
+        if not self._known_to_hold_keys and not cannot_wait(self.count) and not self.count.is_meta:
+            self._known_to_hold_keys = int(self.count) > 0
+            return self._known_to_hold_keys
+        return True
 
     @property
     def keys(self) -> Tensor:
@@ -160,10 +193,16 @@ class MomentumQueue(nn.Module):
             )
         if not 0 <= int(pointer) < size:
             raise ValueError(f"pointer: expected 0 <= pointer < {size}, got {int(pointer)}. MoCo calls it queue_ptr.")
-        self.contents.copy_(self._unit(queue.T))
+        self.contents.copy_(self._without_nonfinite(self._unit(queue.T)))
         self.cursor.fill_(int(pointer))
         self.count.fill_(size)
-        self.primed = True
+        self._known_to_hold_keys = True
+
+    def _without_nonfinite(self, unit: Tensor) -> Tensor:
+        """Rows of zeros for those that are not finite, and these counted."""
+        wrong = ~unit.to(self.contents.dtype).isfinite().all(1)
+        self.replaced.add_(wrong.sum())
+        return unit.masked_fill(wrong[:, None], 0.0)
 
     def _unit(self, keys: Tensor) -> Tensor:
         dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
@@ -178,7 +217,7 @@ class MomentumQueue(nn.Module):
             wrong = error
         group, rank, size = world(self.gather)
         rows = -1 if wrong is not None else keys.shape[0]
-        sizes = tuple(count for (count,) in exchange([rows], self.contents.device, group, size))
+        sizes = tuple(count for count, _ in exchange([rows], self.contents.device, group, size))
         fail_together(wrong, [r for r, count in enumerate(sizes) if count < 0])
         return Ranks(group, rank, sizes)
 
@@ -186,9 +225,13 @@ class MomentumQueue(nn.Module):
         count, size = int(self.count), len(self.contents)
         return (self.cursor - count + torch.arange(count, device=self.contents.device)) % size
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.primed = bool(self.count > 0)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = f"{prefix}replaced"
+        older = f"{prefix}count" in state_dict and name not in state_dict  # of a version that did not count them
+        if older:
+            state_dict = {**state_dict, name: torch.zeros_like(self.replaced)}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._known_to_hold_keys = False
 
     def _check(self, keys: Tensor, ids: Tensor | None) -> None:
         dim = self.contents.shape[1]

@@ -44,7 +44,7 @@ class Case:
     normalize: bool = True
     ids: str = "none"
     seed: int = 0
-    backend: str = "auto"
+    backend: Any = "auto"
 
     def but(self, **changes: object) -> "Case":
         return replace(self, **changes)  # type: ignore[arg-type]
@@ -102,9 +102,9 @@ def criterion(
     case: Case,
     *,
     temperature: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Any = "mean",
     num_negatives: int | None = None,
-    sampling: str = "rolled",
+    sampling: Any = "rolled",
 ) -> Criterion:
     t = case.temperature if temperature is None else temperature
     shared: dict[str, Any] = {
@@ -115,7 +115,7 @@ def criterion(
         "backend": case.backend,
     }
     if case.loss == "eqco":
-        return EqCoLoss(t, case.alpha, **shared)
+        return EqCoLoss(t, alpha=case.alpha, **shared)
     return DualTempInfoNCE(t, case.inter_temperature, alpha=case.alpha, **shared)
 
 
@@ -218,7 +218,7 @@ def ours(
     case: Case,
     sample: Sample,
     *,
-    reduction: str = "none",
+    reduction: Any = "none",
     learn_temperature: bool = False,
     layout: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Answer:
@@ -256,7 +256,7 @@ def exact_rows(case: Case, sample: Sample, leaf: dict[str, Tensor] | None = None
     )
 
 
-def truth(case: Case, sample: Sample, *, reduction: str = "none", learn_temperature: bool = False) -> Answer:
+def truth(case: Case, sample: Sample, *, reduction: Any = "none", learn_temperature: bool = False) -> Answer:
     leaves = leaves_of(sample, temperature=temperature_leaf(case) if learn_temperature else None)
     return answer(
         lambda leaf: oracle.reduce(exact_rows(case, sample, leaf).loss, reduction),
@@ -264,7 +264,7 @@ def truth(case: Case, sample: Sample, *, reduction: str = "none", learn_temperat
     )
 
 
-def plain(case: Case, sample: Sample, *, reduction: str = "none", learn_temperature: bool = False) -> Answer:
+def plain(case: Case, sample: Sample, *, reduction: Any = "none", learn_temperature: bool = False) -> Answer:
     def call(leaf: dict[str, Tensor]) -> Tensor:
         loss = eager(
             leaf["query"],
@@ -302,7 +302,7 @@ def assert_right(
     case: Case,
     sample: Sample | None = None,
     *,
-    reduction: str = "none",
+    reduction: Any = "none",
     learn_temperature: bool = False,
     cancelling: bool = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from eqco_loss.ops.triton_backend import Config
 from torch import Tensor
 
 from benchmarks import __main__ as command
@@ -15,7 +16,6 @@ from benchmarks.measure import RESULTS, Limits, peak_extra_bytes, read_csv
 from benchmarks.peers import PEERS, Peer
 from benchmarks.workloads import Case, Problem
 from eqco_loss.ops import triton_backend
-from eqco_loss.ops.triton_backend import Config
 
 SMALL = {
     "M1": Case("M1", 6, 40, 16),

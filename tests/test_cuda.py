@@ -72,7 +72,7 @@ def test_full_size(k: int | None, t: float, alpha: float, dtype: torch.dtype, pr
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        loss = EqCoLoss(t, alpha, backend="triton", reduction="none")(q, p, negatives)
+        loss = EqCoLoss(t, alpha=alpha, backend="triton", reduction="none")(q, p, negatives)
         got = torch.autograd.grad((loss * (weight * scale)).sum(), leaves)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -100,9 +100,9 @@ def step(criterion: Criterion, q: Tensor, k: Tensor, negatives: Any = None) -> t
 
 def test_auto_takes_the_kernels() -> None:
     q = rows(8)
-    assert EqCoLoss().backend(q, q)[0] == "triton"
-    assert EqCoLoss().backend(q.double(), q.double())[0] == "torch"
-    assert "D = 600" in EqCoLoss().backend(rows(8, 600), rows(8, 600))[1]
+    assert EqCoLoss().chosen_backend(q, q)[0] == "triton"
+    assert EqCoLoss().chosen_backend(q.double(), q.double())[0] == "torch"
+    assert "D = 600" in EqCoLoss().chosen_backend(rows(8, 600), rows(8, 600))[1]
 
 
 @pytest.fixture
@@ -128,11 +128,11 @@ def test_nothing_waits_for_the_device(as_users_have_it: None) -> None:
 
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_cuda_graph(in_batch: str) -> None:
+def test_cuda_graph(in_batch: Any) -> None:
     """Loss and backward captured once and replayed on new values."""
     q, k = rows(256).requires_grad_(), rows(256, seed=1)
     criterion = EqCoLoss(in_batch=in_batch, symmetric=in_batch == "views")
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

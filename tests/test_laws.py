@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,7 +23,7 @@ some_alpha = st.floats(1.0, 2.0**20)
 
 @given(case_of(), st.sampled_from(["none", "mean", "sum"]))
 @settings(max_examples=200)
-def test_every_case_is_the_oracle(case: Case, reduction: str) -> None:
+def test_every_case_is_the_oracle(case: Case, reduction: Any) -> None:
     cases.assert_right(case, reduction=reduction)
 
 
@@ -282,7 +283,7 @@ def who_was_drawn(n: int, k: int, seed: int) -> oracle.Places:
     """The draw behind a seed, off the gradients: with keys along the axes, a query's is nonzero where it met a key."""
     query = torch.full((n, n), 1.0 / n).requires_grad_()
     torch.manual_seed(seed)
-    EqCoLoss(1.0, None, num_negatives=k, sampling="random", normalize=False, reduction="sum")(
+    EqCoLoss(1.0, alpha=None, num_negatives=k, sampling="random", normalize=False, reduction="sum")(
         query, torch.eye(n)
     ).backward()
     assert query.grad is not None
@@ -366,7 +367,7 @@ def test_rolled_draws_nothing() -> None:
 
 
 @given(case_of(modes=("in_batch",), ids=("none", "flat")), st.integers(0, 3), st.sampled_from(["rolled", "random"]))
-def test_more_negatives_than_others_means_all_of_them(case: Case, extra: int, sampling: str) -> None:
+def test_more_negatives_than_others_means_all_of_them(case: Case, extra: int, sampling: Any) -> None:
     """Fewer others than K: all are used, and the margin follows K_i."""
     sample = cases.make(case)
 
@@ -390,10 +391,10 @@ def test_loss_falls_as_the_positive_approaches(
     side = oracle.unit(side - (side * q).sum() * q)
     losses = torch.stack(
         [
-            EqCoLoss(temperature, alpha)((q).to(dtype), (c * q + (1 - c * c) ** 0.5 * side).to(dtype), n.to(dtype))
+            EqCoLoss(temperature, alpha=alpha)(q.to(dtype), (c * q + (1 - c * c) ** 0.5 * side).to(dtype), n.to(dtype))
             for c in (-1.0, -0.5, 0.0, 0.5, 1.0)
         ]
     )
     assert bool((losses.diff() <= 0).all())
-    larger = EqCoLoss(temperature, (alpha or 20.0) * 2)(q.to(dtype), side.to(dtype), n.to(dtype))
-    assert larger >= EqCoLoss(temperature, alpha)(q.to(dtype), side.to(dtype), n.to(dtype))
+    larger = EqCoLoss(temperature, alpha=(alpha or 20.0) * 2)(q.to(dtype), side.to(dtype), n.to(dtype))
+    assert larger >= EqCoLoss(temperature, alpha=alpha)(q.to(dtype), side.to(dtype), n.to(dtype))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -181,9 +182,71 @@ def test_ddp_and_compiled_modules_are_unwrapped(wrapped: str) -> None:
         )
 
 
-def test_a_users_own_wrapper_is_a_mismatch_and_not_guessed() -> None:
-    with pytest.raises(ValueError, match="module"):
-        momentum_update(Wrapper(encoder(0)), encoder(1))
+def checkpointed(module: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(module)
+
+
+@pytest.mark.parametrize("side", ["query", "key"])
+@pytest.mark.parametrize("wrap", [Wrapper, nn.DataParallel, torch.compile, checkpointed], ids=lambda f: f.__name__)
+def test_wrappers_of_single_blocks_are_looked_through(wrap: Any, side: str) -> None:
+    """On one side only: what they add to the names is no difference."""
+    query, key = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    wrapped = query if side == "query" else key
+    before, target = [[x.detach().clone() for x in one.parameters()] for one in (key, query)]
+    wrapped[0] = wrap(wrapped[0])
+    momentum_update(query, key, 0.25)
+    for old, new, towards in zip(before, key.parameters(), target, strict=True):
+        torch.testing.assert_close(new, 0.25 * old + 0.75 * towards)
+
+
+def test_wrappers_names_that_would_collide_are_kept_whole() -> None:
+    both = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    both.weight = nn.Parameter(torch.zeros(2, 2))
+    momentum_update(both, copy.deepcopy(both), 0.5)
+    with pytest.raises(ValueError, match="expected the parameter names"):
+        momentum_update(both, nn.Linear(2, 2), 0.5)
+
+
+@pytest.mark.parametrize("base", [0.9, 0.99, 0.996, 0.999])
+def test_every_step_of_a_cosine_to_one_is_taken(base: float) -> None:
+    """float32 rounds the last steps away, which is harmless; it was an error."""
+    query, key = encoder(0), encoder(1)
+    for step in range(1001):
+        momentum_update(query, key, functional.cosine_momentum(step, 1000, base=base))
+    momentum_update(query, key, 1 - 1e-12)
+
+
+def test_momentum_may_be_numpys() -> None:
+    query, key = encoder(0), encoder(1)
+    half: Any = np.float32(0.5)
+    steps: Any = np.int64(3), np.int64(10)
+    momentum_update(query, key, half)
+    momentum_update(query, key, functional.cosine_momentum(*steps))
+
+
+@pytest.mark.parametrize("share", ["copy", "head", "moved in"])
+def test_encoders_that_share_parameters_are_an_error(share: str) -> None:
+    base, head = nn.Linear(3, 3), nn.Linear(3, 2)
+    query = nn.Sequential(base, head)
+    key = {
+        "copy": copy.copy(query),
+        "head": nn.Sequential(nn.Linear(3, 3), head),
+        "moved in": nn.Sequential(base, head),
+    }[share]
+    with pytest.raises(ValueError, match=r"'1.weight'.*in common with query_encoder.*deepcopy"):
+        momentum_update(query, key)
+
+
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_parameters_that_a_sharder_has_emptied_are_an_error(side: str) -> None:
+    """FSDP1 and ZeRO-3 leave parameters of shape (0,) between uses: nothing would move."""
+    query, key = encoder(0), encoder(1)
+    for x in (query if side == "query" else key).parameters():
+        x.data = torch.empty(0)
+    with pytest.raises(ValueError, match=rf"{side}_encoder: expected parameters with their values.*fully_shard"):
+        momentum_update(query, key)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,7 +19,7 @@ T, INTER = 0.3, 1.0
 
 
 class Choice(NamedTuple):
-    in_batch: str | None = None
+    in_batch: Any | None = None
     symmetric: bool = False
     given: str | None = None  # tensor, per_query, queue
     ids: bool = False
@@ -60,7 +60,11 @@ def data(choice: Choice, dtype: torch.dtype = torch.float64) -> Data:
 
 def criterion(choice: Choice, **more: Any) -> EqCoLoss | DualTempInfoNCE:
     more = {"in_batch": choice.in_batch, "symmetric": choice.symmetric, "num_negatives": choice.num_negatives, **more}
-    return DualTempInfoNCE(T, INTER, alpha=choice.alpha, **more) if choice.dual else EqCoLoss(T, choice.alpha, **more)
+    return (
+        DualTempInfoNCE(T, INTER, alpha=choice.alpha, **more)
+        if choice.dual
+        else EqCoLoss(T, alpha=choice.alpha, **more)
+    )
 
 
 def call_arguments(choice: Choice, d: Data, given: Tensor) -> tuple[Any, dict[str, Tensor | None]]:
@@ -126,7 +130,7 @@ def leaves(choice: Choice, d: Data) -> dict[str, Tensor]:
     return {"query": d.query, "key": d.key, **given}
 
 
-def ours(choice: Choice, d: Data, reduction: str, **more: Any) -> Answer:
+def ours(choice: Choice, d: Data, reduction: Any, **more: Any) -> Answer:
     def call(leaf: dict[str, Tensor]) -> Tensor:
         negatives, ids = call_arguments(choice, d, leaf.get("given", d.given))
         loss: Tensor = criterion(choice, reduction=reduction, **more)(leaf["query"], leaf["key"], negatives, **ids)
@@ -135,7 +139,7 @@ def ours(choice: Choice, d: Data, reduction: str, **more: Any) -> Answer:
     return answer(call, leaves(choice, d))
 
 
-def assert_choice(choice: Choice, d: Data, got: Answer, reduction: str) -> None:
+def assert_choice(choice: Choice, d: Data, got: Answer, reduction: Any) -> None:
     def exact(leaf: dict[str, Tensor]) -> Tensor:
         rows = [one.loss for one in truth_rows(choice, d, leaf)]
         return oracle.reduce(sum(rows[1:], rows[0]) / len(rows), reduction)
@@ -163,7 +167,7 @@ def assert_choice(choice: Choice, d: Data, got: Answer, reduction: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_value_and_gradients(choice: Choice, reduction: str) -> None:
+def test_value_and_gradients(choice: Choice, reduction: Any) -> None:
     """float64, every combination; "none" weighs the rows apart, "mean" takes the keys' gradient from the same pass."""
     d = data(choice)
     assert_choice(choice, d, ours(choice, d, reduction), reduction)
@@ -289,7 +293,7 @@ def test_moco_checkpoint_loads() -> None:
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
 @pytest.mark.parametrize("loss", [EqCoLoss, DualTempInfoNCE])
 @pytest.mark.parametrize("why", ["one row", "one id"])
-def test_a_batch_without_negatives_beside_a_set_that_has_some(why: str, loss: Any, in_batch: str, given: str) -> None:
+def test_a_batch_without_negatives_beside_a_set_that_has_some(why: str, loss: Any, in_batch: Any, given: str) -> None:
     """Value and gradients of the other set alone."""
     n = 1 if why == "one row" else 4
     leaves = [torch.randn(n, D, requires_grad=True) for _ in range(2)]

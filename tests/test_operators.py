@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eqco_loss.ops
-from eqco_loss.ops.operator import Operator, flatten
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
+from eqco_loss.ops.operator import Operator, flatten
 from tests import cases, knobs, oracle
 from tests.cases import LOSSES, MODES, MODES_AND_IDS, Case, Sample
 from tests.tolerance import assert_as_exact_as_eager
@@ -108,7 +108,7 @@ def test_opcheck_reaches_every_operator(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(recorder.calls) == set(operators())
 
 
-class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Seen(TorchDispatchMode):
     """Somebody who looks on: the package's operators that pass by."""
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ def test_past_the_dispatcher_is_the_same(loss: str, mode: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"num_negatives": 2}], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_backward_of_vmap_is_call_by_call(loss: str, kind: dict[str, Any], reduction: str) -> None:
+def test_backward_of_vmap_is_call_by_call(loss: str, kind: dict[str, Any], reduction: Any) -> None:
     criterion = (EqCoLoss if loss == "eqco" else DualTempInfoNCE)(reduction=reduction, **kind)
     query, key = (torch.randn(3, 6, 4, requires_grad=True) for _ in range(2))
     mapped = torch.autograd.grad(torch.func.vmap(criterion)(query, key).sum(), [query, key])
@@ -373,7 +373,7 @@ def test_compiles_to_one_graph(loss: str, mode: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_metrics_a_learned_temperature_and_an_enqueue() -> None:
     """A whole MoCo step as one graph."""
-    criterion = EqCoLoss(nn.Parameter(torch.tensor(0.2)), 256)
+    criterion = EqCoLoss(nn.Parameter(torch.tensor(0.2)), alpha=256)
     queues = [MomentumQueue(12, 4) for _ in range(2)]
     for queue in queues:
         queue.enqueue(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
@@ -468,7 +468,7 @@ def test_exports_for_every_batch_size(kind: dict[str, Any], strict: bool) -> Non
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_compiles_with_a_temperature_of_another_dtype(in_batch: str) -> None:
+def test_compiles_with_a_temperature_of_another_dtype(in_batch: Any) -> None:
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     criterion = EqCoLoss(temperature, in_batch=in_batch, symmetric=True)
     query, key = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
@@ -560,7 +560,7 @@ def test_enqueue_before_backward(loss: str, ids: str) -> None:
     ],
 )
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_change_in_place_before_backward_is_never_silent(loss: str, mode: str, changed: str, reduction: str) -> None:
+def test_a_change_in_place_before_backward_is_never_silent(loss: str, mode: str, changed: str, reduction: Any) -> None:
     """Either the gradients of the values that the loss saw, or an error that says so; never another gradient."""
     case = Case(loss, mode)
     sample = cases.make(case)

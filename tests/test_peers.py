@@ -88,7 +88,7 @@ def test_one_direction_of_pytorch_metric_learning(t: float) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("t", TEMPERATURES)
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_infonce_of_the_batch(n: int, d: int, t: float, reduction: str) -> None:
+def test_infonce_of_the_batch(n: int, d: int, t: float, reduction: Any) -> None:
     ours = EqCoLoss(temperature=t, alpha=None, reduction=reduction)
     theirs = InfoNCE(temperature=t, reduction=reduction)
     assert_equal(lambda z0, z1: ours(z0, z1), lambda z0, z1: theirs(z0, z1), two_views(n, d))
@@ -98,7 +98,7 @@ def test_infonce_of_the_batch(n: int, d: int, t: float, reduction: str) -> None:
 @pytest.mark.parametrize("mode", ["unpaired", "paired"])
 @pytest.mark.parametrize("t", TEMPERATURES)
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_infonce_with_negative_keys(n: int, d: int, t: float, mode: str, reduction: str) -> None:
+def test_infonce_with_negative_keys(n: int, d: int, t: float, mode: str, reduction: Any) -> None:
     """The same call for both modes: (K, D) is unpaired, (N, K, D) is paired."""
     ours = EqCoLoss(temperature=t, alpha=None, reduction=reduction)
     theirs = InfoNCE(temperature=t, reduction=reduction, negative_mode=mode)

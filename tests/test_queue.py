@@ -2,15 +2,19 @@
 
 import copy
 import io
+import pickle
 from collections import deque
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from torch import Tensor
+from torch import Tensor, nn
 
 from eqco_loss import EqCoLoss, MomentumQueue
 from tests import cases, oracle
@@ -111,9 +115,9 @@ TestQueueMachine = QueueMachine.TestCase
 
 
 def test_state_is_persistent_buffers() -> None:
-    assert set(MomentumQueue(4, 2).state_dict()) == {"contents", "cursor", "count"}
+    assert set(MomentumQueue(4, 2).state_dict()) == {"contents", "cursor", "count", "replaced"}
     with_ids = MomentumQueue(4, 2, store_ids=True)
-    assert set(with_ids.state_dict()) == {"contents", "cursor", "count", "slot_ids"}
+    assert set(with_ids.state_dict()) == {"contents", "cursor", "count", "replaced", "slot_ids"}
     assert with_ids.contents.shape == (4, 2)
     assert with_ids.slot_ids is not None
     assert with_ids.slot_ids.shape == (4,)
@@ -220,7 +224,7 @@ def test_a_queue_that_was_emptied_behind_its_back_is_an_error(metrics: bool) -> 
     queue.enqueue(torch.randn(2, 3))
     queue.count.zero_()
     criterion = EqCoLoss()
-    with pytest.raises(ValueError, match="query 0 has no negatives left"):
+    with pytest.raises(ValueError, match="expected a MomentumQueue that holds keys, got an empty one"):
         (criterion.with_metrics if metrics else criterion)(torch.randn(2, 3), torch.randn(2, 3), queue)
 
 
@@ -289,5 +293,82 @@ def test_oracle_agrees_with_the_deque() -> None:
     expected = oracle.negatives_logsumexp(query, keys[2:], [[0, 1, 2]], 0.5)
     by_hand = torch.log((angles[2:].cos() / 0.5).exp().sum())
     torch.testing.assert_close(expected[0], by_hand)
-    loss = EqCoLoss(0.5, None)(query, query, queue)
+    loss = EqCoLoss(0.5, alpha=None)(query, query, queue)
     torch.testing.assert_close(loss, torch.log1p((by_hand - 2.0).exp()), rtol=1e-6, atol=1e-6)
+
+
+def test_copied_buffers_make_a_queue_that_holds_keys() -> None:
+    """As DDP's broadcast, dist.broadcast and an in-place load of a checkpoint do; it was said to be empty."""
+    filled, fresh = MomentumQueue(8, 3), MomentumQueue(8, 3)
+    filled.enqueue(torch.randn(4, 3))
+    for theirs, mine in zip(filled.buffers(), fresh.buffers(), strict=True):
+        mine.copy_(theirs)
+    query = torch.randn(2, 3)
+    assert len(fresh) == 4
+    torch.testing.assert_close(EqCoLoss()(query, query, fresh), EqCoLoss()(query, query, filled))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_key_that_is_not_finite_is_a_neutral_negative(value: float, dtype: torch.dtype) -> None:
+    """One such row made every loss NaN until it was overwritten."""
+    keys = torch.randn(5, 4).to(dtype)
+    keys[2, 1] = value
+    queue = MomentumQueue(8, 4, dtype=dtype)
+    queue.enqueue(keys)
+    assert int(queue.replaced) == 1
+    assert len(queue) == 5
+    assert torch.equal(queue.keys[2], torch.zeros(4, dtype=dtype))
+    clean = MomentumQueue(8, 4, dtype=dtype)
+    clean.enqueue(torch.where(keys.isfinite().all(1, keepdim=True), keys, 0.0))
+    query = torch.randn(2, 4, requires_grad=True)
+    loss = EqCoLoss()(query, query.detach(), queue)
+    torch.testing.assert_close(loss, EqCoLoss()(query, query.detach(), clean), rtol=0, atol=0)
+    assert torch.autograd.grad(loss, query)[0].isfinite().all()
+
+
+def test_a_row_too_long_for_the_queues_dtype_is_one_too() -> None:
+    """A float64 row whose length overflows has no direction in float32."""
+    queue = MomentumQueue(4, 2)
+    queue.enqueue(torch.tensor([[1e300, 1e300], [1.0, 0.0]], dtype=torch.float64))
+    assert queue.keys.isfinite().all()
+
+
+def test_a_state_of_before_replaced_keys_were_counted_loads() -> None:
+    queue = MomentumQueue(4, 2)
+    queue.enqueue(torch.randn(3, 2))
+    state = queue.state_dict()
+    del state["replaced"]
+    fresh = nn.ModuleDict({"queue": MomentumQueue(4, 2)})
+    fresh.load_state_dict({f"queue.{name}": value for name, value in state.items()})
+    torch.testing.assert_close(fresh["queue"].keys, queue.keys)
+
+
+def test_sizes_may_be_numpys() -> None:
+    sizes: Any = np.int64(4), np.int32(2)
+    assert MomentumQueue(*sizes).contents.shape == (4, 2)
+
+
+def test_copies_and_pickles_hold_the_keys() -> None:
+    queue = MomentumQueue(4, 2, store_ids=True)
+    queue.enqueue(torch.randn(3, 2), torch.arange(3))
+    for other in (copy.deepcopy(queue), copy.copy(queue), pickle.loads(pickle.dumps(queue))):
+        torch.testing.assert_close(other.keys, queue.keys)
+        assert len(other) == 3
+
+
+def test_a_process_group_is_shared_by_copies_and_left_behind_by_pickles() -> None:
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    try:
+        group: Any = dist.new_group([0])
+        for module in (MomentumQueue(4, 2, gather=group), EqCoLoss(gather=group)):
+            assert copy.deepcopy(module).gather is group
+            assert copy.copy(module).gather is group
+            loaded = pickle.loads(pickle.dumps(module))
+            with pytest.raises(TypeError, match=r"gather: expected a process group of this process.*Set .gather"):
+                loaded.enqueue(torch.randn(2, 2)) if isinstance(module, MomentumQueue) else loaded(
+                    torch.randn(3, 2), torch.randn(3, 2)
+                )
+            loaded.gather = True
+    finally:
+        dist.destroy_process_group()

@@ -163,9 +163,9 @@ def _own_tile(ready: Ready, part: Tensor, place: Columns, rows: slice, columns: 
 def _shared_blocks(n: int, ready: Ready, row_hint: int) -> Iterator[Block]:
     keys, pairs = ready.keys[:2]
     k = len(keys)
-    if pairs.count is not None and keys.device.type == "cpu":
-        k = min(k, int(pairs.count))
-        pairs = pairs._replace(count=None)
+    if pairs.filled is not None and keys.device.type == "cpu":
+        k = min(k, int(pairs.filled))
+        pairs = pairs._replace(filled=None)
     step, width = _split(n, k, TILE_ELEMENTS, row_hint)
     whole = ready(keys[:k]) if width >= k else None  # every block of rows meets the same tile, which is prepared once
     for rows in slices(n, step):
@@ -202,9 +202,9 @@ def _shared_tile(keys: Tensor, poison: Tensor | None, pairs: Pairs, rows: slice,
         absent = torch.ones((r, c + 1), dtype=torch.bool, device=keys.device)  # the last column takes what is outside
         absent.scatter_(1, torch.where((local >= 0) & (local < c), local, c), False)
         drop = _either(drop, absent[:, :c])
-    if pairs.count is not None:
+    if pairs.filled is not None:
         place = torch.arange(columns.start, columns.stop, device=keys.device)
-        drop = _either(drop, (place >= pairs.count).expand(r, c))
+        drop = _either(drop, (place >= pairs.filled).expand(r, c))
     if not pairs.band:
         return Tile(keys, columns, drop, poison=poison)
     offset, width, modulus = pairs.band

@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
     query_ids: Tensor | None = None  # (N,)
     key_ids: Tensor | None = None  # (K,) or (N, K): pairs of equal ids are left out
     mask: Tensor | None = None  # (K,) or (N, K), bool: pairs that are False are left out
-    count: Tensor | None = None  # (): keys from this place on do not exist, in a queue that is still filling
+    filled: Tensor | None = None  # (): keys from this place on do not exist, in a queue that is still filling
     picked: Tensor | None = None  # (N, C): query i meets the keys picked[i] and no others
     band: list[int] = []  # noqa: RUF012  # offset, width, modulus: query i stands at place a = (offset + i) % modulus
     #                       and meets the keys whose place j % modulus is one of the next ``width`` after a, cyclic
@@ -65,7 +65,7 @@ class Pairs(NamedTuple):
 
     def negatives(self, keys: Tensor) -> int | None:
         """How many each query has, where the host knows it."""
-        if self.by_pair or self.count is not None:
+        if self.by_pair or self.filled is not None:
             return None
         if self.picked is not None:
             return self.picked.shape[1]

@@ -87,8 +87,8 @@ def similarities(q: Tensor, one: KeySet) -> tuple[Tensor, Tensor]:
         drop |= (columns - rows[:, None] - offset - 1) % modulus >= width
     if pairs.picked is not None:
         drop |= torch.ones_like(drop).scatter_(1, pairs.picked, False)
-    if pairs.count is not None:
-        drop |= columns >= pairs.count
+    if pairs.filled is not None:
+        drop |= columns >= pairs.filled
     if pairs.query_ids is not None and pairs.key_ids is not None:
         drop |= pairs.query_ids[:, None] == pairs.key_ids
     if pairs.mask is not None:

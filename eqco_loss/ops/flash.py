@@ -22,7 +22,7 @@ def serves(ready: Ready) -> bool:
         and not ready.keys.own
         and not pairs.by_pair
         and not pairs.band
-        and (pairs.count is None or int(pairs.count) > 0)  # of no keys it kills the process
+        and (pairs.filled is None or int(pairs.filled) > 0)  # of no keys it kills the process
         and flash_works()
     )
 
@@ -30,7 +30,7 @@ def serves(ready: Ready) -> bool:
 def parts(ready: Ready) -> Iterator[Tensor]:
     """The keys, ready to multiply, in as many parts as they must be copied in."""
     keys, pairs = ready.keys[:2]
-    keys = keys if pairs.count is None else keys[: int(pairs.count)]
+    keys = keys if pairs.filled is None else keys[: int(pairs.filled)]
     as_they_lie = keys.is_contiguous() and keys.dtype == ready.dtype and not ready.keys.normalize
     size = len(keys) if as_they_lie else max(1, FLASH_ELEMENTS // keys.shape[1])
     return (ready(part)[0].contiguous() for part in torch.split(keys, max(1, size)))

@@ -1,7 +1,7 @@
 """The operators: registered from their records' fields, sent to a backend, and differentiated.
 
-An operator takes a record of ``calls.py`` and returns another. torch's dispatcher knows only flat arguments, so a record
-is flattened by its fields' names for it: ``first.pairs.key_ids`` is the argument ``first_pairs_key_ids``.
+An operator takes a record of ``calls.py`` and returns another. torch's dispatcher knows only flat arguments, so a
+record is flattened by its fields' names for it: ``first.pairs.key_ids`` is the argument ``first_pairs_key_ids``.
 
 Private names of torch that are used here, and why:
 
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from . import definition
 from .backends import BACKENDS
 from .calls import (
-    KeysGradient,
     KeySet,
+    KeysGradient,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
@@ -42,7 +42,7 @@ from .calls import (
     temperature_of,
 )
 
-Call = TypeVar("Call", bound=NamedTuple)  # type: ignore[valid-type]  # the record that an operator takes
+Call = TypeVar("Call", bound=NamedTuple)  # the record that an operator takes
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
 
@@ -154,7 +154,9 @@ class Operator(Generic[Call, Out]):
 
         def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> Any:
             outputs = tuple(self.run(call))
-            _keep(ctx, call, flatten(self.record, call), outputs, self._needed(differentiable, ctx.needs_input_grad[1:]))
+            _keep(
+                ctx, call, flatten(self.record, call), outputs, self._needed(differentiable, ctx.needs_input_grad[1:])
+            )
             return outputs
 
         def function_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -183,10 +185,10 @@ class Operator(Generic[Call, Out]):
         )
 
     def run(self, call: Call) -> Any:
-        x: Tensor = call[0]  # type: ignore[index]
+        x: Tensor = call[0]
         if not x.is_cuda:
             return self.implementation(call)
-        with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(x):
             return self.implementation(call)
 
     def __call__(self, call: Call) -> Out:
@@ -258,7 +260,9 @@ def _check_unchanged(ctx: Any, *tensors: Tensor | None) -> None:
             )
 
 
-def _dense_gradients(ctx: Any, operator: Operator[Any, Any], formula: Callable[[Any], Tensor], grad: Tensor) -> Gradients:
+def _dense_gradients(
+    ctx: Any, operator: Operator[Any, Any], formula: Callable[[Any], Tensor], grad: Tensor
+) -> Gradients:
     """Gradients that can be differentiated again, at eager's cost in memory."""
     flat = flatten(operator.record, ctx.call)
     _check_unchanged(ctx, *(x for x in flat if isinstance(x, Tensor)))
@@ -356,7 +360,7 @@ keys_gradient = Operator(
 )
 
 
-# ------------------------------------------------------------------------------------------------------ symmetric losses
+# ----------------------------------------------------------------------------------------------------- symmetric losses
 
 
 def _symmetric_losses_fake(call: SymmetricLosses) -> SymmetricOutputs:

@@ -21,7 +21,6 @@ from .calls import (
     LOG2E,
     TIE,
     KeysGradient,
-    KeySet,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
@@ -446,7 +445,7 @@ def _checked(seen: _Seen, first: int, may_raise: bool) -> Tensor:
 
 
 def _keys_gradient(q: Tensor, ready: Ready, rows: Tensor, pull: Tensor, scale: float | Tensor) -> Tensor:
-    """Gradient of the raw keys, in the arithmetic's dtype, by one more pass; ``pull`` (N,) replaces that of ``rows``."""
+    """The raw keys' gradient, in the dtype of the arithmetic, by one more pass; ``pull`` replaces that of ``rows``."""
     out, scratch, base = q.new_zeros(ready.keys.keys.shape), Scratch(q), rows[Row.BASE]
     for block in blocks(q, ready):
         mine = q[block.rows]

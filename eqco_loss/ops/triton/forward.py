@@ -4,8 +4,8 @@ A program of ``attend`` visits columns c for its block of rows. Column c is key 
 ``(own place of the block's first row + 1 + c) % modulus`` of one view, so that the block's row r has the columns
 ``r <= c < r + width``, and a comparison is needed only near the ends.
 
-Half-precision tiles are multiplied as they are stored, and the product by a factor, 1 / norm, in float32, because a unit
-vector rounded to half would cost more exactness than everything else.
+Half-precision tiles are multiplied as they are stored, and the product by a factor, 1 / norm, in float32, because a
+unit vector rounded to half would cost more exactness than everything else.
 """
 
 # mypy: ignore-errors
@@ -48,9 +48,9 @@ def prepare_rows(
 ):  # fmt: skip
     """Rows in the dtype of the products, ``out`` (count, D), and what their products are still to be multiplied by.
 
-    With POWER rows are multiplied by a power of two near 1 / norm, which rounds nothing, where the norm itself might not
-    fit float16; else, with NORMALIZE and an ``out``, by 1 / norm. With CLEAN, rows that are not finite become zeros, and
-    their factor NaN.
+    With POWER rows are multiplied by a power of two near 1 / norm, which rounds nothing, where the norm itself might
+    not fit float16; else, with NORMALIZE and an ``out``, by 1 / norm. With CLEAN, rows that are not finite become
+    zeros, and their factor NaN.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = load_rows(x, rows, stride_row, stride_d, count, D, BLOCK_D, True, True).to(tl.float32)

@@ -1,7 +1,7 @@
 """The keys' gradient: dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i, one more pass, seen from the keys."""
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, SIM300
+# ruff: noqa: N803, N806
 
 import triton
 import triton.language as tl
@@ -137,8 +137,8 @@ def keys_gradient(
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` is in the dtype of the products.
 
-    ``out`` (splits, k, D) gets the shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the gradient.
-    BAND: "" for none, "cyclic" where places are visited in order, "any" where every row is compared.
+    ``out`` (splits, k, D) gets the shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the
+    gradient. BAND: "" for none, "cyclic" where places are visited in order, "any" where every row is compared.
     """
     block, view_start, limit = tl.program_id(0), 0, k
     if BAND != "":
@@ -165,7 +165,9 @@ def keys_gradient(
         prescale = 4096.0 / tl.where(most > 1e-30, most, 1.0)
     acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
     PAIRS: tl.constexpr = IDS != 0 or MASKED != 0
-    COMPARE: tl.constexpr = "ends" if BAND == "cyclic" and WHOLE and not PAIRS else "pairs" if BAND != "" or PAIRS else "tail"
+    COMPARE: tl.constexpr = (
+        "ends" if BAND == "cyclic" and WHOLE and not PAIRS else "pairs" if BAND != "" or PAIRS else "tail"
+    )
     columns, first = n, 0
     if BAND == "cyclic":
         columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..calls import (
-    KeysGradient,
     KeySet,
+    KeysGradient,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
@@ -113,7 +113,7 @@ class _Visit(NamedTuple):
 def row_losses(call: RowLosses, tile: Tile | None = None) -> RowOutputs:
     """``tile`` is for tests and benchmarks; None takes the table's."""
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
-    losses, rows, nothing = new(n), new(len(Row), n), new(0)
+    losses, rows = new(n), new(len(Row), n)
     query_gradient = new(n, d) if call.need_query_gradient else None
     positive_gradient = new(n, d) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
@@ -123,11 +123,11 @@ def row_losses(call: RowLosses, tile: Tile | None = None) -> RowOutputs:
     _attend(call, options, tile, call.positive, losses, query_gradient, positive_gradient, rows, metrics)
     return RowOutputs(
         losses.sum() if call.reduced else losses,
-        nothing if query_gradient is None else query_gradient,
-        nothing if positive_gradient is None else positive_gradient,
-        nothing,
+        new(0) if query_gradient is None else query_gradient,
+        new(0) if positive_gradient is None else positive_gradient,
+        new(0),
         rows,
-        nothing if metrics is None else metrics,
+        new(0) if metrics is None else metrics,
     )
 
 
@@ -248,14 +248,14 @@ def _launch_shared(
     numbers: tuple[float, ...],
     constants: dict[str, Any],
 ) -> None:
-    (n, d), pairs, tile = call.query.shape, visit.one.pairs, visit.tile
+    n, pairs, tile = len(call.query), visit.one.pairs, visit.tile
     dtype, row_blocks = dot_dtype(call.query, visit.one.keys, call.autocast), _blocks(n, tile.resident)
     keys, factor, how = _prepared(visit.one, dtype, row_blocks, tile)
     lowest = call.temperature if options.inter_temperature is None else min(call.temperature, options.inter_temperature)
     bounded = options.normalize and call.learned_temperature is None and lowest >= _lowest_bounded(dtype, how)
     offset, width, modulus = pairs.band or (0, 0, 1)
     kernels().forward.attend[(row_blocks, visit.splits)](
-        *queries, keys, *keys.stride(), factor, *_left_out(pairs), pairs.count, call.learned_temperature, *answers,
+        *queries, keys, *keys.stride(), factor, *_left_out(pairs), pairs.filled, call.learned_temperature, *answers,
         n, len(keys), offset, width, modulus, visit.chunk, visit.splits // visit.views, *split, *numbers,
         BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=_triton_dtype(dtype), PRECISION=precision(dtype),
         STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed, **_dimensions(pairs), FACTOR=how,
@@ -336,7 +336,7 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
     kernels().keys.keys_gradient[(blocks, splits)](
-        *rows, _largest(weights, dtype), *_left_out(pairs), pairs.count, parts,
+        *rows, _largest(weights, dtype), *_left_out(pairs), pairs.filled, parts,
         n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed,
         BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BAND=band, WHOLE=n == modulus,
         SMALL=modulus < tile.streamed, CLEAN=_clean(one), PRECISION=precision(dtype), STAGES=tile.stages,

@@ -1,11 +1,11 @@
 """What the kernels share: loads, norms, the pairs that stay, and from what a pass saw to losses and gradients.
 
-Logits are in base 2; sums and statistics are float32. A plane of an array has the name that ``calls`` or ``tables`` gives
-it. An absent tensor is None, which Triton compiles away.
+Logits are in base 2; sums and statistics are float32. A plane of an array has the name that ``calls`` or ``tables``
+gives it. An absent tensor is None, which Triton compiles away.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, SIM300
+# ruff: noqa: N803
 
 import triton
 import triton.language as tl
@@ -100,7 +100,7 @@ def finite_rows(x):
 
 @triton.jit
 def through_unit(gradient, raw, eps, CLEAN: tl.constexpr):
-    """From the gradient of unit rows (R, D) to that of the raw ones; with CLEAN, rows that are not finite count as 0."""
+    """From the gradient of unit rows (R, D) to that of the raw ones. CLEAN: rows that are not finite count as 0."""
     raw = raw.to(tl.float32)
     if CLEAN:
         raw = tl.where(finite_rows(raw)[:, None], raw, 0.0)
@@ -190,7 +190,7 @@ def tie_broken(positive_logit):
     return positive_logit - TIE * tl.abs(positive_logit)
 
 
-# ------------------------------------------------------------------------------------ from what a pass saw to the answer
+# ----------------------------------------------------------------------------------- from what a pass saw to the answer
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def something(total):
 
 @triton.jit
 def store_softmax(out, rows, n, maximum, total):
-    """BASE and TOTAL into ``rows``; TOTAL. See calls.rounded_log_sum: without FMA contraction the difference is exact."""
+    """Store BASE and TOTAL, as calls.rounded_log_sum has them; return TOTAL."""
     base = maximum + tl.log2(total)
     rest = total * tl.exp2(maximum - base)
     store_plane(out, BASE, rows, n, base)

@@ -1,7 +1,7 @@
 """The gradient of both directions between two views in one pass, where every row is an anchor, a positive and a key."""
 
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, SIM300
+# ruff: noqa: N803
 
 import triton
 import triton.language as tl
@@ -22,9 +22,9 @@ def symmetric_rows(
 
     For unit rows the gradient is sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a its
     POSITIVE weight, P the softmax over both views or, ACROSS, the other one. ``along`` (splits, 2M), where it is given,
-    gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views`` is in the dtype of
-    the products, ``raw_views`` what was given. ``out`` gets the gradient, or, without WHOLE_GRADIENT, (splits, 2M, D)
-    shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible logit) serves both softmaxes.
+    gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views`` is in the dtype
+    of the products, ``raw_views`` what was given. ``out`` gets the gradient, or, without WHOLE_GRADIENT, (splits, 2M,
+    D) shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible logit) serves both softmaxes.
     """
     t = read_temperature(temperature, temperature_tensor)
     block, split = tl.program_id(0), tl.program_id(1)

@@ -48,8 +48,8 @@ class Tile(NamedTuple):
 def forward_tile(dtype: torch.dtype, block_d: int, n: int, arch: int, plain: bool, turned: bool) -> Tile:
     """Of ``attend`` for many keys, which are streamed.
 
-    ``plain``: one softmax and its gradient, which leaves registers for more keys. ``turned``: keys whose rows do not lie
-    in one piece and are converted in the kernel.
+    ``plain``: one softmax and its gradient, which leaves registers for more keys. ``turned``: keys whose rows do not
+    lie in one piece and are converted in the kernel.
     """
     rows, major = max(16, power_of_two(n)), arch // 10
     if precision(dtype) == "tf32x3":
@@ -114,8 +114,8 @@ def symmetric_tile(dtype: torch.dtype, block_d: int, n: int, arch: int) -> Tile:
 def combine_tile(splits: int, block_d: int, gradient: bool) -> tuple[int, int]:
     """Rows a program of ``combine`` and splits that it loads at once, with four warps.
 
-    Measured: M1 (66 splits) 5.8 us by one row and all splits, 12.4 with eight warps; S1 (4 splits) 15.0 by eight rows, 85
-    by one; S2 (without a gradient) 3.2 by eight rows, 25.5 by one.
+    Measured: M1 (66 splits) 5.8 us by one row and all splits, 12.4 with eight warps; S1 (4 splits) 15.0 by eight
+    rows, 85 by one; S2 (without a gradient) 3.2 by eight rows, 25.5 by one.
     """
     at_once = min(power_of_two(splits), max(1, 2**14 // block_d))
     return (max(1, min(8, 2**12 // (at_once * block_d))) if gradient else 8), at_once
