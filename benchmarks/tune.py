@@ -1,4 +1,4 @@
-"""Which tiles are fastest on this GPU: candidates for the static tables in eqco_loss/ops/triton_backend.py, in turn.
+"""Which tiles are fastest on this GPU: candidates for the static tables in eqco_loss/ops/triton/tables.py, in turn.
 
     python -m benchmarks.tune                              # every pass in bfloat16
     python -m benchmarks.tune --passes "M1 forward" --dtype float32
@@ -14,23 +14,25 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import tyro
-from eqco_loss.ops.triton_backend import Config
 from torch import Tensor
 from tqdm import tqdm
 
-from eqco_loss.ops import Pairs, triton_backend
+from eqco_loss.ops import Pairs
+from eqco_loss.ops.triton import launch
+from eqco_loss.ops.triton.tables import Tile
 
+from . import records
 from .measure import RESULTS, Row, Timing, captured, interleave, interleave_graphs, provenance, set_precision, write_csv
 from .runner import check_device
 
 Outputs = tuple[Tensor, ...]
-Pass = Callable[[Config | None], Outputs]
+Pass = Callable[[Tile | None], Outputs]
 RESIDENT, STREAMED, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
 PASSES = ("M1 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
 CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2}  # to the table's tile, in the norm
@@ -65,7 +67,7 @@ def main(args: Args) -> None:
         part = []
         for place, (tile, wave, step) in enumerate(found):
             row = {"pass": name, "dtype": args.dtype, "d": str(args.d)}
-            row |= dict(zip(Config._fields, map(str, tile or ("table",) * len(Config._fields)), strict=True))
+            row |= dict(zip(Tile._fields, map(str, tile or ("table",) * len(Tile._fields)), strict=True))
             row |= {"waves": f"{wave:g}", "status": step if isinstance(step, str) else "timed", "us": "", "warm_us": ""}
             if place in timings:
                 cold, warm = timings[place]
@@ -77,10 +79,10 @@ def main(args: Args) -> None:
     print(f"written to {args.out}")
 
 
-def tiles(dtype: str) -> list[Config | None]:
+def tiles(dtype: str) -> list[Tile | None]:
     """The table's (None), and all that may be worth a try."""
     half = dtype in ("bfloat16", "float16")
-    every = map(Config, *zip(*itertools.product(RESIDENT, STREAMED, WARPS, STAGES), strict=True))
+    every = map(Tile, *zip(*itertools.product(RESIDENT, STREAMED, WARPS, STAGES), strict=True))
     return [None, *(x for x in every if (x.resident >= 32 and x.streamed >= 32) or not half)]
 
 
@@ -94,43 +96,43 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
 
     q, queue, query = random(m), F.normalize(random(k).float()).to(kind), random(n)
     key = query + random(n)
-    z, partners, band, no = torch.cat([query, key]), torch.cat([key, query]), Pairs(band=[0, n - 1, n]), Pairs()
-    batch, both = (
-        torch.rand(n, generator=generator).to(device) / n,
-        torch.rand(2 * n, generator=generator).to(device) / n,
-    )
-    t, losses = 0.2, triton_backend.row_losses
-    lse = [losses(a, b, c, None, band, no, t, None, None, True, True, False, False, False, False)[3][0].contiguous()
-           for a, b, c in ((query, key, key), (z, partners, z))]  # fmt: skip
-    ours = {
-        "M1 forward": lambda tile: losses(q, q, queue, None, no, no, t, None, 65536.0, True, False, False, True, False,
-                                          False, 1 / m, config=tile),
-        "S1 forward": lambda tile: losses(query, key, key, None, band, no, t, None, 65536.0, True, True, False, True,
-                                          True, False, 1 / n, config=tile),
-        "S1 keys' gradient": lambda tile: (triton_backend.logsumexp_keys_gradient(
-            query, key, batch, batch, lse[0], band, t, True, True, config=tile),),
-        "S2 forward": lambda tile: losses(z, partners, z, None, band, no, t, None, 65536.0, True, True, False, False,
-                                          False, False, 1 / n, config=tile),
-        "S2 gradient": lambda tile: triton_backend.both_roles_gradient(
-            z, both, both, lse[1], both, False, t, True, config=tile)[:1],
-    }  # fmt: skip
+    views, partners, band = torch.cat([query, key]), torch.cat([key, query]), Pairs(band=[0, n - 1, n])
+    grad = torch.tensor(1.0, device=device)
+
+    def forward(query: Tensor, positive: Tensor, keys: Tensor, pairs: Pairs, **fields: Any) -> Pass:
+        call = records.row_losses(query, positive, keys, pairs, **fields)
+        return lambda tile: launch.row_losses(call, tile)
+
+    batch = {"normalize_keys": True, "need_positive_gradient": True}
+    loss_only = {"normalize_keys": True, "need_query_gradient": False}
+    of_keys = records.keys_gradient(query, key, grad, launch.row_losses(
+        records.row_losses(query, key, key, band, **batch)).rows, band)  # fmt: skip
+    of_views = records.symmetric_gradient(views, grad, launch.row_losses(
+        records.row_losses(views, partners, views, band, **loss_only)).rows)  # fmt: skip
+    ours: dict[str, Pass] = {
+        "M1 forward": forward(q, q, queue, Pairs()),
+        "S1 forward": forward(query, key, key, band, **batch),
+        "S1 keys' gradient": lambda tile: (launch.keys_gradient(of_keys, tile),),
+        "S2 forward": forward(views, partners, views, band, **loss_only),
+        "S2 gradient": lambda tile: launch.symmetric_gradient(of_views, tile)[:1],
+    }
     return {name: ours[name] for name in PASSES}
 
 
 def tried(
-    one: Pass, candidates: list[Config | None], waves: tuple[float, ...], dtype: str
-) -> list[tuple[Config | None, float, Callable[[], Outputs] | str]]:
+    one: Pass, candidates: list[Tile | None], waves: tuple[float, ...], dtype: str
+) -> list[tuple[Tile | None, float, Callable[[], Outputs] | str]]:
     """Each candidate that gives what the table's tile gives, as a step to time; of the others, why not."""
     expected = one(None)
-    found: list[tuple[Config | None, float, Callable[[], Outputs] | str]] = []
-    fits = triton_backend._wave
+    found: list[tuple[Tile | None, float, Callable[[], Outputs] | str]] = []
+    fits = launch._wave
     for tile, wave in tqdm(list(itertools.product(candidates, waves)), desc="checking", leave=False):
 
         def more(*of: object, wave: float = wave) -> int:
             return max(1, int(wave * fits(*of)))  # type: ignore[arg-type]
 
-        def step(tile: Config | None = tile, more: Callable[..., int] = more) -> Outputs:
-            with mock.patch.object(triton_backend, "_wave", more):
+        def step(tile: Tile | None = tile, more: Callable[..., int] = more) -> Outputs:
+            with mock.patch.object(launch, "_wave", more):
                 return one(tile)
 
         try:
@@ -162,7 +164,7 @@ def show(name: str, rows: list[Row]) -> None:
     best = [row for row in done if row["resident"] != "table"][:8]
     print(f"\n{name}, {rows[0]['dtype']}, D = {rows[0]['d']}: {len(done)} of {len(rows)} ran")
     for row in [*(row for row in done if row["resident"] == "table"), *best]:
-        tile = " x ".join(row[field] for field in Config._fields)
+        tile = " x ".join(row[field] for field in Tile._fields)
         print(f"{tile:28} waves {row['waves']:>3}{row['us']:>10} us{row['warm_us']:>10} us warm")
 
 

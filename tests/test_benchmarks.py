@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from eqco_loss.ops.triton_backend import Config
 from torch import Tensor
 
 from benchmarks import __main__ as command
@@ -15,7 +14,8 @@ from benchmarks import peers, ranks, report, runner, tune, workloads
 from benchmarks.measure import RESULTS, Limits, peak_extra_bytes, read_csv
 from benchmarks.peers import PEERS, Peer
 from benchmarks.workloads import Case, Problem
-from eqco_loss.ops import triton_backend
+from eqco_loss.ops.triton import tables
+from eqco_loss.ops.triton.tables import Tile
 
 SMALL = {
     "M1": Case("M1", 6, 40, 16),
@@ -239,7 +239,7 @@ def test_candidates_of_the_tables_are_checked_and_timed() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     every = tune.passes("float16", 16, device, m=4, k=90, n=6)
     assert tuple(every) == tune.PASSES
-    some: list[Config | None] = [None, Config(32, 32, 4, 2), Config(64, 16, 4, 1)]
+    some: list[Tile | None] = [None, Tile(32, 32, 4, 2), Tile(64, 16, 4, 1)]
     for one in every.values():
         found = tune.tried(one, some, (1.0, 2.0), "float16")
         assert [callable(step) for _, _, step in found] == [True] * 6, found
@@ -248,7 +248,7 @@ def test_candidates_of_the_tables_are_checked_and_timed() -> None:
     assert tune.timed({3: step}, 2, device)[3][0].median > 0
     forward = every["M1 forward"]
 
-    def wrong(tile: Config | None) -> tuple[Tensor, ...]:
+    def wrong(tile: Tile | None) -> tuple[Tensor, ...]:
         return forward(tile) if tile is None else tuple(2 * x for x in forward(tile))
 
     assert "differs by" in str(tune.tried(wrong, some[:2], (1.0,), "float16")[1][2])
@@ -266,5 +266,5 @@ def test_the_tiles_of_a_dtype() -> None:
     half, whole = tune.tiles("bfloat16"), tune.tiles("float32")
     assert half[0] is None
     assert set(half) < set(whole)
-    assert triton_backend.forward_config(torch.bfloat16, 128, 256, 90, True) in half
-    assert triton_backend.keys_config(torch.bfloat16, 128, 4096, 90) in half
+    assert tables.forward_tile(torch.bfloat16, 128, 256, 90, plain=True) in half
+    assert tables.keys_tile(torch.bfloat16, 128, 4096, 90) in half

@@ -36,7 +36,7 @@ def test_a_case_of_the_matrix() -> None:
     words = "--matrix", "--targets", "90", "--match", "S1 bfloat16 N=256 K=255 D=128", "--processes", "1"
     lines = command("benchmarks.compile_report", *words)
     kernels = [line[1] for line in lines if line and line[0] == "sm_90"]
-    assert kernels == ["attend", "row_weights", "keys_gradient", "merge_keys_gradient"]
+    assert kernels == ["attend", "row_weights", "keys_gradient", "merge_splits"]
 
 
 def test_the_matrix_has_every_workload() -> None:
@@ -44,24 +44,26 @@ def test_the_matrix_has_every_workload() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spilled", "waits", "dtype", "d", "fails"),
+    ("spilled", "inside", "waits", "matrix", "dtype", "d", "fails"),
     [
-        (0, 1, "bf16", 128, False),
-        (8, 1, "bf16", 128, True),
-        (8, 1, "fp16", 256, True),
-        (8, 1, "bf16", 512, False),  # printed, and allowed
-        (8, 1, "fp32", 128, False),
-        (0, 12, "bf16", 128, True),  # as many waits as products
+        (0, 0, 1, "HGMMA", "bf16", 128, False),
+        (8, 0, 1, "HGMMA", "bf16", 128, False),  # outside of the loop: printed, and allowed
+        (8, 2, 1, "HGMMA", "bf16", 128, True),
+        (8, 2, 1, "HGMMA", "fp16", 256, True),
+        (8, 2, 1, "HGMMA", "bf16", 512, False),
+        (8, 2, 1, "HGMMA", "fp32", 128, False),
+        (0, 0, 12, "HGMMA", "bf16", 128, True),  # as many waits as products
+        (0, 0, 1, "HMMA", "bf16", 128, True),  # older than sm_90's own
     ],
 )
-def test_what_fails(spilled: int, waits: int, dtype: str, d: int, fails: bool) -> None:
-    loop = Loop("HGMMA.64x64x16.F32.BF16", 12, waits, 100, [1] * 6)
-    assert Built(90, "attend", "queue", dtype, d, 128, spilled, 1024, 1.0, loop, 0.1).fails is fails
+def test_what_fails(spilled: int, inside: int, waits: int, matrix: str, dtype: str, d: int, fails: bool) -> None:
+    loop = Loop(f"{matrix}.64x64x16.F32.BF16", 12, waits, 100, [1, 1, 1, 1, inside, 1])
+    assert Built(90, "attend", "queue", dtype, d, 128, spilled, 1024, 1.0, loop, 0.1, resident=64).fails is fails
 
 
 @pytest.mark.parametrize(("target", "kilobytes", "fails"), [(86, 99, False), (86, 100, True), (90, 128, False)])
 def test_what_does_not_fit_fails(target: int, kilobytes: int, fails: bool) -> None:
-    assert Built(target, "attend", "queue", "fp32", 512, 128, 0, 1024 * kilobytes, 1.0, None, 0.1).fails is fails
+    assert Built(target, "attend", "queue", "fp32", 512, 128, 0, 1024 * kilobytes, 1.0, None, 0.1, 64).fails is fails
 
 
 def test_host_time() -> None:

@@ -194,7 +194,7 @@ class Operator(Generic[Call, Out]):
     def __call__(self, call: Call) -> Out:
         flat = flatten(self.record, call)
         batched = self.function is None and any(isinstance(x, Tensor) and _is_batched(x) for x in flat)
-        if _looked_on() or flat[0].is_meta or batched or not _PLAIN.issuperset(map(type, flat)):
+        if _looked_on() or _without_memory(flat[0]) or batched or not _PLAIN.issuperset(map(type, flat)):
             answer = self.registered(*flat)
         elif self.function is None:
             return self.run(call)  # type: ignore[no-any-return]
@@ -212,6 +212,10 @@ def _looked_on() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _without_memory(x: Tensor) -> bool:
+    return x.is_meta
 
 
 def requires_grad(x: Tensor | None) -> bool:

@@ -24,7 +24,7 @@ from .tables import Weight
 ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
 SCALE, BASE, PULL = (tl.constexpr(int(plane)) for plane in (Weight.SCALE, Weight.BASE, Weight.PULL))
 INVERSE, BOUNDED_PULL = tl.constexpr(int(Weight.INVERSE)), tl.constexpr(int(Weight.BOUNDED_PULL))
-POSITIVE = tl.constexpr(int(Weight.POSITIVE))
+POSITIVE, SHIFT = tl.constexpr(int(Weight.POSITIVE)), tl.constexpr(int(Weight.SHIFT))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -60,6 +60,9 @@ def row_weights(
     store_plane(out, PULL, rows, n, pull * inverse)
     store_plane(out, INVERSE, rows, n, inverse)
     store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(base - LOG2E / t))
+    size = tl.abs(pull * inverse)
+    shift = tl.where(size == 0.0, float("-inf"), tl.log2(tl.where(size == 0.0, 1.0, size)) - base)
+    store_plane(out, SHIFT, rows, n, shift)
     store_plane(out, POSITIVE, rows, n, pull * tl.load(rows_in + ROW_TOTAL * plane + rows, mask=valid, other=0.0))
 
 
@@ -73,9 +76,12 @@ def collect(
     n, first, modulus, width, offset, key_limit, lo, hi,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    FACTOR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    FACTOR: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query. FACTOR: keys are still to be divided."""
+    """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
+
+    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and the size of PULL.
+    """
     plane = n.to(tl.int64)
     start = lo
     if BAND == "cyclic":
@@ -90,14 +96,20 @@ def collect(
         if COMPARE != "ends":  # beyond the last row, that row is loaded again: a mask of the load takes registers
             row = tl.minimum(row, n - 1)
         q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
-        scale, base = tl.load(weights + SCALE * plane + row), tl.load(weights + BASE * plane + row)
-        pull = tl.load(weights + PULL * plane + row) * prescale
-        if COMPARE == "tail":
-            pull = tl.where(present, pull, 0.0)
+        scale = tl.load(weights + SCALE * plane + row)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (C, R)
         if FACTOR:
             s = s * key_inverse[:, None]
-        x = tl.exp2(s * scale[None, :] - base[None, :]) * pull[None, :]
+        if FOLDED:
+            shift = tl.load(weights + SHIFT * plane + row) + tl.log2(prescale)
+            if COMPARE == "tail":
+                shift = tl.where(present, shift, float("-inf"))
+            x = tl.exp2(s * scale[None, :] + shift[None, :])
+        else:
+            base, pull = tl.load(weights + BASE * plane + row), tl.load(weights + PULL * plane + row) * prescale
+            if COMPARE == "tail":
+                pull = tl.where(present, pull, 0.0)
+            x = tl.exp2(s * scale[None, :] - base[None, :]) * pull[None, :]
         if COMPARE == "pairs":
             keep = present[None, :] & (key_row >= 0)[:, None]
             if BAND == "cyclic":
@@ -127,13 +139,13 @@ def collect(
 
 @triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "chunk"])
 def keys_gradient(
-    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, query_ids, key_ids,
+    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, grad, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, key_count, out,
     n, k, offset, width, modulus, blocks_per_view, chunk,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` is in the dtype of the products.
 
@@ -159,7 +171,7 @@ def keys_gradient(
     k_tile = raw_k
     if not raw:
         k_tile = (raw_k.to(tl.float32) * inverse[:, None]).to(dot)
-    prescale = 1.0
+    prescale = tl.full([], 1.0, tl.float32)
     if half:  # float16 would lose what is small, and be infinite where it is large
         most = tl.load(largest)
         prescale = 4096.0 / tl.where(most > 1e-30, most, 1.0)
@@ -177,9 +189,11 @@ def keys_gradient(
         acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, weights, prescale,
         query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
         n, first, modulus, width, offset, k, lo, hi,
-        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, PRECISION,
-        STAGES, WIDE,
+        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
+        PRECISION, STAGES, WIDE,
     )  # fmt: skip
+    if FOLDED:
+        acc = acc * tl.where(tl.load(grad) < 0.0, -1.0, 1.0)
     if half:
         acc = acc / prescale
     if key_count is not None:

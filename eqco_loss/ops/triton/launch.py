@@ -201,13 +201,14 @@ def _visit(call: RowLosses | LogSumExp, options: _Options, one: KeySet, tile: Ti
     views = len(keys) // pairs.band[2] if pairs.band else 1
     width = pairs.band[1] if pairs.band else len(keys)
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
-    turned = keys.dtype != dtype and keys.stride(1) != 1  # it takes registers to turn a tile around
     plain = options.query_gradient and options.inter_temperature is None and not options.metrics and not pairs.by_pair
     plain = plain and not (one.normalize and (dtype == torch.float16 or arch >= 100))
     converts = keys.dtype != dtype and _blocks(n, 64) <= _CONVERSIONS
-    if tile is None:
-        chosen = forward_tile(dtype, _block_d(d), n, arch, plain and not turned, converts)
-        tile = small_tile(dtype, _block_d(d)) if small else chosen
+    if tile is None and small:
+        tile = small_tile(dtype, _block_d(d))
+    elif tile is None:
+        turned = converts and keys.stride(1) != 1
+        tile = forward_tile(dtype, _block_d(d), n, arch, plain=plain, converts=converts, turned=turned)
     if arch in LITTLE_SHARED_MEMORY or _dims(pairs.mask) == 2 or (pairs.by_ids and _dims(pairs.key_ids) == 2):
         tile = tile._replace(stages=1)
     columns = width + (tile.resident - 1 if pairs.band else 0)
@@ -336,11 +337,12 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
     kernels().keys.keys_gradient[(blocks, splits)](
-        *rows, _largest(weights, dtype), *_left_out(pairs), pairs.filled, parts,
+        *rows, _largest(weights, dtype), call.grad, *_left_out(pairs), pairs.filled, parts,
         n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed,
         BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BAND=band, WHOLE=n == modulus,
         SMALL=modulus < tile.streamed, CLEAN=_clean(one), PRECISION=precision(dtype), STAGES=tile.stages,
-        WIDE=_wide(prepared), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **options,
+        FOLDED=call.normalize and dtype != torch.float32 and call.grad.dim() == 0, WIDE=_wide(prepared),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **options,
     )  # fmt: skip
     if not whole:
         _merge_splits(parts, keys, out, one.normalize, _clean(one))

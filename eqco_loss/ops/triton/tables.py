@@ -36,6 +36,7 @@ class Weight(IntEnum):
     INVERSE = 3  # 1 / norm
     BOUNDED_PULL = 4  # PULL where 2 ** (logit - largest possible logit) stands for the softmax
     POSITIVE = 5  # grad * PULL * TOTAL: what pulls the positive
+    SHIFT = 6  # log2 |PULL| - BASE: one number a row instead of two, which leaves registers
 
 
 class Tile(NamedTuple):
@@ -45,12 +46,15 @@ class Tile(NamedTuple):
     stages: int  # of the loop's pipeline
 
 
-def forward_tile(dtype: torch.dtype, block_d: int, n: int, arch: int, plain: bool, turned: bool) -> Tile:
+def forward_tile(
+    dtype: torch.dtype, block_d: int, n: int, arch: int, *, plain: bool, converts: bool = False, turned: bool = False
+) -> Tile:
     """Of ``attend`` for many keys, which are streamed.
 
-    ``plain``: one softmax and its gradient, which leaves registers for more keys. ``turned``: keys whose rows do not
-    lie in one piece and are converted in the kernel.
+    ``plain``: one softmax and its gradient, which leaves registers for more keys. ``converts``: keys of another dtype,
+    which the kernel converts; ``turned``: these lie column by column, and turning a tile around takes registers.
     """
+    plain = plain and not turned
     rows, major = max(16, power_of_two(n)), arch // 10
     if precision(dtype) == "tf32x3":
         if block_d <= 64:
@@ -66,7 +70,7 @@ def forward_tile(dtype: torch.dtype, block_d: int, n: int, arch: int, plain: boo
     narrow = major not in (9, 10)  # a warp multiplies on its own, with everything in registers
     warps = 8 if rows >= 128 else 4  # a warp has 16 whole rows, or on sm_90 four have 64
     if block_d <= 128:
-        if major == 9 and plain and not turned:
+        if major == 9 and plain and not converts:
             return Tile(min(rows, 64), 128, 4, 3)  # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69
         if major == 9 and plain:
             return Tile(min(rows, 128), 128, warps, 2)  # measured: M1 of float32 keys 34 us; 64 x 128/4/3 49
@@ -90,11 +94,11 @@ def small_tile(dtype: torch.dtype, block_d: int) -> Tile:
 def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int) -> Tile:
     """Of ``keys_gradient``: keys are resident, rows of the query streamed."""
     if dtype == torch.float32:
-        return forward_tile(dtype, block_d, k, arch, plain=False, turned=False)
+        return forward_tile(dtype, block_d, k, arch, plain=False)
     keys = max(16, power_of_two(k))
     if block_d <= 128:
         if arch // 10 == 9:
-            return Tile(min(keys, 64), 128, 4, 2)  # measured: S1 35 us; 64 x 64/4/3 39. Spills outside its loop.
+            return Tile(min(keys, 64), 128, 4, 2)  # measured: S1 35 us; 64 x 64/4/3 39
         return Tile(min(keys, 64), 64, 4, 3)  # by its loop
     return Tile(min(keys, 64), 32, 4, 2) if block_d <= 256 else Tile(min(keys, 32), 32, 8, 2)  # by their loops
 
@@ -102,7 +106,7 @@ def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int) -> Tile:
 def symmetric_tile(dtype: torch.dtype, block_d: int, n: int, arch: int) -> Tile:
     """Of ``symmetric_rows``, whose rows are resident and streamed."""
     rows = max(16, power_of_two(n))
-    if dtype != torch.float32 and arch // 10 == 9 and block_d <= 128:
+    if dtype == torch.bfloat16 and arch // 10 == 9 and block_d <= 128:
         return Tile(min(rows, 64), 128, 4, 2)  # measured: S2 84 us; 64 x 64/4/3 101. Spills outside its loop.
     if dtype != torch.float32 and 128 < block_d <= 256:
         return Tile(min(rows, 64), 32, 8 if rows >= 64 else 4, 2)  # by its loop

@@ -1,0 +1,241 @@
+"""The proof that a GPU owes, in one command that fits ten minutes: tests, then figures in order of worth.
+
+    python -m benchmarks.gpu_check                          # writes into benchmarks/results/gpu_check
+    python -m benchmarks.gpu_check --deadline 300 --skip tests
+
+First the tests that need a GPU, in parallel processes. Then cases in order of worth, each with ours, the baseline and
+torch.compile: time in a CUDA graph with a cold and a warm L2, eager wall-clock, error against float64, memory, and our
+kernels' own times. Then the engines against each other. What is finished is written after each case, so that a run that
+is stopped loses nothing. It ends with the goals met, missed, and not run.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+
+from eqco_loss import EqCoLoss
+from eqco_loss.ops.backends import BACKENDS
+
+from .measure import (
+    RESULTS,
+    Row,
+    captured,
+    interleave_graphs,
+    limits,
+    profiling,
+    provenance,
+    relative_error,
+    wall_clock,
+    write_csv,
+)
+from .peers import PEERS
+from .runner import CASE, check_device, place, run, step_of
+from .workloads import WORKLOADS, Case, Problem
+
+TESTS = ("tests/test_kernels.py", "tests/test_cuda.py", "tests/test_world.py", "tests/test_wide.py")
+
+
+class Goal(NamedTuple):
+    """A case and what it should take on an H200, in microseconds of a CUDA graph."""
+
+    case: Case
+    us: float | None = None
+
+
+GOALS = [  # in order of worth
+    Goal(Case("M1", 256, 65536, dtype="bfloat16"), 28),
+    Goal(Case("S1", 4096, 4095, dtype="bfloat16"), 60),
+    Goal(Case("C1", 4096, 4095, 512, "amp"), 140),
+    Goal(Case("S2", 4096, 8190, dtype="bfloat16"), 135),
+    Goal(Case("P1", 256, 16, dtype="amp"), 12),
+    Goal(Case("M1", 256, 65536, dtype="amp"), 40),
+    Goal(Case("T1", 256, 65536, dtype="bfloat16"), 38),
+    Goal(Case("M1", 1024, 65536, dtype="bfloat16"), 80),
+    Goal(Case("M2", 256, 65536, dtype="bfloat16"), 60),
+    Goal(Case("S1", 4096, 4095, 256, "bfloat16"), 100),
+    Goal(Case("C1", 4096, 4095, 1024, "amp"), 250),
+    Goal(Case("S1", 4096, 4095, dtype="amp")),
+    Goal(Case("M1", 256, 65536), 180),
+    Goal(Case("M1", 256, 65536, dtype="high"), 80),
+    Goal(Case("S1", 16384, 16383, dtype="bfloat16"), 600),
+    Goal(Case("C1", 4096, 4095, 768, "amp")),
+    Goal(Case("S2", 32768, 65534, dtype="bfloat16"), 6500),
+    Goal(Case("C1", 32768, 32767, 768, "bfloat16"), 13000),
+]
+
+
+@dataclass(frozen=True)
+class Args:
+    deadline: float = 540.0  # seconds for everything
+    tests: float = 150.0  # of them, at most, for the tests
+    skip: tuple[str, ...] = ()  # of tests, cases, engines
+    cases: tuple[str, ...] = ()  # only these workloads
+    compiled: bool = True  # torch.compile beside ours and the baseline
+    processes: int = 14  # for the tests
+    rounds: int = 30
+    out: Path | None = None  # None: $OUT, or benchmarks/results/gpu_check
+
+
+def main(args: Args) -> int:
+    check_device("cuda")
+    end = time.monotonic() + args.deadline
+    out = args.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS / "gpu_check")
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    if "tests" not in args.skip:
+        failed = tests(args, out)
+    rows: list[Row] = []
+    if "cases" not in args.skip:
+        for goal in GOALS:
+            if args.cases and goal.case.workload not in args.cases:
+                continue
+            if time.monotonic() > end - 15:
+                break
+            attempt(goal.case.size, partial(case_of, args, goal.case, rows, out))
+    if "engines" not in args.skip:
+        attempt("engines", partial(engines, end, out))
+    show(rows)
+    return failed
+
+
+def attempt(name: str, action: Callable[[], None]) -> None:
+    """One broken case stops no other."""
+    try:
+        action()
+    except Exception:
+        print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
+        torch.cuda.empty_cache()
+
+
+def tests(args: Args, out: Path) -> int:
+    root = Path(__file__).parents[1]
+    files = [name for name in TESTS if (root / name).exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.processes), "--no-header", "-p", "no:cacheprovider"]
+    with (out / "tests.txt").open("w") as log:
+        try:
+            done = subprocess.run(
+                [*command, *files], cwd=root, stdout=log, stderr=subprocess.STDOUT, timeout=args.tests, check=False
+            )
+            status = done.returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    lines = (out / "tests.txt").read_text().splitlines()
+    wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
+    print("\n".join(wanted[-30:]) or f"tests: status {status}", flush=True)
+    return status
+
+
+def case_of(args: Args, case: Case, rows: list[Row], out: Path) -> None:
+    """Ours and the baseline first, then torch.compile, written after each."""
+    origin = provenance("cuda")
+    baseline = WORKLOADS[case.workload].baseline
+    names = ["eqco_loss", baseline] + (["torch.compile"] if args.compiled else [])
+    wanted = [one for one in PEERS if case.workload in one.workloads and one.name in names]
+    found = run(case, wanted, "cuda", args.rounds, 5.0, limits("cuda", case.dtype))
+    for row in found:
+        rows.append({**row, **origin})
+        why = row["status"] if row["status"] != "timed" else ""
+        print(
+            f"{case.workload} {case.dtype} {case.size:24} {row['peer'][:22]:22} graph {row['graph_us']:>8} us "
+            f"warm {row['graph_warm_us']:>8} host {row['ms']:>8} ms  error {row['relative_error']:>8} "
+            f"{row['peak_extra_mb']:>9} MB {row['kernels']:>3} kernels {why}",
+            flush=True,
+        )
+    write_csv(out / "gpu.csv", sorted(rows, key=place))
+    print(kernels(case), flush=True)
+
+
+def kernels(case: Case) -> str:
+    """Our kernels' own times in one step, by their names."""
+    problem = Problem(case, "cuda")
+    ours = next(one for one in PEERS if one.name == "eqco_loss" and case.workload in one.workloads)
+    step = partial(step_of, problem, ours.prepare(problem))
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with profiling(torch.profiler.ProfilerActivity.CUDA) as profile:
+        for _ in range(10):
+            step()
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if getattr(e, "self_device_time_total", 0) > 0]
+    times = sorted(((e.self_device_time_total / 10, e.key) for e in events), reverse=True)
+    return "    " + "; ".join(f"{name[:40]} {us:.1f}" for us, name in times[:9])
+
+
+def engines(end: float, out: Path) -> None:
+    """The fused kernels against the wide engine, where both can serve."""
+    rows: list[dict[str, str]] = []
+    for n, d in ((4096, 128), (4096, 256), (4096, 512), (4096, 1024), (1024, 512), (16384, 512)):
+        for symmetric in (True, False):
+            if time.monotonic() > end - 10:
+                return
+            query, key = (torch.randn(n, d, device="cuda").bfloat16().requires_grad_() for _ in range(2))
+            exact = [x.detach().double().requires_grad_() for x in (query, key)]
+            truth = gradients_of(EqCoLoss(symmetric=symmetric, backend="torch"), *exact) if n <= 4096 else None
+            graphs, errors, steps = {}, {}, {}
+            for name in BACKENDS:
+                if name == "torch":
+                    continue
+                step = steps[name] = partial(gradients_of, criterion(symmetric, name), query, key)
+                try:
+                    got = step()
+                    errors[name] = "" if truth is None else f"{relative_error(got, truth):.1e}"
+                    graphs[name] = captured(step)
+                except Exception as failure:
+                    print(f"    {name} N={n} D={d}: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
+            for name, (cold, warm) in interleave_graphs(graphs, 20).items():
+                host = wall_clock(steps[name], "cuda")
+                row = {"engine": name, "n": str(n), "d": str(d), "symmetric": str(symmetric), "error": errors[name]}
+                row |= {"us": f"{1e6 * cold.median:.4g}", "warm_us": f"{1e6 * warm.median:.4g}"}
+                rows.append(row | {"host_ms": f"{1e3 * host:.3g}"})
+                print("    engine " + "  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            with (out / "engines.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+def criterion(symmetric: bool, backend: Any) -> torch.nn.Module:
+    return EqCoLoss(symmetric=symmetric, backend=backend)
+
+
+def gradients_of(criterion: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(criterion(query, key), (query, key)))
+
+
+def show(rows: list[Row]) -> None:
+    """The goals: met, missed, not run."""
+    found = {tuple(row[name] for name in CASE[:6]): row for row in rows if row["peer"] == "eqco_loss"}
+    rivals = {tuple(row[name] for name in CASE[:6]): row for row in rows if row["peer"] == "torch.compile"}
+    print(f"\n{'goal':44}{'wanted':>9}{'is':>9}   torch.compile")
+    for case, us in GOALS:
+        key = (case.workload, str(case.n), str(case.k), str(case.d), case.layout, case.dtype)
+        ours, rival = found.get(key), rivals.get(key)
+        measured = ours["graph_us"] if ours else ""
+        verdict = "not run" if not measured else "" if us is None else "met" if float(measured) <= us else "missed"
+        ratio = (
+            f"{float(rival['graph_us']) / float(measured):.2f} x" if measured and rival and rival["graph_us"] else ""
+        )
+        wanted = "" if us is None else f"{us:g}"
+        print(
+            f"{case.workload} {case.dtype} {case.size:30}"[:44].ljust(44)
+            + f"{wanted:>9}{measured:>9}   {ratio:8} {verdict}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__)))
