@@ -107,7 +107,7 @@ def available_bytes(device: str) -> float:
 def captured(step: Step) -> torch.cuda.CUDAGraph:
     """The step as a graph: what is left is the GPU's own time."""
     torch.cuda.empty_cache()  # a graph has a pool of its own
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), no_waiting():
         for _ in range(3):
@@ -144,8 +144,8 @@ def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -
             for warm in (False, True):
                 if not warm:
                     flush.zero_()
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                torch.cuda._sleep(500_000)  # type: ignore[no-untyped-call]  # cycles, until the replay is in the queue
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(500_000)  # cycles, until the replay is in the queue
                 begin.record()
                 graph.replay()
                 end.record()
@@ -159,7 +159,7 @@ def kernels_launched(step: Step) -> int:
     with profiling(torch.profiler.ProfilerActivity.CUDA) as profile:
         step()
         torch.cuda.synchronize()
-    events = profile.events() or []  # type: ignore[no-untyped-call]
+    events = profile.events() or []
     found = [e for e in events if e.device_type == torch.profiler.DeviceType.CUDA]
     return len([e for e in found if not e.is_user_annotation])
 

@@ -444,7 +444,7 @@ def eager_gathered(problem: Problem) -> Loss:
 
 @peer("eqco_loss", "P1")
 def ours_picked(problem: Problem) -> Loss:
-    criterion = EqCoLoss(T, ALPHA, num_negatives=problem.case.k)
+    criterion = EqCoLoss(T, alpha=ALPHA, num_negatives=problem.case.k)
     return lambda: criterion(problem.query, problem.key)
 
 

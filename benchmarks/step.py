@@ -103,7 +103,7 @@ class SimoStep:
                 keys = self.key_encoder(self.views[1])
             queries = self.encoder(self.views[0])
         loss: Tensor = self.criterion(queries, keys)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
@@ -38,6 +40,16 @@ class Ranks(NamedTuple):
             return out
         return _all_gather(x, self)
 
+    def shared(self, x: Tensor) -> Tensor:
+        """``x``, which all ranks hold alike; its gradient on every rank is the mean of all ranks' gradients.
+
+        That is what DDP makes of an encoder's gradient. Where DDP averages this one again, it averages equal numbers.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            out: Tensor = _MeanGradient.apply(x, self)
+            return out
+        return x
+
     def sum(self, x: Tensor) -> Tensor:
         """Of all ranks; no gradient."""
         total = x.detach().clone()
@@ -45,7 +57,36 @@ class Ranks(NamedTuple):
         return total
 
 
+class SavedGroup:
+    """What a file holds in place of a process group, which lives and dies with its process."""
+
+    def __repr__(self) -> str:
+        return "a process group that was saved to a file"
+
+
+class HoldsGroup(nn.Module):
+    """A module whose ``gather`` may be a process group: a copy uses the same group, and a file leaves it out."""
+
+    gather: Gather
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.gather)] = self.gather
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = {} if isinstance(self.gather, bool) else {"gather": SavedGroup()}
+        return self.__dict__ | held
+
+
 def check_gather(gather: Any) -> None:
+    if isinstance(gather, SavedGroup):
+        raise TypeError(
+            f"gather: expected False, True or a torch.distributed.ProcessGroup, got {gather!r}, which no file can "
+            "hold. Set it after loading: module.gather = group."
+        )
     if not isinstance(gather, bool) and not (dist.is_available() and isinstance(gather, dist.ProcessGroup)):
         raise TypeError(
             f"gather: expected False, True or a torch.distributed.ProcessGroup, got {gather!r}. "
@@ -75,9 +116,14 @@ def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
     return Ranks(group, rank, (x.shape[0],) * size)
 
 
-def exchange(values: list[int], device: torch.device, group: ProcessGroup | None, size: int) -> list[list[int]]:
-    """Every rank's values, in rank order. Waits for the device."""
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
+def exchange(
+    values: Sequence[int | Tensor], device: torch.device, group: ProcessGroup | None, size: int
+) -> list[list[int]]:
+    """Every rank's values, in rank order. Waits for the device once, 0-dim tensors on it among the values or not."""
+    mine = torch.tensor([0 if isinstance(x, Tensor) else x for x in values], dtype=torch.int64, device=device)
+    for place, x in enumerate(values):
+        if isinstance(x, Tensor):
+            mine[place] = x
     out = torch.empty(size * len(values), dtype=torch.int64, device=device)
     _gather_into(out, mine, group)
     rows: list[list[int]] = out.view(size, len(values)).tolist()
@@ -125,3 +171,18 @@ class _GatherRows(torch.autograd.Function):
         total = grad.clone(memory_format=torch.contiguous_format)  # not ours to reduce in place
         dist.all_reduce(total, group=ranks.group)
         return total[ranks.offset : ranks.offset + ranks.sizes[ranks.rank]], None
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ranks: Ranks = ctx.ranks
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)  # a sum of halves would be rounded
+        dist.all_reduce(total, group=ranks.group)
+        return (total / len(ranks.sizes)).to(grad.dtype), None

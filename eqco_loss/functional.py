@@ -68,7 +68,8 @@ def eqco_loss(
     Source: EqCo (Zhu et al. 2020), equations 1 and 5.
 
     Args:
-        query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.EqCoLoss`.
+        query, positive_key, negative_keys, query_ids, negative_ids, negative_mask: as in a call of
+            :class:`eqco_loss.EqCoLoss`.
         temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in
             its constructor.
 
@@ -116,7 +117,8 @@ def dual_temp_infonce(
     Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022).
 
     Args:
-        query, positive_key, negative_keys, query_ids, negative_ids: as in a call of :class:`eqco_loss.DualTempInfoNCE`.
+        query, positive_key, negative_keys, query_ids, negative_ids, negative_mask: as in a call of
+            :class:`eqco_loss.DualTempInfoNCE`.
         temperature, inter_temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather,
             reduction, backend: as in its constructor.
 
@@ -192,6 +194,8 @@ def _row_losses(
     """The loss of each direction, with its gradients: one pass over its negatives."""
     grad, share = torch.is_grad_enabled(), _share(settings, inputs, ranks)
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
+    if learned is not None and ranks is not None:
+        learned = ranks.shared(learned)
 
     def outputs(one: Direction) -> ops.RowOutputs:
         others = [one.first.keys, None if one.second is None else one.second.keys]
@@ -287,14 +291,15 @@ def negatives_logsumexp(
     Args:
         temperature: a number > 0, or a 0-dim tensor, which may require a gradient.
         query_ids, key_ids: integers; a pair of equal ids is left out of the sum.
+        key_mask: bool, True where a key is in the query's sum.
 
     Shape:
-        query (N, D); keys (K, D) or (N, K, D); query_ids (N,); key_ids (K,) or (N, K). Returns (N,), float32 for half
-        inputs.
+        query (N, D); keys (K, D) or (N, K, D); query_ids (N,); key_ids and key_mask (K,) or (N, K). Returns (N,),
+        float32 for half inputs.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices or ids that do not fit; a row that ids leave without a key (on
-            CPU; NaN elsewhere).
+        ValueError, TypeError: shapes, dtypes, devices, ids or a mask that do not fit; a row that ids or the mask leave
+            without a key (on CPU; NaN elsewhere).
 
     Source: the ``lse_i`` of every contrastive loss here, for example EqCo (Zhu et al. 2020), equation 1.
 
@@ -307,7 +312,7 @@ def negatives_logsumexp(
     """
     check.reverse_mode()
     check.temperature(temperature)
-    check.logsumexp_inputs(query, keys, query_ids, key_ids)
+    check.logsumexp_inputs(query, keys, query_ids=query_ids, key_ids=key_ids, key_mask=key_mask)
     check.temperature_device(temperature, query)
     learned = temperature if isinstance(temperature, Tensor) else None
     return ops.logsumexp(

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, NoReturn
+
+from torch import Tensor
 
 from . import _validate as check
 from . import functional
-from .distributed import Gather
+from .distributed import Gather, HoldsGroup
 from .functional import LossMetrics
-from .settings import Inputs, Negatives, Settings
+from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
 
 
-class _Criterion(nn.Module):
+class _Criterion(HoldsGroup):
     """What both losses share: the settings, and three ways to call them."""
 
-    def __init__(self, settings: Settings) -> None:
+    temperature: float | Tensor
+    inter_temperature: float | None
+    alpha: float | None
+    in_batch: InBatch | None
+    num_negatives: int | None
+    sampling: Sampling
+    symmetric: bool
+    normalize: bool
+    reduction: Reduction
+    backend: Backend
+
+    def __init__(self, settings: Settings, positional: tuple[object, ...]) -> None:
         super().__init__()
+        check.keywords(positional)
         check.settings(settings)
+        check.lasting_temperature(settings.temperature)
         for name, value in settings._asdict().items():  # a temperature that is an nn.Parameter registers itself
             setattr(self, name, value)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(_attribute(name), value)  # type: ignore[arg-type]
 
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
-        return Settings(*(getattr(self, _attribute(name)) for name in Settings._fields))
+        return Settings(*(getattr(self, name) for name in Settings._fields))
+
+    if TYPE_CHECKING:  # nn.Module's says nothing about arguments and returns Any
+
+        def __call__(
+            self,
+            query: Tensor,
+            positive_key: Tensor,
+            negative_keys: Negatives = None,
+            *,
+            query_ids: Tensor | None = None,
+            negative_ids: Tensor | None = None,
+            negative_mask: Tensor | None = None,
+        ) -> Tensor:
+            """The loss, as ``forward``."""
 
     def forward(
         self,
@@ -58,7 +84,7 @@ class _Criterion(nn.Module):
             self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
         )
 
-    def backend(
+    def chosen_backend(
         self,
         query: Tensor,
         positive_key: Tensor,
@@ -69,7 +95,9 @@ class _Criterion(nn.Module):
         negative_mask: Tensor | None = None,
     ) -> tuple[str, str]:
         """The backend that would serve this call, and why."""
-        return functional.chosen_backend(self.settings, Inputs(query, positive_key, negative_keys))
+        return functional.chosen_backend(
+            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        )
 
     def extra_repr(self) -> str:
         shown = self.settings._asdict()
@@ -78,10 +106,6 @@ class _Criterion(nn.Module):
         if shown["inter_temperature"] is None:
             del shown["inter_temperature"]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def _attribute(name: str) -> str:
-    return "requested_backend" if name == "backend" else name  # ``backend`` is a method
 
 
 class EqCoLoss(_Criterion):
@@ -99,7 +123,9 @@ class EqCoLoss(_Criterion):
 
     Args:
         temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
-            module's own. A compiled program has numbers built in: one that a schedule changes should be a tensor.
+            module's own. A compiled program has numbers built in: one that a schedule changes should be a tensor. One
+            that is computed from a parameter, such as CLIP's, belongs in :func:`eqco_loss.functional.eqco_loss`.
+        positional: nothing; it turns ``EqCoLoss(0.2, 16)``, which could mean two things, into an error that says so.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
         in_batch: the batch's own negatives. None: ``"keys"`` if no ``negative_keys`` are given, else none. ``"keys"``:
             the other rows of positive_key. ``"views"``: every other embedding of both views (SimCLR), 2N - 2. With
@@ -114,9 +140,10 @@ class EqCoLoss(_Criterion):
             left as it is.
         gather: True, or a process group: in-batch negatives come from all its ranks, uneven batches included, gradients
             return to the rank that owns the key, and each rank's value is scaled (world size / rows of all ranks) such
-            that after DDP's averaging values and gradients are those of one process with the whole batch.
+            that after DDP's averaging values and gradients are those of one process with the whole batch. A learned
+            temperature gets the averaged gradient on every rank, inside a DDP module or beside it.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``criterion.backend(...)``
+        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``chosen_backend(...)``
             tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512,
             on NVIDIA GPUs of compute capability 8.0 or newer.
 
@@ -127,13 +154,18 @@ class EqCoLoss(_Criterion):
           a :class:`MomentumQueue`.
         - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the
           positive always stays. In a batch query_ids serve both sides, and a queue uses the ids it stored.
+        - negative_mask (K,) or (N, K): bool, beside a tensor of negative_keys; True where the key is a negative of the
+          query. With a queue (size,) or (N, size), over its slots as they are stored in ``queue.contents``. What ids
+          or the mask leave out may hold anything, NaN too, and gets no gradient.
         - output: 0-dim, or (N,) with ``reduction="none"``; float32 for half inputs. Gradients reach query, positive_key
           and negative_keys.
 
     Raises:
         ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes,
-            devices or ids that do not fit, a row that ids leave without negatives (on CPU; NaN in that row elsewhere).
-        TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers.
+            devices, ids or a mask that do not fit, a row that ids or the mask leave without negatives (on CPU; NaN in
+            that row elsewhere).
+        TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers, a
+            mask that is not bool.
 
     Example:
         >>> import torch
@@ -150,31 +182,32 @@ class EqCoLoss(_Criterion):
     def __init__(
         self,
         temperature: float | Tensor = 0.2,
+        *positional: NoReturn,
         alpha: float | None = 65536,
-        *,
-        in_batch: str | None = None,
+        in_batch: InBatch | None = None,
         num_negatives: int | None = None,
-        sampling: str = "rolled",
+        sampling: Sampling = "rolled",
         symmetric: bool = False,
         normalize: bool = True,
         gather: Gather = False,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(
             Settings(
-                temperature,
-                None,
-                alpha,
-                in_batch,
-                num_negatives,
-                sampling,
-                symmetric,
-                normalize,
-                gather,
-                reduction,
-                backend,
-            )
+                temperature=temperature,
+                inter_temperature=None,
+                alpha=alpha,
+                in_batch=in_batch,
+                num_negatives=num_negatives,
+                sampling=sampling,
+                symmetric=symmetric,
+                normalize=normalize,
+                gather=gather,
+                reduction=reduction,
+                backend=backend,
+            ),
+            positional,
         )
 
 
@@ -195,6 +228,7 @@ class DualTempInfoNCE(_Criterion):
     Args:
         temperature: t > 0, within a row; a number or a 0-dim tensor, which may require a gradient.
         inter_temperature: T > 0, across rows; a number.
+        positional: nothing, as in :class:`EqCoLoss`.
         alpha: how many negatives to mimic, > 0. None, the paper's loss: as many as there are.
         in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in :class:`EqCoLoss`.
 
@@ -216,30 +250,31 @@ class DualTempInfoNCE(_Criterion):
         self,
         temperature: float | Tensor = 0.1,
         inter_temperature: float = 1.0,
-        *,
+        *positional: NoReturn,
         alpha: float | None = None,
-        in_batch: str | None = None,
+        in_batch: InBatch | None = None,
         num_negatives: int | None = None,
-        sampling: str = "rolled",
+        sampling: Sampling = "rolled",
         symmetric: bool = False,
         normalize: bool = True,
         gather: Gather = False,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         check.inter_temperature(inter_temperature)
         super().__init__(
             Settings(
-                temperature,
-                inter_temperature,
-                alpha,
-                in_batch,
-                num_negatives,
-                sampling,
-                symmetric,
-                normalize,
-                gather,
-                reduction,
-                backend,
-            )
+                temperature=temperature,
+                inter_temperature=inter_temperature,
+                alpha=alpha,
+                in_batch=in_batch,
+                num_negatives=num_negatives,
+                sampling=sampling,
+                symmetric=symmetric,
+                normalize=normalize,
+                gather=gather,
+                reduction=reduction,
+                backend=backend,
+            ),
+            positional,
         )

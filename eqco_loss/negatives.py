@@ -72,12 +72,17 @@ def _batch_pairs(
     rows, views = inputs.query.shape[0], 2 if both_views else 1
     offset, total = (0, rows) if ranks is None else (ranks.offset, ranks.total)
     others = views * (total - 1)
-    k = others if settings.num_negatives is None else min(settings.num_negatives, others)
+    k = others if settings.num_negatives is None else min(int(settings.num_negatives), others)
     pairs = Pairs(query_ids=inputs.query_ids, key_ids=key_ids)
     if settings.sampling == "random" and k < others:
         device = inputs.query.device
         return pairs._replace(picked=random_negatives(rows, k, device, total=total, offset=offset, views=views))
     return pairs._replace(band=[offset, k // views, total])
+
+
+def has_float64(device: torch.device) -> bool:
+    """Apple's GPUs have none."""
+    return device.type != "mps"
 
 
 def random_negatives(
@@ -97,11 +102,14 @@ def random_negatives(
         return place.add_(place >= own[:, None]).add_(view, alpha=total)
 
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
-        uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
-        picked = torch.empty_like(uniform, dtype=torch.int64)
+        picked = torch.empty((rows, k), dtype=torch.int64, device=device)
+        uniform = torch.rand((rows, k), dtype=torch.float64, device=device) if has_float64(device) else None
         for step in range(k):
             last = others - k + step
-            candidate = (uniform[:, step] * (last + 1)).long()
+            if uniform is None:
+                candidate = torch.randint(last + 1, (rows,), device=device)
+            else:  # one draw for all steps
+                candidate = (uniform[:, step] * (last + 1)).long()
             taken = (picked[:, :step] == candidate[:, None]).any(1)
             picked[:, step] = torch.where(taken, last, candidate)
         return over_own(picked, 0)
@@ -113,5 +121,3 @@ def random_negatives(
             for start, count in counts.items()
         ]
     )
-
-

@@ -78,7 +78,9 @@ def main(args: Args) -> None:
     assert args.out is not None
     with clear_errors():
         cells = cells_of(args)
-        criteria = {cell: EqCoLoss(recipe.temperature, cell.alpha, **batch_negatives(args, cell)) for cell in cells}
+        criteria = {
+            cell: EqCoLoss(recipe.temperature, alpha=cell.alpha, **batch_negatives(args, cell)) for cell in cells
+        }
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

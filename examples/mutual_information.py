@@ -134,7 +134,7 @@ def train(cell: Cell, args: Args) -> tuple[Row, list[Row]]:
     for step in range(1, args.steps + 1):
         loss = loss_of(criterion, networks, cell, args.device)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         recent += loss.detach()
         if step % every == 0:

@@ -52,7 +52,7 @@ def defaults(version: str | None) -> dict[str, Args]:
 
 def main(args: Args) -> None:
     with clear_errors():
-        criterion = EqCoLoss(args.temperature, args.alpha, gather=ranks() > 1)
+        criterion = EqCoLoss(args.temperature, alpha=args.alpha, gather=ranks() > 1)
         queue = MomentumQueue(args.queue_size, args.dim, store_ids=args.queue_ids, gather=ranks() > 1)
     label = f"{args.version}-k{args.queue_size}" + (f"-alpha{args.alpha:g}" if args.alpha else "")
     training = Training("moco", args, label)

@@ -39,7 +39,7 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 def main(args: Args) -> None:
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
-        criterion = EqCoLoss(args.temperature, alpha, in_batch="views", symmetric=True, gather=ranks() > 1)
+        criterion = EqCoLoss(args.temperature, alpha=alpha, in_batch="views", symmetric=True, gather=ranks() > 1)
     training = Training("simclr", args, f"alpha{args.alpha:g}" if args.eqco else "ntxent")
     encoder = training.encoder(head="simo")
     k = 2 * (args.batch_size // args.accumulate) - 2

@@ -46,7 +46,7 @@ def main(args: Args) -> None:
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(
             args.temperature,
-            alpha,
+            alpha=alpha,
             num_negatives=None if args.sampling == "shared" else args.num_negatives,  # shared ones are given to it
             sampling="rolled" if args.sampling == "shared" else args.sampling,
             gather=ranks() > 1,

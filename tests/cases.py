@@ -115,7 +115,7 @@ def criterion(
         "backend": case.backend,
     }
     if case.loss == "eqco":
-        return EqCoLoss(t, case.alpha, **shared)
+        return EqCoLoss(t, alpha=case.alpha, **shared)
     return DualTempInfoNCE(t, case.inter_temperature, alpha=case.alpha, **shared)
 
 

@@ -124,7 +124,7 @@ queue.enqueue(torch.randn(5, 8))
 loss = eqco_loss.EqCoLoss()(q, torch.randn(4, 8), queue) + eqco_loss.DualTempInfoNCE()(q, torch.randn(4, 8))
 loss.backward()
 assert loss.isfinite() and q.grad.isfinite().all()
-print(eqco_loss.EqCoLoss().backend(q, q)[0])
+print(eqco_loss.EqCoLoss().chosen_backend(q, q)[0])
 """
 
 

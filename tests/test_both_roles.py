@@ -9,15 +9,18 @@ from torch import Tensor
 from torch.autograd import gradgradcheck
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss
+from eqco_loss.settings import Backend, InBatch
 from tests import knobs
 from tests.cases import DEVICE
 from tests.test_operators import Memory, Seen
 
 
-def criterion(loss: str, t: float | Tensor, in_batch: str, symmetric: bool, **more: Any) -> EqCoLoss | DualTempInfoNCE:
+def criterion(
+    loss: str, t: float | Tensor, in_batch: InBatch, symmetric: bool, **more: Any
+) -> EqCoLoss | DualTempInfoNCE:
     if loss == "dual":
         return DualTempInfoNCE(t, 0.9, in_batch=in_batch, symmetric=symmetric, backend="torch", **more)
-    return EqCoLoss(t, 40.0, in_batch=in_batch, symmetric=symmetric, backend="torch", **more)
+    return EqCoLoss(t, alpha=40.0, in_batch=in_batch, symmetric=symmetric, backend="torch", **more)
 
 
 def views(n: int, dtype: torch.dtype = torch.float64, d: int = 5) -> tuple[Tensor, Tensor]:
@@ -29,7 +32,7 @@ def views(n: int, dtype: torch.dtype = torch.float64, d: int = 5) -> tuple[Tenso
 @pytest.mark.parametrize("n", [2, 9])
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
 @pytest.mark.parametrize("loss", ["eqco", "dual"])
-def test_is_the_mean_of_two_calls(loss: str, in_batch: str, n: int, tile: int | None) -> None:
+def test_is_the_mean_of_two_calls(loss: str, in_batch: InBatch, n: int, tile: int | None) -> None:
     """Value and gradients, also a learned temperature's, under a gradient that is not 1."""
     query, key = views(n)
     t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
@@ -47,7 +50,7 @@ def test_is_the_mean_of_two_calls(loss: str, in_batch: str, n: int, tile: int | 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_metrics_by_the_registered_operator(in_batch: str, backend: str) -> None:
+def test_metrics_by_the_registered_operator(in_batch: InBatch, backend: Backend) -> None:
     """Where a mode looks on, no output may be another's memory; the values are the same."""
     query, key = (x.detach().float().to(DEVICE).requires_grad_() for x in views(6))
     one = EqCoLoss(in_batch=in_batch, symmetric=True, backend=backend)
@@ -61,7 +64,7 @@ def test_metrics_by_the_registered_operator(in_batch: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_second_derivatives(in_batch: str) -> None:
+def test_second_derivatives(in_batch: InBatch) -> None:
     t = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
     def loss(query: Tensor, key: Tensor, t: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ def test_second_derivatives(in_batch: str) -> None:
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
 @pytest.mark.parametrize("learns", ["query", "key", "temperature", "nothing"])
-def test_whatever_learns(learns: str, in_batch: str) -> None:
+def test_whatever_learns(learns: str, in_batch: InBatch) -> None:
     """One side alone, the temperature alone, nothing: the same loss, and the gradient that was asked for."""
     query, key = views(6)
     t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
@@ -99,7 +102,7 @@ def test_views_of_two_dtypes() -> None:
 
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_a_change_in_place_before_backward_raises(in_batch: str) -> None:
+def test_a_change_in_place_before_backward_raises(in_batch: InBatch) -> None:
     """Of what backward reads: the rows, and a learned temperature."""
     query, key = views(6)
     t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
@@ -111,7 +114,7 @@ def test_a_change_in_place_before_backward_raises(in_batch: str) -> None:
 
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_never_n_by_n(in_batch: str) -> None:
+def test_never_n_by_n(in_batch: InBatch) -> None:
     n = 600
     query, key = views(n, torch.float32, d=4)
     one = criterion("dual", 0.2, in_batch, True)
@@ -146,7 +149,7 @@ def test_a_batch_with_ids_goes_one_direction_after_the_other() -> None:
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
-def test_logits_without_a_bound(scale: float, in_batch: str) -> None:
+def test_logits_without_a_bound(scale: float, in_batch: InBatch) -> None:
     """normalize=False: logits up to 1e9, whose log-sum-exp rounds by more than a softmax can bear."""
     query, key = (scale * x.detach().float() for x in views(9))
     leaves = [query.requires_grad_(), key.requires_grad_()]

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
+from eqco_loss.settings import InBatch
 from tests.tolerance import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -72,7 +73,7 @@ def test_full_size(k: int | None, t: float, alpha: float, dtype: torch.dtype, pr
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        loss = EqCoLoss(t, alpha, backend="triton", reduction="none")(q, p, negatives)
+        loss = EqCoLoss(t, alpha=alpha, backend="triton", reduction="none")(q, p, negatives)
         got = torch.autograd.grad((loss * (weight * scale)).sum(), leaves)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -100,9 +101,9 @@ def step(criterion: Criterion, q: Tensor, k: Tensor, negatives: Any = None) -> t
 
 def test_auto_takes_the_kernels() -> None:
     q = rows(8)
-    assert EqCoLoss().backend(q, q)[0] == "triton"
-    assert EqCoLoss().backend(q.double(), q.double())[0] == "torch"
-    assert "D = 600" in EqCoLoss().backend(rows(8, 600), rows(8, 600))[1]
+    assert EqCoLoss().chosen_backend(q, q)[0] == "triton"
+    assert EqCoLoss().chosen_backend(q.double(), q.double())[0] == "torch"
+    assert "D = 600" in EqCoLoss().chosen_backend(rows(8, 600), rows(8, 600))[1]
 
 
 @pytest.fixture
@@ -128,11 +129,11 @@ def test_nothing_waits_for_the_device(as_users_have_it: None) -> None:
 
 
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_cuda_graph(in_batch: str) -> None:
+def test_cuda_graph(in_batch: InBatch) -> None:
     """Loss and backward captured once and replayed on new values."""
     q, k = rows(256).requires_grad_(), rows(256, seed=1)
     criterion = EqCoLoss(in_batch=in_batch, symmetric=in_batch == "views")
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -154,7 +154,7 @@ def everything_else(rank: int, world: int) -> list[str]:
 def unlike(rank: int) -> None:
     """What may differ between ranks, and what only one of them has wrong in its values."""
     x, width = torch.randn(2, D), (torch.int64, torch.int32)[rank]
-    EqCoLoss(0.2, (64, 64.0)[rank], gather=True)(x, x.clone(), query_ids=torch.tensor([1, 2]).to(width))
+    EqCoLoss(0.2, alpha=(64, 64.0)[rank], gather=True)(x, x.clone(), query_ids=torch.tensor([1, 2]).to(width))
     queue = MomentumQueue(8, D, store_ids=True, gather=True)
     queue.enqueue(x.to((torch.float32, torch.bfloat16)[rank]), torch.tensor([3, 4]).to(width))
     assert queue.ids is not None

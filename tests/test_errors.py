@@ -572,7 +572,7 @@ def test_momentum_update_changes_nothing_when_it_fails() -> None:
 
 
 def test_backend_says_what_it_chose() -> None:
-    name, reason = EqCoLoss().backend(Q, Q, KEYS)
+    name, reason = EqCoLoss().chosen_backend(Q, Q, KEYS)
     assert name == "torch"
     assert len(reason) > 10
-    assert EqCoLoss(backend="torch").backend(Q, Q)[0] == "torch"
+    assert EqCoLoss(backend="torch").chosen_backend(Q, Q)[0] == "torch"

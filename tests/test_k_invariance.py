@@ -38,7 +38,7 @@ def means(k: int, alpha: float | None, *, d: int = 128, repeats: int = 1) -> Mea
         negatives = unit(torch.randn(n, k, d, generator=g))
         query.requires_grad_()
         # The rows are unit already: without normalisation the gradient is that of Theorem 2, in the query's role.
-        loss = EqCoLoss(0.2, alpha, normalize=False, reduction="none")(query, positive, negatives)
+        loss = EqCoLoss(0.2, alpha=alpha, normalize=False, reduction="none")(query, positive, negatives)
         (gradient,) = torch.autograd.grad(loss.sum(), query)
         losses.append(loss.detach())
         norms.append(gradient.norm(dim=1))

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, ops
-from eqco_loss.ops import KeySet, LogSumExp, Metric, Pairs, Row, RowLosses, definition, tiles, triton
+from eqco_loss.ops import KeySet, LogSumExp, Pairs, Row, RowLosses, definition, tiles, triton
 from eqco_loss.ops.calls import LN2, KeysGradient, RowOutputs
 from eqco_loss.ops.triton import launch, tables
+from eqco_loss.settings import Backend, InBatch
 from tests import cases, test_negatives
 from tests.cases import DEVICE, LOSSES, MODES_AND_IDS, Answer, Case, Sample
 from tests.interpreter import exact_bfloat16
@@ -356,9 +357,7 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
         return cases.ours(replace(case, backend="triton"), moved(sample))
 
     usual = under(None, 1)
-    for config, parallel in itertools.product(
-        (tables.Tile(16, 16, 4, 1), tables.Tile(32, 64, 4, 2)), (1, 3)
-    ):
+    for config, parallel in itertools.product((tables.Tile(16, 16, 4, 1), tables.Tile(32, 64, 4, 2)), (1, 3)):
         other = under(config, parallel)
         torch.testing.assert_close(other.loss, usual.loss, atol=1e-6, rtol=2e-6)
         torch.testing.assert_close(other.gradients, usual.gradients, atol=1e-6, rtol=1e-5)
@@ -406,7 +405,7 @@ def test_metrics() -> None:
 def test_second_derivatives() -> None:
     q, p, keys = (torch.randn(n, 6, device=DEVICE, requires_grad=True) for n in (4, 4, 9))
 
-    def second(backend: str) -> tuple[Tensor, ...]:
+    def second(backend: Backend) -> tuple[Tensor, ...]:
         loss = EqCoLoss(backend=backend)(q, p, keys)
         first = torch.autograd.grad(loss, (q, p, keys), create_graph=True)
         return torch.autograd.grad(torch.cat([g.flatten() for g in first]).square().sum(), (q, p, keys))
@@ -420,11 +419,11 @@ def test_second_derivatives() -> None:
 
 @pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_float16_gradients_too_small_for_it_are_zero(in_batch: str) -> None:
+def test_float16_gradients_too_small_for_it_are_zero(in_batch: InBatch) -> None:
     """Every negative is as good as out of reach: no scale brings its gradient back, and none may make it NaN."""
     query = torch.randn(20, 16, device=DEVICE, dtype=torch.float16, requires_grad=True)
     key = query.detach().clone().requires_grad_()
-    criterion = EqCoLoss(0.005, None, in_batch=in_batch, symmetric=in_batch == "views", backend="triton")
+    criterion = EqCoLoss(0.005, alpha=None, in_batch=in_batch, symmetric=in_batch == "views", backend="triton")
     for gradient in torch.autograd.grad(criterion(query, key), [query, key]):
         assert bool((gradient == 0).all())
 
@@ -476,7 +475,7 @@ def test_refusals_name_the_reason_and_the_way_out(query: Tensor, keys: Tensor, r
     with pytest.raises(ValueError, match=rf"backend: expected.*{reason}.*backend='auto'"):
         EqCoLoss(backend="triton")(query, query, keys)
     assert EqCoLoss(backend="auto")(query, query, keys).isfinite()
-    assert EqCoLoss(backend="auto").backend(query, query, keys)[0] == "torch"
+    assert EqCoLoss(backend="auto").chosen_backend(query, query, keys)[0] == "torch"
 
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +519,7 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch: pytest.Mon
 # --------------------------------------------------------------------------------------------------- how many kernels
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):
     """Names of the operations that start a kernel."""
 
     def __init__(self) -> None:

@@ -282,7 +282,7 @@ def who_was_drawn(n: int, k: int, seed: int) -> oracle.Places:
     """The draw behind a seed, off the gradients: with keys along the axes, a query's is nonzero where it met a key."""
     query = torch.full((n, n), 1.0 / n).requires_grad_()
     torch.manual_seed(seed)
-    EqCoLoss(1.0, None, num_negatives=k, sampling="random", normalize=False, reduction="sum")(
+    EqCoLoss(1.0, alpha=None, num_negatives=k, sampling="random", normalize=False, reduction="sum")(
         query, torch.eye(n)
     ).backward()
     assert query.grad is not None
@@ -390,10 +390,12 @@ def test_loss_falls_as_the_positive_approaches(
     side = oracle.unit(side - (side * q).sum() * q)
     losses = torch.stack(
         [
-            EqCoLoss(temperature, alpha)((q).to(dtype), (c * q + (1 - c * c) ** 0.5 * side).to(dtype), n.to(dtype))
+            EqCoLoss(temperature, alpha=alpha)(
+                (q).to(dtype), (c * q + (1 - c * c) ** 0.5 * side).to(dtype), n.to(dtype)
+            )
             for c in (-1.0, -0.5, 0.0, 0.5, 1.0)
         ]
     )
     assert bool((losses.diff() <= 0).all())
-    larger = EqCoLoss(temperature, (alpha or 20.0) * 2)(q.to(dtype), side.to(dtype), n.to(dtype))
-    assert larger >= EqCoLoss(temperature, alpha)(q.to(dtype), side.to(dtype), n.to(dtype))
+    larger = EqCoLoss(temperature, alpha=(alpha or 20.0) * 2)(q.to(dtype), side.to(dtype), n.to(dtype))
+    assert larger >= EqCoLoss(temperature, alpha=alpha)(q.to(dtype), side.to(dtype), n.to(dtype))

@@ -98,7 +98,7 @@ def test_the_classifier_is_the_plain_one(run: Path) -> None:
         with torch.no_grad():
             features = encoder.features(images[rows])
         optimizer.zero_grad()
-        nn.functional.cross_entropy(classifier(features), digits.labels["train"][rows]).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(classifier(features), digits.labels["train"][rows]).backward()
         optimizer.step()
     torch.testing.assert_close(saved["classifier"]["weight"], classifier.weight.detach())
     right = total = 0

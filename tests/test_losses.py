@@ -167,14 +167,17 @@ def test_function_and_module_are_one(loss: str, mode: str) -> None:
 
 
 def test_settings_may_be_changed_and_may_be_numpys() -> None:
-    """Each by its name, ``backend`` too, which is also a method."""
+    """Each by its name, in every call."""
     query, key = torch.randn(4, 3), torch.randn(4, 3)
     criterion = EqCoLoss()
-    for name, value in {"temperature": np.float32(0.5), "alpha": np.int64(7), "backend": "torch"}.items():
+    numpys: dict[str, Any] = {"temperature": np.float32(0.5), "alpha": np.int64(7), "num_negatives": np.int64(2)}
+    for name, value in {**numpys, "backend": "torch"}.items():
         setattr(criterion, name, value)
-    assert criterion.backend(query, key) == ("torch", "asked for by name")
-    assert torch.equal(criterion(query, key), EqCoLoss(0.5, 7)(query, key))
-    setattr(criterion, "backend", "none")  # noqa: B010
+    assert criterion.backend == "torch"
+    assert criterion.chosen_backend(query, key) == ("torch", "asked for by name")
+    assert torch.equal(criterion(query, key), EqCoLoss(0.5, alpha=7, num_negatives=2)(query, key))
+    assert torch.equal(criterion(query, key), EqCoLoss(**numpys)(query, key))
+    criterion.backend = "none"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="backend: expected one of"):
         criterion(query, key)
 

@@ -60,7 +60,11 @@ def data(choice: Choice, dtype: torch.dtype = torch.float64) -> Data:
 
 def criterion(choice: Choice, **more: Any) -> EqCoLoss | DualTempInfoNCE:
     more = {"in_batch": choice.in_batch, "symmetric": choice.symmetric, "num_negatives": choice.num_negatives, **more}
-    return DualTempInfoNCE(T, INTER, alpha=choice.alpha, **more) if choice.dual else EqCoLoss(T, choice.alpha, **more)
+    return (
+        DualTempInfoNCE(T, INTER, alpha=choice.alpha, **more)
+        if choice.dual
+        else EqCoLoss(T, alpha=choice.alpha, **more)
+    )
 
 
 def call_arguments(choice: Choice, d: Data, given: Tensor) -> tuple[Any, dict[str, Tensor | None]]:

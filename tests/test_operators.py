@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eqco_loss.ops
-from eqco_loss.ops.operator import Operator, flatten
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
+from eqco_loss.ops.operator import Operator, flatten
+from eqco_loss.settings import InBatch
 from tests import cases, knobs, oracle
 from tests.cases import LOSSES, MODES, MODES_AND_IDS, Case, Sample
 from tests.tolerance import assert_as_exact_as_eager
@@ -108,7 +109,7 @@ def test_opcheck_reaches_every_operator(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(recorder.calls) == set(operators())
 
 
-class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Seen(TorchDispatchMode):
     """Somebody who looks on: the package's operators that pass by."""
 
     def __init__(self) -> None:
@@ -373,7 +374,7 @@ def test_compiles_to_one_graph(loss: str, mode: str) -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_metrics_a_learned_temperature_and_an_enqueue() -> None:
     """A whole MoCo step as one graph."""
-    criterion = EqCoLoss(nn.Parameter(torch.tensor(0.2)), 256)
+    criterion = EqCoLoss(nn.Parameter(torch.tensor(0.2)), alpha=256)
     queues = [MomentumQueue(12, 4) for _ in range(2)]
     for queue in queues:
         queue.enqueue(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
@@ -468,7 +469,7 @@ def test_exports_for_every_batch_size(kind: dict[str, Any], strict: bool) -> Non
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("in_batch", ["keys", "views"])
-def test_compiles_with_a_temperature_of_another_dtype(in_batch: str) -> None:
+def test_compiles_with_a_temperature_of_another_dtype(in_batch: InBatch) -> None:
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     criterion = EqCoLoss(temperature, in_batch=in_batch, symmetric=True)
     query, key = (torch.randn(6, 4, requires_grad=True) for _ in range(2))

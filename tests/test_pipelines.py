@@ -233,7 +233,7 @@ def test_the_online_probe_is_the_plain_classifier(pieces: int) -> None:
         losses = F.cross_entropy(plain(features), digits.labels["train"], ignore_index=-1, reduction="none")
         counts = torch.tensor([int((digits.labels["train"][piece] >= 0).sum()) for piece in ids])
         optimizer.zero_grad()
-        (losses.view(pieces, -1).sum(1) / counts).mean().backward()  # type: ignore[no-untyped-call]
+        (losses.view(pieces, -1).sum(1) / counts).mean().backward()
         optimizer.step()
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(online.state_dict()[name], value)

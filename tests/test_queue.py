@@ -289,5 +289,5 @@ def test_oracle_agrees_with_the_deque() -> None:
     expected = oracle.negatives_logsumexp(query, keys[2:], [[0, 1, 2]], 0.5)
     by_hand = torch.log((angles[2:].cos() / 0.5).exp().sum())
     torch.testing.assert_close(expected[0], by_hand)
-    loss = EqCoLoss(0.5, None)(query, query, queue)
+    loss = EqCoLoss(0.5, alpha=None)(query, query, queue)
     torch.testing.assert_close(loss, torch.log1p((by_hand - 2.0).exp()), rtol=1e-6, atol=1e-6)

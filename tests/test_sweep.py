@@ -341,7 +341,7 @@ def test_the_gradient_norm_is_by_the_definition(alpha: float | None, queued: boo
     queries, keys = 3 * torch.randn(9, 16), 2 * torch.randn(9, 16)
     queue = None
     negatives = [torch.stack([keys[(i + j) % 9] for j in range(1, 5)]) for i in range(9)]
-    criterion = EqCoLoss(0.2, alpha, num_negatives=None if queued else 4)
+    criterion = EqCoLoss(0.2, alpha=alpha, num_negatives=None if queued else 4)
     if queued:
         queue = MomentumQueue(4, 16)
         queue.enqueue(torch.randn(6, 16))

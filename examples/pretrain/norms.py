@@ -57,7 +57,7 @@ def convert_norm(model: nn.Module, norm: Norm, splits: int = 8) -> None:
     if norm == "split" and splits < 1:
         raise ValueError(f"splits: expected 1 or more, got {splits}.")
     if norm == "sync":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if norm in ("split", "group"):
         for parent in list(model.modules()):
             for name, child in parent.named_children():

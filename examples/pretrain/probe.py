@@ -27,7 +27,7 @@ class OnlineProbe(nn.Linear):
         self.optimizer = torch.optim.SGD(self.parameters(), lr=0.0, momentum=0.9)
         self.kept: list[Tensor] = []
         self.ranks = ranks
-        encoder.backbone.register_forward_hook(torch.compiler.disable(self._keep))  # type: ignore[no-untyped-call]
+        encoder.backbone.register_forward_hook(torch.compiler.disable(self._keep))
 
     def _keep(self, backbone: nn.Module, images: object, features: Tensor) -> None:
         if backbone.training:
@@ -39,7 +39,7 @@ class OnlineProbe(nn.Linear):
         labels = self.labels[gathered(ids, self.ranks)]
         self.kept.clear()
         loss = F.cross_entropy(self(features), labels, ignore_index=-1, reduction="sum")
-        (loss / (labels >= 0).sum().clamp(min=1) / pieces).backward()  # type: ignore[no-untyped-call]
+        (loss / (labels >= 0).sum().clamp(min=1) / pieces).backward()
 
     def step(self, rate: float) -> None:
         set_learning_rate(self.optimizer, rate)

@@ -346,7 +346,7 @@ class Training(Generic[Args]):
     def _print_header(self, criterion: EqCoLoss | DualTempInfoNCE, loss: str, queue: MomentumQueue | None) -> None:
         args, fabric, data, run = self.args, self.fabric, self.data, self.run
         rows = torch.zeros(self.rows, args.dim, device=fabric.device)
-        backend, reason = criterion.backend(rows, rows, queue)
+        backend, reason = criterion.chosen_backend(rows, rows, queue)
         run.write_config(
             device=str(fabric.device),
             threads=torch.get_num_threads(),
@@ -484,7 +484,7 @@ class Clock:
     def begin_backward(self, *embeddings: Tensor) -> None:
         self._mark("backward")
         for embedding in embeddings if self.marks is not None else ():
-            embedding.register_hook(self._end_backward)  # type: ignore[no-untyped-call]
+            embedding.register_hook(self._end_backward)
 
     def _end_backward(self, gradient: Tensor) -> None:
         """The loss's part of it is done where the first embedding has its gradient."""
@@ -511,7 +511,7 @@ class Clock:
         if self.marks is None:
             return
         if self.cuda:
-            self.marks[name] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self.marks[name] = torch.cuda.Event(enable_timing=True)
             self.marks[name].record()
         else:
             self.marks[name] = time.perf_counter()
