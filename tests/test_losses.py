@@ -240,7 +240,7 @@ def test_metrics_are_means_whatever_the_reduction(loss: str, reduction: str) -> 
         assert torch.equal(getattr(mean, name), getattr(other, name)), name
 
 
-def test_top1_counts_a_tie_as_right_and_knows_no_margin() -> None:
+def test_top1_counts_a_tie_as_wrong_and_knows_no_margin() -> None:
     query = torch.eye(4)
     negatives = torch.stack(
         [query[0], -query[1], -query[2], -query[3]]
@@ -248,7 +248,18 @@ def test_top1_counts_a_tie_as_right_and_knows_no_margin() -> None:
     positive = torch.stack([query[0], query[1], -query[2], query[3]])  # query 2's positive is its worst key
     for alpha in (1e-3, 2.0**20):
         metrics = EqCoLoss(alpha=alpha).with_metrics(query, positive, negatives)
-        assert metrics.top1_accuracy.item() == 0.75
+        assert metrics.top1_accuracy.item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("in_batch", ["keys", "views", None])
+def test_collapsed_embeddings_are_no_contrast(in_batch: Any, dtype: torch.dtype) -> None:
+    """All alike: however their similarities are rounded, no query tells its positive from the others."""
+    for d in (3, 7, 128):
+        z = torch.randn(d).to(dtype).expand(64, d)
+        negatives = None if in_batch else z[:9]
+        metrics = EqCoLoss(in_batch=in_batch).with_metrics(z.clone(), z.clone(), negatives)
+        assert metrics.top1_accuracy.item() == metrics.top5_accuracy.item() == 0
 
 
 @pytest.mark.parametrize("where", ["query", "positive"])
