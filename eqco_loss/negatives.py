@@ -102,16 +102,17 @@ def random_negatives(
         return place.add_(place >= own[:, None]).add_(view, alpha=total)
 
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
-        picked = torch.empty((rows, k), dtype=torch.int64, device=device)
-        uniform = torch.rand((rows, k), dtype=torch.float64, device=device) if has_float64(device) else None
+        fewest = others - k + 1  # that a step draws from; each next one draws from one more
+        if has_float64(device):
+            sizes = torch.arange(fewest, others + 1, device=device)
+            drawn = (torch.rand((rows, k), dtype=torch.float64, device=device) * sizes).long()
+        else:
+            drawn = torch.stack([torch.randint(fewest + step, (rows,), device=device) for step in range(k)], 1)
+        picked = torch.empty_like(drawn)
         for step in range(k):
-            last = others - k + step
-            if uniform is None:
-                candidate = torch.randint(last + 1, (rows,), device=device)
-            else:  # one draw for all steps
-                candidate = (uniform[:, step] * (last + 1)).long()
+            candidate = drawn[:, step]
             taken = (picked[:, :step] == candidate[:, None]).any(1)
-            picked[:, step] = torch.where(taken, last, candidate)
+            picked[:, step] = torch.where(taken, fewest + step - 1, candidate)
         return over_own(picked, 0)
     step = max(1, 2**20 // others)  # the k largest of others' random numbers, some rows at a time
     counts = {start: min(step, rows - start) for start in range(0, rows, step)}

@@ -182,14 +182,13 @@ def test_functional_has_what_the_contract_names() -> None:
 def test_argument_names_are_the_fields_own(make: Any) -> None:
     """As in info-nce-pytorch and PyTorch's proposal; everything after the numbers is by keyword."""
     call = list(inspect.signature(make.forward).parameters.values())[1:]
-    assert [p.name for p in call] == ["query", "positive_key", "negative_keys", "query_ids", "negative_ids"]
-    assert [p.kind.name for p in call[3:]] == ["KEYWORD_ONLY"] * 2
+    by_keyword = ["query_ids", "negative_ids", "negative_mask"]
+    assert [p.name for p in call] == ["query", "positive_key", "negative_keys", *by_keyword]
+    assert [p.kind.name for p in call[3:]] == ["KEYWORD_ONLY"] * 3
     settings = inspect.signature(make).parameters
     positional = [name for name, p in settings.items() if p.kind.name == "POSITIONAL_OR_KEYWORD"]
-    assert positional == (
-        ["temperature", "alpha"] if make is eqco_loss.EqCoLoss else ["temperature", "inter_temperature"]
-    )
-    defaults = {name: p.default for name, p in settings.items()}
+    assert positional == (["temperature"] if make is eqco_loss.EqCoLoss else ["temperature", "inter_temperature"])
+    defaults = {name: p.default for name, p in settings.items() if p.kind.name != "VAR_POSITIONAL"}
     expected: dict[str, Any] = {
         "in_batch": None,
         "num_negatives": None,
