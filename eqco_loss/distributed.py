@@ -69,6 +69,11 @@ class HoldsGroup(nn.Module):
 
     gather: Gather
 
+    def __copy__(self) -> HoldsGroup:
+        new = type(self).__new__(type(self))
+        new.__dict__ = self.__dict__.copy()
+        return new
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
         new = type(self).__new__(type(self))
         memo[id(self)] = new

@@ -289,7 +289,7 @@ def copies(rank: int, world: int) -> str:
     criterion = EqCoLoss(nn.Parameter(torch.tensor(0.3)), gather=group)
     copied = copy.deepcopy(nn.ModuleList([criterion]))[0]
     assert isinstance(copied, EqCoLoss)
-    assert copied.gather is criterion.gather is group
+    assert copy.copy(criterion).gather is copied.gather is criterion.gather is group
     assert copied.temperature is not criterion.temperature
     x = torch.randn(3, D)
     assert torch.equal(copied(x, x), criterion(x, x))

@@ -441,6 +441,44 @@ def test_a_queue_of_another_dtype(dtype: torch.dtype) -> None:
     assert error(found.gradients["query"], exact.gradients["query"]) <= bound * 10
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mode", ["shared", "per_query", "queue"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_mask_leaves_out(loss: str, mode: str, own: bool) -> None:
+    """Each query's loss and gradient are those of its remaining negatives alone, whatever the others hold."""
+    case = Case(loss, mode, dtype=torch.float64)
+    sample = cases.make(case)
+    one, queue = cases.criterion(case, reduction="none"), sample.negatives
+    slots = queue.contents if isinstance(queue, MomentumQueue) else queue
+    assert slots is not None
+    mask = torch.rand((case.n, case.k) if own else (case.k,)) < 0.5
+    mask[..., 1] = True
+    rows = mask.expand(case.n, case.k)
+    leaves = {"query": sample.query, "positive": sample.positive}
+    if not isinstance(queue, MomentumQueue):
+        leaves["negatives"] = slots = slots.masked_fill(
+            ~(mask if own and mode == "per_query" else rows.any(0))[..., None], math.nan
+        )
+
+    def masked(leaf: dict[str, Tensor]) -> Tensor:
+        return one(leaf["query"], leaf["positive"], leaf.get("negatives", queue), negative_mask=mask)
+
+    def alone(leaf: dict[str, Tensor]) -> Tensor:
+        found = []
+        for i, row in enumerate(rows):
+            keys = leaf.get("negatives", slots)
+            keys = (keys[i] if keys.dim() == 3 else keys)[row]
+            found.append(one(leaf["query"][i : i + 1], leaf["positive"][i : i + 1], keys))
+        return torch.cat(found)
+
+    got, expected = cases.answer(masked, leaves), cases.answer(alone, leaves)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-10, atol=0)
+    for name, gradient in got.gradients.items():
+        torch.testing.assert_close(gradient, expected.gradients[name], rtol=1e-9, atol=1e-12, msg=name)
+    lse = functional.negatives_logsumexp(sample.query, slots, key_mask=mask)
+    assert lse.isfinite().all()
+
+
 def test_the_helper_itself_can_fail() -> None:
     """A test helper that never asserts is the commonest bug of a suite."""
     exact = torch.ones(3, dtype=torch.float64)
