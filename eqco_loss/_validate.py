@@ -507,7 +507,7 @@ def _tensor(name: str, x: Any) -> None:
     if x.dtype in FLOATS:
         return
     expected = f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"
-    if x.dim() < 2 and not x.is_complex():  # (embeddings, labels), as supervised losses are called
+    if (x.dim() < 2 or x.shape[1:] == (1,)) and not x.is_complex():  # (embeddings, labels), as supervised losses take
         raise TypeError(
             f"{expected} of shape {tuple(x.shape)}. Labels and ids go to query_ids, beside two views of each image: "
             "criterion(query, positive_key, query_ids=labels); those of negative_keys to negative_ids."

@@ -277,6 +277,7 @@ TABLE = [
     Row("positive width", loss(Q, rows(4, 2)), ValueError, "positive_key", "(4, 3)", "(4, 2)"),
     Row("positive rank", loss(Q, Q[0]), ValueError, "positive_key", "(N, D)", "(3,)"),
     Row("labels", loss(Q, IDS), TypeError, "positive_key", "float32", "int64 of shape (4,)", "query_ids=labels"),
+    Row("labels of two dims", loss(Q, IDS[:, None]), TypeError, "positive_key", "int64 of shape (4, 1)", "query_ids="),
     Row("labels, bool", loss(Q, IDS > 1), TypeError, "positive_key", "float32", "bool", "query_ids=labels"),
     Row("labels third", loss(Q, Q, IDS), TypeError, "negative_keys", "float32", "int64", "query_ids", "negative_ids"),
     Row("positive array", loss(Q, Q.numpy()), TypeError, "positive_key", "Tensor", "ndarray", "as_tensor"),
