@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import numbers
+import struct
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, fail_together, world
 from .queue import FLOATS, INTEGERS, MomentumQueue
-from .settings import Inputs, Settings
+from .settings import InBatch, Inputs, Reduction, Sampling, Settings
 
 BACKENDS = ("auto", "torch", "triton")
-REDUCTIONS = ("none", "mean", "sum")
 LARGEST = 1e38  # what float32 holds
-SAMPLINGS = ("rolled", "random")
+AGREED = 8  # numbers that ranks exchange before a loss
+
+Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
+
+
+def keywords(positional: tuple[object, ...]) -> None:
+    """A second number by position could be alpha or the number of negatives."""
+    if positional:
+        got = ", ".join(map(repr, positional))
+        raise TypeError(
+            f"alpha: expected it and all that follow by keyword, got {got} by position. alpha={positional[0]!r} says "
+            f"how many negatives to mimic, num_negatives={positional[0]!r} how many of the batch's each query meets."
+        )
+
+
+def lasting_temperature(value: Any) -> None:
+    """A temperature that a module keeps for all its calls."""
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        raise ValueError(
+            "temperature: expected a number, an nn.Parameter or a tensor that was not computed from one, got "
+            f"{value.grad_fn.name()}'s result, whose graph is gone after the first backward. Compute it in each step: "
+            "eqco_loss.functional.eqco_loss(query, positive_key, temperature=(-scale).exp()), or detach() it."
+        )
 
 
 def settings(chosen: Any) -> None:
-    """What a loss was constructed with; ``chosen`` has the fields of ``functional.Settings``."""
+    """What a loss was constructed with; ``chosen`` has the fields of ``settings.Settings``."""
     temperature(chosen.temperature)
     if chosen.inter_temperature is not None:
         inter_temperature(chosen.inter_temperature)
@@ -30,16 +54,15 @@ def settings(chosen: Any) -> None:
             chosen.alpha,
             "Give the number of negatives to mimic (65536 for MoCo's queue), or None for as many as there are.",
         )
-    k = chosen.num_negatives
-    whole: type[Any] = numbers.Integral  # NumPy's too
-    if k is not None and (isinstance(k, bool) or not isinstance(k, whole) or k < 1):
+    k, integer = chosen.num_negatives, numbers.Integral  # NumPy's too
+    if k is not None and (isinstance(k, bool) or not isinstance(k, integer) or k < 1):
         raise ValueError(
             f"num_negatives: expected an integer >= 1 or None, got {k!r}. None takes every other key of the batch; 16 "
             f"is the SiMo paper's choice."
         )
-    one_of("sampling", chosen.sampling, SAMPLINGS)
+    one_of("sampling", chosen.sampling, get_args(Sampling))
     if chosen.in_batch is not None:
-        one_of("in_batch", chosen.in_batch, ("keys", "views"))
+        one_of("in_batch", chosen.in_batch, get_args(InBatch))
     if not isinstance(chosen.symmetric, bool):
         raise TypeError(
             f"symmetric: expected True or False, got {chosen.symmetric!r}. True is the mean of both directions."
@@ -50,27 +73,8 @@ def settings(chosen: Any) -> None:
             f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes "
             f"embeddings as they are."
         )
-    one_of("reduction", chosen.reduction, REDUCTIONS)
+    one_of("reduction", chosen.reduction, get_args(Reduction))
     one_of("backend", chosen.backend, BACKENDS)
-
-
-def only_by_keyword(name: str, by_position: tuple[str, ...], more: tuple[Any, ...]) -> None:
-    """People write EqCoLoss(0.2, 16) and mean 16 negatives."""
-    if more:
-        raise TypeError(
-            f"{name}: expected only {' and '.join(by_position)} by position, got {more[0]!r} besides. Name it: "
-            f"num_negatives={more[0]!r} is how many negatives each query meets, alpha={more[0]!r} how many it mimics."
-        )
-
-
-def constructed_temperature(value: Any) -> None:
-    """A tensor that was computed keeps one graph, which the first backward frees."""
-    if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
-        raise ValueError(
-            "temperature: expected a number or a leaf tensor (an nn.Parameter), got the result of a computation, whose "
-            "graph the first backward() frees. Compute it in each step: functional.eqco_loss(query, positive_key, "
-            "temperature=(-scale).exp())."
-        )
 
 
 def inter_temperature(value: Any) -> None:
@@ -91,7 +95,7 @@ def positive_number(name: str, value: Any, advice: str) -> None:
         raise ValueError(f"{name}: expected a finite number > 0, under {LARGEST:g}, got {value!r}. {advice}")
 
 
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}. Pick one of these.")
 
@@ -121,24 +125,11 @@ def temperature(value: Any) -> None:
 
 def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
     """Shapes, dtypes and devices of one call; ``negative_keys`` is a tensor or None here."""
-    if isinstance(positive_key, Tensor) and positive_key.dtype in INTEGERS and positive_key.dim() == 1:
-        raise TypeError(
-            f"positive_key: expected embeddings (N, D), row i being query i's positive, got integers "
-            f"{tuple(positive_key.shape)}. Labels are not keys: give the two views as query and positive_key, and the "
-            "labels as query_ids=labels, so that no query is repelled by its own label."
-        )
     for name, x in (("query", query), ("positive_key", positive_key)):
         _tensor(name, x)
-        if name == "positive_key" and x.dim() == 3 and query.dim() == 2 and x.shape[::2] == query.shape:
-            raise ValueError(
-                f"positive_key: expected one positive a query, (N, D) = {tuple(query.shape)}, got {tuple(x.shape)}. Of "
-                "P positives each is a row: query.repeat_interleave(P, 0), positive_key.flatten(0, 1), and the same "
-                "query_ids for all rows of a query, so that its positives do not repel each other."
-            )
         if x.dim() != 2:
             raise ValueError(
-                f"{name}: expected shape (N, D), one embedding a row, got {tuple(x.shape)}. "
-                "Flatten feature maps with x.flatten(1); put views side by side with torch.cat."
+                f"{name}: expected shape (N, D), one embedding a row, got {tuple(x.shape)}. {_rows_way_out(name, x)}"
             )
         if x.shape[1] == 0:
             raise ValueError(
@@ -183,26 +174,38 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
         _alike("negative_keys", negative_keys, query, dtype=False)
 
 
+def _rows_way_out(name: str, x: Tensor) -> str:
+    """How embeddings of another number of dimensions become rows."""
+    if x.dim() < 2:
+        return "Give a batch of embeddings: x.flatten(1) of feature maps, torch.stack of single embeddings."
+    if x.dim() > 3:
+        return "Flatten feature maps with x.flatten(1), or pool them: x.mean((2, 3))."
+    if name == "query":
+        return (
+            "Two views of each image, (N, 2, D), are query, positive_key = x.unbind(1); tokens become rows by "
+            "x.flatten(0, 1), their positives alike; feature maps by x.flatten(1)."
+        )
+    n, p = x.shape[:2]
+    return (
+        f"Each row has one positive. For {p} positives a query, repeat the query: criterion(query.repeat_interleave({p}"
+        f", 0), positive_key.flatten(0, 1), query_ids=torch.arange({n}, device=query.device).repeat_interleave({p})), "
+        "whose ids keep a query's positives from being its negatives."
+    )
+
+
 def inputs(chosen: Settings, given: Inputs) -> Ranks | None:
     """A call checked, by all ranks together where they gather; who takes part."""
     if chosen.gather is False:
-        call(chosen, *given)
+        call(chosen, given)
         return None
-    return agree(chosen, *given)
+    return agree(chosen, given)
 
 
-def call(
-    chosen: Any,
-    query: Any,
-    positive_key: Any,
-    negative_keys: Any,
-    query_ids: Any,
-    negative_ids: Any,
-    negative_mask: Any = None,
-) -> None:
-    """One call of a loss; ``chosen`` has the fields of ``functional.Settings``."""
+def call(chosen: Settings, given: Inputs) -> None:
+    """One call of a loss, whose arguments may be anything yet."""
     reverse_mode()
     settings(chosen)
+    query, positive_key, negative_keys = given.query, given.positive_key, given.negative_keys
     stored = isinstance(negative_keys, MomentumQueue)
     embeddings(query, positive_key, None if stored else negative_keys)
     temperature_device(chosen.temperature, query)
@@ -217,8 +220,6 @@ def call(
             "symmetric: expected False when negative_keys is given, got True. Each direction has negatives of its own: "
             "0.5 * (criterion(q1, k2, negatives_2) + criterion(q2, k1, negatives_1))."
         )
-    if negative_mask is not None:
-        mask(query, negative_keys, negative_mask)
     if chosen.in_batch == "views" and k is not None and k % 2:
         raise ValueError(
             f'num_negatives: expected an even number with in_batch="views", got {k}. Both views of the next K/2 images '
@@ -226,13 +227,8 @@ def call(
         )
     if stored:
         queue(negative_keys, query)
-        source = "queue without ids" if negative_keys.slot_ids is None else "queue"
-        ids(query, query_ids, negative_ids, source=source)
-    elif negative_keys is not None:
-        n, count = query.shape[0], negative_keys.shape[-2]
-        ids(query, query_ids, negative_ids, source="tensor", shapes=((count,), (n, count)))
-    else:
-        ids(query, query_ids, negative_ids, source="batch")
+    ids(given)
+    mask(given)
     if chosen.gather is False and negative_keys is None:
         _others(query.shape[0], query)
 
@@ -261,77 +257,77 @@ def _others(rows: int, query: Tensor) -> None:
         )
 
 
-def agree(
-    chosen: Any,
-    query: Any,
-    positive_key: Any,
-    negative_keys: Any,
-    query_ids: Any,
-    negative_ids: Any,
-    negative_mask: Any = None,
-) -> Ranks:
+def agree(chosen: Settings, given: Inputs) -> Ranks:
     """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
     check_gather(chosen.gather)
     group, rank, size = world(chosen.gather)
+    query, positive_key, negative_keys, t = given.query, given.positive_key, given.negative_keys, chosen.temperature
     if isinstance(query, Tensor) and cannot_wait(query):
-        call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
+        call(chosen, given)
         return equal_ranks(chosen.gather, query)
     wrong: Exception | None = None
     try:
-        call(chosen, query, positive_key, negative_keys, query_ids, negative_ids)
+        call(chosen, given)
     except Exception as error:
         wrong = error
-    facts = {"an error": 0 if wrong is None else 1}
+    facts: dict[str, int | Tensor] = {"rows": -1}  # an error
     if wrong is None:
-        t = "learned" if isinstance(chosen.temperature, Tensor) else chosen.temperature
-        learned = isinstance(chosen.temperature, Tensor) and chosen.temperature.requires_grad
-        facts |= {
+        facts = {
             "rows": query.shape[0],
             "D": query.shape[1],
             "dtype": _code((query.dtype, positive_key.dtype)),
             "settings (temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, reduction)": _code(
-                [float(x) if isinstance(x, numbers.Real) else x for x in chosen._replace(gather=True, temperature=t)]
+                [
+                    "a tensor" if isinstance(x, Tensor) else float(x) if isinstance(x, numbers.Real) else x
+                    for x in chosen._replace(gather=True)
+                ]
             ),
             "kind of negative_keys": _code([isinstance(negative_keys, kind) for kind in (Tensor, MomentumQueue)]),
-            "query_ids given": int(query_ids is not None),
-            "gradients wanted": 8 * learned
-            + 4 * torch.is_grad_enabled()
-            + 2 * query.requires_grad
-            + positive_key.requires_grad,
+            "query_ids given": int(given.query_ids is not None),
+            "gradients wanted": _bits(
+                [
+                    torch.is_grad_enabled(),
+                    *(isinstance(x, Tensor) and x.requires_grad for x in (query, positive_key, t)),
+                ]
+            ),
+            "temperature": t.detach().double().view(torch.int64) if isinstance(t, Tensor) else 0,  # not read on a GPU
         }
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    bits = None if wrong is not None else _bits(chosen.temperature)
-    everyone = exchange(list(facts.values()) + [0] * (8 - len(facts)), device, group, size, bits)
-    fail_together(wrong, [r for r, values in enumerate(everyone) if values[0]])
+    everyone = exchange(list(facts.values()) + [0] * (AGREED - len(facts)), device, group, size)
+    fail_together(wrong, [r for r, values in enumerate(everyone) if values[0] < 0])
     for place, name in enumerate(facts):
         values = [row[place] for row in everyone]
-        if name != "rows" and len(set(values)) > 1:
+        if name == "temperature":
+            _same_temperature(values)
+        elif name != "rows" and len(set(values)) > 1:
             shown = f", {values}," if name == "D" else ""
             odd = [r for r, value in enumerate(values) if value != values[0]]
             raise ValueError(
                 f"gather: expected the same on every rank, got different {name}{shown} on rank "
                 f"{', '.join(map(str, odd))} than on rank 0. Call the same loss with the same settings on every rank."
             )
-    if len({row[-1] for row in everyone}) > 1:
-        found = [float(torch.tensor(row[-1], dtype=torch.int64).view(torch.float64)) for row in everyone]
-        raise ValueError(
-            f"gather: expected a learned temperature of the same value on every rank, got {found}. Start from the "
-            "same (torch.distributed.broadcast(temperature.data, 0), or register it in the module that DDP wraps), and "
-            "step it on every rank."
-        )
-    ranks = Ranks(group, rank, tuple(row[1] for row in everyone))
+    ranks = Ranks(group, rank, tuple(row[0] for row in everyone))
     if negative_keys is None:
         _others(ranks.total, query)
     return ranks
 
 
-def _bits(value: Any) -> Tensor | None:
-    """A temperature that is a tensor, as the integer that its float64 looks like: the device need not be asked."""
-    if not isinstance(value, Tensor):
-        return None
-    kind = torch.float32 if value.device.type == "mps" else torch.float64
-    as_float = value.detach().to(kind)
-    return as_float.view(torch.int64 if kind == torch.float64 else torch.int32).to(torch.int64)
+def _same_temperature(bits: list[int]) -> None:
+    """A tensor's value on each rank, as the bits of a float64."""
+    values = [struct.unpack("d", struct.pack("q", x))[0] for x in bits]
+    # GPUs of two makes may round exp() differently; ranks that step on their own are further apart after one step.
+    odd = [r for r, t in enumerate(values) if bits[r] != bits[0] and not math.isclose(t, values[0], rel_tol=1e-6)]
+    if odd:
+        raise ValueError(
+            f"gather: expected the same on every rank, got different temperatures, {values}, on rank "
+            f"{', '.join(map(str, odd))} than on rank 0. Start them alike: register the parameter in the module that "
+            "DistributedDataParallel wraps, or torch.distributed.broadcast(temperature.data, 0) once. Its gradient is "
+            "then the same on every rank."
+        )
+
+
+def _bits(values: Sequence[bool]) -> int:
+    return sum(value << place for place, value in enumerate(values))
 
 
 def _code(value: Any) -> int:
@@ -355,22 +351,19 @@ def queue(stored: Any, query: Tensor) -> None:
     _alike("negative_keys", contents, query, dtype=False, advice="Move the queue with queue.to(device).")
 
 
-def ids(
-    query: Tensor, query_ids: Any, negative_ids: Any, *, source: str, shapes: tuple[tuple[int, ...], ...] = ()
-) -> None:
-    """``source`` is where the negatives come from: "batch", "tensor", "queue" or "queue without ids"."""
-    n = query.shape[0]
-    if negative_ids is not None and source != "tensor":
+def ids(given: Inputs) -> None:
+    query, negatives, query_ids, negative_ids = given.query, given.negative_keys, given.query_ids, given.negative_ids
+    if negative_ids is not None and not isinstance(negatives, Tensor):
         way = (
             "In a batch query_ids serve both sides"
-            if source == "batch"
+            if negatives is None
             else "A queue uses the ids it stored (store_ids=True)"
         )
         raise ValueError(
             f"negative_ids: expected None unless negative_keys is a tensor, got one. {way}: leave negative_ids out."
         )
     if query_ids is None:
-        if source == "queue":
+        if isinstance(negatives, MomentumQueue) and negatives.slot_ids is not None:
             raise ValueError(
                 "query_ids: expected integers of shape (N,) with a MomentumQueue that stores ids, got None. "
                 "Pass the ids of the queries, or construct the queue with store_ids=False."
@@ -380,43 +373,40 @@ def ids(
                 "query_ids: expected integers of shape (N,) beside negative_ids, got None. Pass both, or neither."
             )
         return
-    _ids("query_ids", query_ids, ((n,),), query)
-    if source == "queue without ids":
+    _ids("query_ids", query_ids, ((query.shape[0],),), query)
+    if isinstance(negatives, MomentumQueue) and negatives.slot_ids is None:
         raise ValueError(
             "query_ids: expected None with a MomentumQueue that stores no ids, got ids. "
             "Construct it with store_ids=True and pass ids to enqueue, or leave query_ids out."
         )
-    if source == "tensor":
+    if isinstance(negatives, Tensor):
         if negative_ids is None:
             raise ValueError(
                 "negative_ids: expected integers of shape (K,) or (N, K) beside query_ids, got None. Pass both, or "
                 "neither."
             )
-        _ids("negative_ids", negative_ids, shapes, query)
+        _ids("negative_ids", negative_ids, _shared_or_own(query, negatives), query)
 
 
-def mask(query: Tensor, negative_keys: Any, value: Any, name: str = "negative_mask") -> None:
-    """``negative_keys`` is what the mask is about: a tensor, a queue or None."""
-    if negative_keys is None:
+def mask(given: Inputs) -> None:
+    if given.negative_mask is None:
+        return
+    if given.negative_keys is None:
         raise ValueError(
-            f"{name}: expected None unless negative_keys is a tensor or a queue, got one. In a batch query_ids say "
-            "which pairs are no negatives."
+            "negative_mask: expected None without negative_keys, got one. It says which of negative_keys are "
+            "negatives. In a batch query_ids say it: a negative with the query's id is left out."
         )
-    stored = isinstance(negative_keys, MomentumQueue)
-    n, k = query.shape[0], (negative_keys.contents if stored else negative_keys).shape[-2]
-    slots = ", over the slots of the queue's contents," if stored else ""
-    if not isinstance(value, Tensor) or value.dtype != torch.bool:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(
-            f"{name}: expected a bool tensor of shape ({k},) or ({n}, {k}){slots} True where a key is a negative, got "
-            f"{got}. Use mask.bool()."
-        )
-    if tuple(value.shape) not in ((k,), (n, k)):
-        raise ValueError(
-            f"{name}: expected shape ({k},) or ({n}, {k}){slots} got {tuple(value.shape)}. One value for each key, or "
-            "for each pair of a query and a key."
-        )
-    _alike(name, value, query, dtype=False)
+    if isinstance(given.negative_keys, MomentumQueue):
+        shapes, keys = _shared_or_own(given.query, given.negative_keys.contents), "slot of queue.contents"
+    else:
+        shapes, keys = _shared_or_own(given.query, given.negative_keys), "key"
+    _mask("negative_mask", given.negative_mask, shapes, given.query, keys)
+
+
+def _shared_or_own(query: Tensor, keys: Tensor) -> Shapes:
+    """(K,), for all queries, or (N, K), for each its own."""
+    n, k = query.shape[0], keys.shape[-2]
+    return (k,), (n, k)
 
 
 def temperature_device(value: Any, query: Tensor) -> None:
@@ -428,7 +418,7 @@ def temperature_device(value: Any, query: Tensor) -> None:
         )
 
 
-def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any, key_mask: Any) -> None:
+def logsumexp_inputs(query: Any, keys: Any, *, query_ids: Any, key_ids: Any, key_mask: Any) -> None:
     """What ``functional.negatives_logsumexp`` is called with."""
     for name, x in (("query", query), ("keys", keys)):
         _tensor(name, x)
@@ -452,11 +442,10 @@ def logsumexp_inputs(query: Any, keys: Any, query_ids: Any, key_ids: Any, key_ma
     if (query_ids is None) != (key_ids is None):
         raise ValueError("query_ids, key_ids: expected both or neither, got one. Pass both, or neither.")
     if query_ids is not None:
-        k = keys.shape[-2]
         _ids("query_ids", query_ids, ((n,),), query)
-        _ids("key_ids", key_ids, ((k,), (n, k)), query)
+        _ids("key_ids", key_ids, _shared_or_own(query, keys), query)
     if key_mask is not None:
-        mask(query, keys, key_mask, "key_mask")
+        _mask("key_mask", key_mask, _shared_or_own(query, keys), query, "key")
 
 
 def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
@@ -470,7 +459,27 @@ def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
             raise ValueError(f"{name}: expected a momentum between 0 and 1, got {value!r}. BYOL rises from 0.996 to 1.")
 
 
-def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tensor) -> None:
+def _mask(name: str, value: Any, shapes: Shapes, query: Tensor, keys: str) -> None:
+    """``keys`` is what each of its places stands for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a bool tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap it: "
+            f"torch.tensor({name})."
+        )
+    if value.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: expected bool, True where a {keys} is a negative of the query, got {value.dtype}. Of ones and "
+            f"zeros it is {name}.bool(), of 0 and -inf, as they are added to logits, {name} == 0."
+        )
+    if tuple(value.shape) not in shapes:
+        raise ValueError(
+            f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. It has one place for each {keys}, "
+            "for all queries or in a row for each."
+        )
+    _alike(name, value, query, dtype=False)
+
+
+def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name}: expected an integer tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap it: "
@@ -485,16 +494,25 @@ def _ids(name: str, value: Any, shapes: tuple[tuple[int, ...], ...], query: Tens
     _alike(name, value, query, dtype=False)
 
 
-def _either(shapes: tuple[tuple[int, ...], ...]) -> str:
+def _either(shapes: Shapes) -> str:
     return " or ".join(map(str, shapes))
 
 
 def _tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         kinds = "torch.Tensor, a MomentumQueue or None" if name == "negative_keys" else "torch.Tensor"
-        raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. Convert it with torch.as_tensor.")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}. Use {name}.float().")
+        sequence = isinstance(x, (list, tuple)) and any(isinstance(one, Tensor) for one in x)
+        way = f"Stack its embeddings: torch.stack({name})" if sequence else "Convert it with torch.as_tensor"
+        raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. {way}.")
+    if x.dtype in FLOATS:
+        return
+    expected = f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"
+    if (x.dim() < 2 or x.shape[1:] == (1,)) and not x.is_complex():  # (embeddings, labels), as supervised losses take
+        raise TypeError(
+            f"{expected} of shape {tuple(x.shape)}. Labels and ids go to query_ids, beside two views of each image: "
+            "criterion(query, positive_key, query_ids=labels); those of negative_keys to negative_ids."
+        )
+    raise TypeError(f"{expected}. Use {name}.{'real' if x.is_complex() else 'float()'}.")
 
 
 def _alike(name: str, x: Tensor, query: Tensor, *, dtype: bool = True, advice: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
@@ -40,10 +41,9 @@ class Ranks(NamedTuple):
         return _all_gather(x, self)
 
     def shared(self, x: Tensor) -> Tensor:
-        """A parameter that every rank has a copy of; its gradient is the mean over ranks, as DDP makes the encoders'.
+        """``x``, which all ranks hold alike; its gradient on every rank is the mean of all ranks' gradients.
 
-        Each rank's loss is scaled such that this mean is the gradient of the global loss. Inside DDP the mean is taken
-        once more, of equal numbers, which changes nothing.
+        That is what DDP makes of an encoder's gradient. Where DDP averages this one again, it averages equal numbers.
         """
         if torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _MeanGradient.apply(x, self)
@@ -57,36 +57,40 @@ class Ranks(NamedTuple):
         return total
 
 
-class LeftBehind:
-    """Stands in a loaded module for the process group that it had where it was saved."""
+class SavedGroup:
+    """What a file holds in place of a process group, which lives and dies with its process."""
+
+    def __repr__(self) -> str:
+        return "a process group that was saved to a file"
 
 
 class HoldsGroup(nn.Module):
-    """A module with a ``gather``, which copies share and pickles leave behind if it is a group of this process."""
+    """A module whose ``gather`` may be a process group: a copy uses the same group, and a file leaves it out."""
 
     gather: Gather
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
-        memo[id(self.gather)] = self.gather
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
-
     def __copy__(self) -> HoldsGroup:
         new = type(self).__new__(type(self))
-        new.__dict__.update(self.__dict__)
+        new.__dict__ = self.__dict__.copy()
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.gather)] = self.gather
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"gather": self.gather if isinstance(self.gather, bool) else LeftBehind()}
+        held = {} if isinstance(self.gather, bool) else {"gather": SavedGroup()}
+        return self.__dict__ | held
 
 
 def check_gather(gather: Any) -> None:
-    if isinstance(gather, LeftBehind):
+    if isinstance(gather, SavedGroup):
         raise TypeError(
-            "gather: expected a process group of this process, got one that loading has left behind, because groups "
-            "cannot be saved. Set .gather to True or to a group."
+            f"gather: expected False, True or a torch.distributed.ProcessGroup, got {gather!r}, which no file can "
+            "hold. Set it after loading: module.gather = group."
         )
     if not isinstance(gather, bool) and not (dist.is_available() and isinstance(gather, dist.ProcessGroup)):
         raise TypeError(
@@ -119,15 +123,16 @@ def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
 
 
 def exchange(
-    values: list[int], device: torch.device, group: ProcessGroup | None, size: int, on_device: Tensor | None = None
+    values: Sequence[int | Tensor], device: torch.device, group: ProcessGroup | None, size: int
 ) -> list[list[int]]:
-    """Every rank's values in rank order, then the integer that is ``on_device``, else 0. Waits for the device."""
-    mine = torch.tensor([*values, 0], dtype=torch.int64, device=device)
-    if on_device is not None:
-        mine[-1] = on_device
-    out = torch.empty(size * len(mine), dtype=torch.int64, device=device)
+    """Every rank's values, in rank order. Waits for the device once, 0-dim tensors on it among the values or not."""
+    mine = torch.tensor([0 if isinstance(x, Tensor) else x for x in values], dtype=torch.int64, device=device)
+    for place, x in enumerate(values):
+        if isinstance(x, Tensor):
+            mine[place] = x
+    out = torch.empty(size * len(values), dtype=torch.int64, device=device)
     _gather_into(out, mine, group)
-    rows: list[list[int]] = out.view(size, len(mine)).tolist()
+    rows: list[list[int]] = out.view(size, len(values)).tolist()
     return rows
 
 
@@ -184,6 +189,6 @@ class _MeanGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ranks: Ranks = ctx.ranks
-        total = grad.clone(memory_format=torch.contiguous_format)
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)  # a sum of halves would be rounded
         dist.all_reduce(total, group=ranks.group)
-        return total / len(ranks.sizes), None
+        return (total / len(ranks.sizes)).to(grad.dtype), None

@@ -313,7 +313,7 @@ def negatives_logsumexp(
     """
     check.reverse_mode()
     check.temperature(temperature)
-    check.logsumexp_inputs(query, keys, query_ids, key_ids, key_mask)
+    check.logsumexp_inputs(query, keys, query_ids=query_ids, key_ids=key_ids, key_mask=key_mask)
     check.temperature_device(temperature, query)
     learned = temperature if isinstance(temperature, Tensor) else None
     return ops.logsumexp(

@@ -24,21 +24,35 @@ class _Criterion(HoldsGroup):
     sampling: Sampling
     symmetric: bool
     normalize: bool
-    gather: Gather
     reduction: Reduction
     backend: Backend
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, positional: tuple[object, ...]) -> None:
         super().__init__()
+        check.keywords(positional)
         check.settings(settings)
-        check.constructed_temperature(settings.temperature)
-        for name, value in zip(Settings._fields, settings, strict=True):
-            setattr(self, name, value)  # a temperature that is an nn.Parameter registers itself
+        check.lasting_temperature(settings.temperature)
+        for name, value in settings._asdict().items():  # a temperature that is an nn.Parameter registers itself
+            setattr(self, name, value)
 
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
         return Settings(*(getattr(self, name) for name in Settings._fields))
+
+    if TYPE_CHECKING:  # nn.Module's says nothing about arguments and returns Any
+
+        def __call__(
+            self,
+            query: Tensor,
+            positive_key: Tensor,
+            negative_keys: Negatives = None,
+            *,
+            query_ids: Tensor | None = None,
+            negative_ids: Tensor | None = None,
+            negative_mask: Tensor | None = None,
+        ) -> Tensor:
+            """The loss, as ``forward``."""
 
     def forward(
         self,
@@ -51,11 +65,9 @@ class _Criterion(HoldsGroup):
         negative_mask: Tensor | None = None,
     ) -> Tensor:
         """The loss: a 0-dim tensor, or (N,) with ``reduction="none"``. Arguments and shapes: see the class."""
-        inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
-        return functional.compute_loss(self.settings, inputs)
-
-    if TYPE_CHECKING:  # nn.Module calls forward, whose arguments and result a reader's editor should see
-        __call__ = forward
+        return functional.compute_loss(
+            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        )
 
     def with_metrics(
         self,
@@ -68,8 +80,9 @@ class _Criterion(HoldsGroup):
         negative_mask: Tensor | None = None,
     ) -> LossMetrics:
         """The loss and what to log beside it, as a NamedTuple. Arguments and shapes: see the class."""
-        inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
-        return functional.compute_metrics(self.settings, inputs)
+        return functional.compute_metrics(
+            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        )
 
     def chosen_backend(
         self,
@@ -82,14 +95,15 @@ class _Criterion(HoldsGroup):
         negative_mask: Tensor | None = None,
     ) -> tuple[str, str]:
         """The backend that would serve this call, and why."""
-        inputs = Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
-        return functional.chosen_backend(self.settings, inputs)
+        return functional.chosen_backend(
+            self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
+        )
 
     def extra_repr(self) -> str:
-        shown: dict[str, object] = dict(zip(Settings._fields, self.settings, strict=True))
-        if isinstance(self.temperature, Tensor):
-            shown["temperature"] = "learned" if self.temperature.requires_grad else "a tensor"
-        if self.inter_temperature is None:
+        shown = self.settings._asdict()
+        if isinstance(shown["temperature"], Tensor):
+            shown["temperature"] = "learned" if shown["temperature"].requires_grad else "a tensor"
+        if shown["inter_temperature"] is None:
             del shown["inter_temperature"]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
@@ -109,9 +123,9 @@ class EqCoLoss(_Criterion):
 
     Args:
         temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
-            module's own; with ``gather`` its gradient is the global one on every rank. A function of a parameter, such
-            as ``(-scale).exp()``, is new in each step: give it to ``functional.eqco_loss``. A compiled program has
-            numbers built in: one that a schedule changes should be a tensor.
+            module's own. A compiled program has numbers built in: one that a schedule changes should be a tensor. One
+            that is computed from a parameter, such as CLIP's, belongs in :func:`eqco_loss.functional.eqco_loss`.
+        positional: nothing; it turns ``EqCoLoss(0.2, 16)``, which could mean two things, into an error that says so.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
         in_batch: the batch's own negatives. None: ``"keys"`` if no ``negative_keys`` are given, else none. ``"keys"``:
             the other rows of positive_key. ``"views"``: every other embedding of both views (SimCLR), 2N - 2. With
@@ -126,11 +140,12 @@ class EqCoLoss(_Criterion):
             left as it is.
         gather: True, or a process group: in-batch negatives come from all its ranks, uneven batches included, gradients
             return to the rank that owns the key, and each rank's value is scaled (world size / rows of all ranks) such
-            that after DDP's averaging values and gradients are those of one process with the whole batch.
+            that after DDP's averaging values and gradients are those of one process with the whole batch. A learned
+            temperature gets the averaged gradient on every rank, inside a DDP module or beside it.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises;
-            ``criterion.chosen_backend(...)`` tells what serves a call and why. The Triton kernels take float16,
-            bfloat16 and float32 with D up to 512, on NVIDIA GPUs of compute capability 8.0 or newer.
+        backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``chosen_backend(...)``
+            tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512,
+            on NVIDIA GPUs of compute capability 8.0 or newer.
 
     Shape:
         - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or
@@ -139,18 +154,18 @@ class EqCoLoss(_Criterion):
           a :class:`MomentumQueue`.
         - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the
           positive always stays. In a batch query_ids serve both sides, and a queue uses the ids it stored.
-        - negative_mask (K,) or (N, K): bool, True where a key is a negative of the query, as
-          ``F.scaled_dot_product_attention`` reads its mask; for padded hard negatives. Beside given keys, or a queue,
-          whose slots it is about. What mask and ids leave out may hold anything, NaN too: loss and gradients are as if
-          it were not there.
+        - negative_mask (K,) or (N, K): bool, beside a tensor of negative_keys; True where the key is a negative of the
+          query. With a queue (size,) or (N, size), over its slots as they are stored in ``queue.contents``. What ids
+          or the mask leave out may hold anything, NaN too, and gets no gradient.
         - output: 0-dim, or (N,) with ``reduction="none"``; float32 for half inputs. Gradients reach query, positive_key
           and negative_keys.
 
     Raises:
         ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes,
-            devices or ids that do not fit, a row that ids or a mask leave without negatives (on CPU; NaN
-            in that row elsewhere).
-        TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers.
+            devices, ids or a mask that do not fit, a row that ids or the mask leave without negatives (on CPU; NaN in
+            that row elsewhere).
+        TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers, a
+            mask that is not bool.
 
     Example:
         >>> import torch
@@ -167,7 +182,7 @@ class EqCoLoss(_Criterion):
     def __init__(
         self,
         temperature: float | Tensor = 0.2,
-        *not_by_position: NoReturn,
+        *positional: NoReturn,
         alpha: float | None = 65536,
         in_batch: InBatch | None = None,
         num_negatives: int | None = None,
@@ -178,21 +193,21 @@ class EqCoLoss(_Criterion):
         reduction: Reduction = "mean",
         backend: Backend = "auto",
     ) -> None:
-        check.only_by_keyword("EqCoLoss", ("temperature",), not_by_position)
         super().__init__(
             Settings(
-                temperature,
-                None,
-                alpha,
-                in_batch,
-                num_negatives,
-                sampling,
-                symmetric,
-                normalize,
-                gather,
-                reduction,
-                backend,
-            )
+                temperature=temperature,
+                inter_temperature=None,
+                alpha=alpha,
+                in_batch=in_batch,
+                num_negatives=num_negatives,
+                sampling=sampling,
+                symmetric=symmetric,
+                normalize=normalize,
+                gather=gather,
+                reduction=reduction,
+                backend=backend,
+            ),
+            positional,
         )
 
 
@@ -213,6 +228,7 @@ class DualTempInfoNCE(_Criterion):
     Args:
         temperature: t > 0, within a row; a number or a 0-dim tensor, which may require a gradient.
         inter_temperature: T > 0, across rows; a number.
+        positional: nothing, as in :class:`EqCoLoss`.
         alpha: how many negatives to mimic, > 0. None, the paper's loss: as many as there are.
         in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in :class:`EqCoLoss`.
 
@@ -234,7 +250,7 @@ class DualTempInfoNCE(_Criterion):
         self,
         temperature: float | Tensor = 0.1,
         inter_temperature: float = 1.0,
-        *not_by_position: NoReturn,
+        *positional: NoReturn,
         alpha: float | None = None,
         in_batch: InBatch | None = None,
         num_negatives: int | None = None,
@@ -245,20 +261,20 @@ class DualTempInfoNCE(_Criterion):
         reduction: Reduction = "mean",
         backend: Backend = "auto",
     ) -> None:
-        check.only_by_keyword("DualTempInfoNCE", ("temperature", "inter_temperature"), not_by_position)
         check.inter_temperature(inter_temperature)
         super().__init__(
             Settings(
-                temperature,
-                inter_temperature,
-                alpha,
-                in_batch,
-                num_negatives,
-                sampling,
-                symmetric,
-                normalize,
-                gather,
-                reduction,
-                backend,
-            )
+                temperature=temperature,
+                inter_temperature=inter_temperature,
+                alpha=alpha,
+                in_batch=in_batch,
+                num_negatives=num_negatives,
+                sampling=sampling,
+                symmetric=symmetric,
+                normalize=normalize,
+                gather=gather,
+                reduction=reduction,
+                backend=backend,
+            ),
+            positional,
         )

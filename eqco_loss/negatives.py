@@ -72,12 +72,17 @@ def _batch_pairs(
     rows, views = inputs.query.shape[0], 2 if both_views else 1
     offset, total = (0, rows) if ranks is None else (ranks.offset, ranks.total)
     others = views * (total - 1)
-    k = others if settings.num_negatives is None else min(settings.num_negatives, others)
+    k = others if settings.num_negatives is None else min(int(settings.num_negatives), others)
     pairs = Pairs(query_ids=inputs.query_ids, key_ids=key_ids)
     if settings.sampling == "random" and k < others:
         device = inputs.query.device
         return pairs._replace(picked=random_negatives(rows, k, device, total=total, offset=offset, views=views))
     return pairs._replace(band=[offset, k // views, total])
+
+
+def has_float64(device: torch.device) -> bool:
+    """Apple's GPUs have none."""
+    return device.type != "mps"
 
 
 def random_negatives(
@@ -97,13 +102,17 @@ def random_negatives(
         return place.add_(place >= own[:, None]).add_(view, alpha=total)
 
     if k * k < others:  # Floyd's sampling: k steps over all rows at once
-        uniform = torch.rand((rows, k), dtype=torch.float64, device=device)
-        picked = torch.empty_like(uniform, dtype=torch.int64)
+        fewest = others - k + 1  # that a step draws from; each next one draws from one more
+        if has_float64(device):
+            sizes = torch.arange(fewest, others + 1, device=device)
+            drawn = (torch.rand((rows, k), dtype=torch.float64, device=device) * sizes).long()
+        else:
+            drawn = torch.stack([torch.randint(fewest + step, (rows,), device=device) for step in range(k)], 1)
+        picked = torch.empty_like(drawn)
         for step in range(k):
-            last = others - k + step
-            candidate = (uniform[:, step] * (last + 1)).long()
+            candidate = drawn[:, step]
             taken = (picked[:, :step] == candidate[:, None]).any(1)
-            picked[:, step] = torch.where(taken, last, candidate)
+            picked[:, step] = torch.where(taken, fewest + step - 1, candidate)
         return over_own(picked, 0)
     step = max(1, 2**20 // others)  # the k largest of others' random numbers, some rows at a time
     counts = {start: min(step, rows - start) for start in range(0, rows, step)}

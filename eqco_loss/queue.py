@@ -217,7 +217,7 @@ class MomentumQueue(HoldsGroup):
             wrong = error
         group, rank, size = world(self.gather)
         rows = -1 if wrong is not None else keys.shape[0]
-        sizes = tuple(count for count, _ in exchange([rows], self.contents.device, group, size))
+        sizes = tuple(count for (count,) in exchange([rows], self.contents.device, group, size))
         fail_together(wrong, [r for r, count in enumerate(sizes) if count < 0])
         return Ranks(group, rank, sizes)
 

@@ -260,6 +260,25 @@ def test_both_paths_make_the_same_pictures_on_average(name: str) -> None:
         assert close_distributions(ours[:, column], theirs[:, column]), column
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_device_without_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs: the same draws, the same views but for float32's rounding."""
+    images, samples = pictures(5, 40, 36), torch.arange(5)
+    expected = OnDevice(RECIPES[name], 32)(images, seed=0, epoch=0, samples=samples, view=1)
+    monkeypatch.setattr(augment, "has_float64", lambda device: False)
+    seen = []
+
+    def resized_crop(pixels: Tensor, drawn: Draws, size: int, bicubic: bool) -> Tensor:
+        seen.append({x.dtype for x in vars(drawn).values()})
+        return crop(pixels, drawn, size, bicubic)
+
+    crop = augment.resized_crop
+    monkeypatch.setattr(augment, "resized_crop", resized_crop)
+    views = OnDevice(RECIPES[name], 32)(images, seed=0, epoch=0, samples=samples, view=1)
+    assert seen == [{torch.float32, torch.int64, torch.bool}]
+    torch.testing.assert_close(views, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_bad_input() -> None:
     transform = OnDevice(RECIPES["mocov2"], 32)
     good: dict[str, Any] = {"seed": 0, "epoch": 0, "samples": torch.arange(2), "view": 0}

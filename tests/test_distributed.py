@@ -1,17 +1,19 @@
 """gather: several ranks give what one process gives, for every kind of negatives, or the same error on all of them."""
 
 import copy
+import io
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, momentum_update
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, momentum_update
 from tests.ranks import run_ranks
 
 SIZES = [(5, 3), (4, 1, 7), (3, 3, 3, 3)]
@@ -43,11 +45,17 @@ class World:
         self.ids, self.given_ids = torch.arange(n) % (n - 2), torch.arange(13) % 5
 
     def loss(
-        self, cls: Any, option: dict[str, Any], part: slice, gather: bool, metrics: bool = False
+        self,
+        cls: Any,
+        option: dict[str, Any],
+        part: slice,
+        gather: bool,
+        metrics: bool = False,
+        temperature: float | Tensor = 0.3,
     ) -> tuple[Any, Tensor]:
         """The loss of these rows and its gradient for a head that both sides share."""
         head = self.head.clone().requires_grad_()
-        criterion = cls(0.3, gather=gather, **option["settings"])
+        criterion = cls(temperature, gather=gather, **option["settings"])
         call = criterion.with_metrics if metrics else criterion
         negatives: Any = None
         extra: dict[str, Any] = {"query_ids": self.ids[part] if option["ids"] else None}
@@ -58,7 +66,7 @@ class World:
             negatives = MomentumQueue(20, D, dtype=torch.float64, store_ids=option["ids"])
             negatives.enqueue(self.given, self.given_ids if option["ids"] else None)
         value = call(self.query[part] @ head, self.key[part] @ head, negatives, **extra)
-        (gradient,) = torch.autograd.grad(value.loss if metrics else value, head)
+        (gradient,) = torch.autograd.grad(value.loss if metrics else value, head, retain_graph=True)
         return value, gradient
 
 
@@ -164,6 +172,151 @@ def unlike(rank: int) -> None:
     loss = EqCoLoss(num_negatives=1, gather=True, reduction="none")(q, x, query_ids=ids)
     loss.sum().backward()
     assert loss.isnan().tolist() == [[False, False], [True, False]][rank]
+
+
+def learned_temperatures(rank: int, world: int) -> list[str]:
+    """A temperature that all ranks hold gets one process's gradient on each of them, as encoders do from DDP."""
+    sizes = (5, 3)
+    data, start = World(sizes), sum(sizes[:rank])
+    mine, everything = slice(start, start + sizes[rank]), slice(None)
+
+    def gradient(loss: Callable[[nn.Parameter], Tensor], value: float = 0.3) -> Tensor:
+        t = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        loss(t).backward()
+        assert t.grad is not None
+        return t.grad
+
+    def same(got: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(got, expected, atol=0, rtol=1e-12)
+
+    for cls, option in itertools.product((EqCoLoss, DualTempInfoNCE), options("mean")):
+        for metrics in (False, True):
+
+            def loss(t: nn.Parameter, part: slice, gather: bool) -> Tensor:
+                value, _ = data.loss(cls, option, part, gather, metrics, t)  # noqa: B023
+                return value.loss if metrics else value  # type: ignore[no-any-return]  # noqa: B023
+
+            same(gradient(lambda t: loss(t, mine, True)), gradient(lambda t: loss(t, everything, False)))
+
+    query, key = data.query, data.key
+    whole = gradient(lambda t: EqCoLoss(t, reduction="sum")(query, key))
+    same(gradient(lambda t: EqCoLoss(t, reduction="sum", gather=True)(query[mine], key[mine])), whole)
+
+    # "none": what is averaged is what each rank makes of its rows
+    parts = [slice(0, 5), slice(5, 8)]
+    whole = gradient(
+        lambda t: torch.stack([EqCoLoss(t, reduction="none")(query, key)[part].mean() for part in parts]).mean()
+    )
+    same(gradient(lambda t: EqCoLoss(t, reduction="none", gather=True)(query[mine], key[mine]).mean()), whole)
+
+    def twice(t: nn.Parameter, part: slice, gather: bool) -> Tensor:
+        criterion = EqCoLoss(t, gather=gather)
+        return criterion(query[part], key[part]) + 2 * criterion(key[part], query[part])
+
+    same(gradient(lambda t: twice(t, mine, True)), gradient(lambda t: twice(t, everything, False)))
+
+    def clip(scale: nn.Parameter, part: slice, gather: bool) -> Tensor:
+        t = (-scale).exp()
+        return functional.eqco_loss(query[part], key[part], temperature=t, symmetric=True, gather=gather)
+
+    same(gradient(lambda t: clip(t, mine, True)), gradient(lambda t: clip(t, everything, False)))
+    half = nn.Parameter(torch.tensor(0.25, dtype=torch.bfloat16))
+    EqCoLoss(half, gather=True)(query[mine], key[mine]).backward()
+    assert half.grad is not None
+    whole = gradient(lambda t: EqCoLoss(t)(query, key), 0.25)
+    torch.testing.assert_close(half.grad.double(), whole, rtol=2**-7, atol=0)
+
+    beside_and_inside_ddp(data, mine)
+
+    # traced: nothing is exchanged, ranks are equal
+    four = slice(4 * rank, 4 * rank + 4)
+    compiled = torch.compile(
+        lambda t: functional.eqco_loss(query[four], key[four], temperature=t, gather=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    same(gradient(compiled), gradient(lambda t: EqCoLoss(t)(query, key)))
+
+    # rounding is no disagreement; a gradient that one rank does not want, and values of their own, are
+    EqCoLoss(torch.tensor(0.3 * (1 + 1e-9 * rank), dtype=torch.float64), gather=True)(query[mine], key[mine])
+    wanted = torch.tensor(0.3).requires_grad_(rank == 0)
+    parted = torch.tensor((0.452, 0.436)[rank], requires_grad=True)
+    return [mistake(EqCoLoss(t, gather=True), query[mine], key[mine]) for t in (wanted, parted)]
+
+
+def beside_and_inside_ddp(data: World, mine: slice) -> None:
+    """Encoder and temperature of every rank step as those of one process."""
+
+    class Model(nn.Module):
+        def __init__(self, gather: bool, inside: bool) -> None:
+            super().__init__()
+            self.head = nn.Linear(D, D, dtype=torch.float64)
+            with torch.no_grad():
+                self.head.weight.copy_(data.head)
+                self.head.bias.zero_()
+            self.inside = inside
+            self.criterion = EqCoLoss(nn.Parameter(torch.tensor(0.3, dtype=torch.float64)), gather=gather)
+
+        def forward(self, query: Tensor, key: Tensor) -> Any:
+            query, key = self.head(query), self.head(key)
+            return self.criterion(query, key) if self.inside else (query, key)
+
+    def stepped(gather: bool, inside: bool, part: slice) -> list[Tensor]:
+        model = Model(gather, inside)
+        criterion = model.criterion
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        if not inside:
+            del model.criterion
+        encoder = DistributedDataParallel(model) if gather else model
+        for _ in range(5):
+            optimizer.zero_grad()
+            out = encoder(data.query[part], data.key[part])
+            loss: Tensor = out if inside else criterion(*out)
+            loss.backward()
+            optimizer.step()
+        assert isinstance(criterion.temperature, Tensor)
+        return [criterion.temperature.detach(), model.head.weight.detach()]
+
+    for inside in (False, True):
+        got, expected = stepped(True, inside, mine), stepped(False, inside, slice(None))
+        assert abs(expected[0] - 0.3) > 1e-3
+        torch.testing.assert_close(got, expected, atol=0, rtol=1e-10)
+
+
+def copies(rank: int, world: int) -> str:
+    """A process group is shared by copies of a criterion, and no file holds it."""
+    group: Any = dist.new_group(range(world))
+    criterion = EqCoLoss(nn.Parameter(torch.tensor(0.3)), gather=group)
+    copied = copy.deepcopy(nn.ModuleList([criterion]))[0]
+    assert isinstance(copied, EqCoLoss)
+    assert copy.copy(criterion).gather is copied.gather is criterion.gather is group
+    assert copied.temperature is not criterion.temperature
+    x = torch.randn(3, D)
+    assert torch.equal(copied(x, x), criterion(x, x))
+    file = io.BytesIO()
+    torch.save(criterion, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with pytest.raises(TypeError) as caught:
+        loaded(x, x)
+    loaded.gather = group
+    assert torch.equal(loaded(x, x), criterion(x, x))
+    assert copy.deepcopy(EqCoLoss(gather=True)).gather is True
+    return str(caught.value)
+
+
+def learned_and_copied(rank: int, world: int) -> list[str]:
+    return [*learned_temperatures(rank, world), copies(rank, world)]
+
+
+def test_a_learned_temperature_and_a_group_of_its_own() -> None:
+    for wanted, parted, loaded in run_ranks(learned_and_copied, 2):
+        assert "different gradients wanted on rank 1" in wanted
+        assert "different temperatures, [0.4519" in parted
+        assert "on rank 1 than on rank 0" in parted
+        assert "torch.distributed.broadcast(temperature.data, 0)" in parted
+        assert "a process group that was saved to a file" in loaded
+        assert "gather = group" in loaded
 
 
 def queue_mistake(rank: int) -> str:

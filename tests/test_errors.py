@@ -25,6 +25,7 @@ def rows(n: int = N, d: int = D, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 Q = rows()
+SCALE = torch.tensor(1.6, requires_grad=True)  # CLIP's parameter
 KEYS = rows(K)
 IDS = torch.arange(N)
 KEY_IDS = torch.arange(K)
@@ -46,9 +47,14 @@ class Row:
 
 
 def loss(*args: Any, **settings: Any) -> Call:
-    """EqCoLoss(**settings)(*args, **ids), with the ids taken out of the settings."""
-    ids = {name: settings.pop(name) for name in ("query_ids", "negative_ids") if name in settings}
-    return lambda: EqCoLoss(**settings)(*args, **ids)
+    """EqCoLoss(**settings)(*args, **tensors), with the tensors taken out of the settings."""
+    names = ("query_ids", "negative_ids", "negative_mask")
+    tensors = {name: settings.pop(name) for name in names if name in settings}
+    return lambda: EqCoLoss(**settings)(*args, **tensors)
+
+
+def lse(**arguments: Any) -> Call:
+    return lambda: functional.negatives_logsumexp(Q, KEYS, **arguments)
 
 
 def dual(**settings: Any) -> Call:
@@ -134,6 +140,45 @@ TABLE = [
         "finite",
         "inf",
     ),
+    Row(
+        "a temperature with a graph",
+        lambda: EqCoLoss((-SCALE).exp()),
+        ValueError,
+        "temperature",
+        "nn.Parameter",
+        "ExpBackward0",
+        "in each step",
+        "functional.eqco_loss(query, positive_key, temperature=(-scale).exp())",
+    ),
+    Row(
+        "a temperature with a graph, dual",
+        lambda: DualTempInfoNCE(1 / SCALE),
+        ValueError,
+        "temperature",
+        "nn.Parameter",
+        "Backward0",
+        "in each step",
+    ),
+    Row(
+        "alpha by position",
+        lambda: EqCoLoss(0.2, 16),  # type: ignore[arg-type]
+        TypeError,
+        "alpha",
+        "keyword",
+        "16",
+        "alpha=16",
+        "num_negatives=16",
+    ),
+    Row(
+        "alpha by position, dual",
+        lambda: DualTempInfoNCE(0.2, 1.0, 16),  # type: ignore[arg-type]
+        TypeError,
+        "alpha",
+        "keyword",
+        "16",
+        "alpha=16",
+        "num_negatives=16",
+    ),
     Row("alpha 0", loss(Q, Q, alpha=0), ValueError, "alpha", "> 0", "0", "None"),
     Row("alpha < 0", loss(Q, Q, alpha=-1.5), ValueError, "alpha", "> 0", "-1.5", "65536"),
     Row("alpha nan", loss(Q, Q, alpha=float("nan")), ValueError, "alpha", "> 0", "nan", "65536"),
@@ -218,7 +263,11 @@ TABLE = [
     # ------------------------------------------------------------------------------------------------ shapes and dtypes
     Row("query vector", loss(Q[0], Q), ValueError, "query", "(N, D)", "(3,)", "flatten"),
     Row("query feature map", loss(Q[:, :, None, None], Q), ValueError, "query", "(N, D)", "(4, 3, 1, 1)", "flatten"),
+    Row("query of views", loss(torch.stack([Q, Q], 1), Q), ValueError, "query", "(N, D)", "(4, 2, 3)", "x.unbind(1)"),
     Row("query list", loss([[1.0]], Q), TypeError, "query", "Tensor", "list", "as_tensor"),
+    Row("query list of rows", loss(list(Q), Q), TypeError, "query", "Tensor", "list", "torch.stack(query)"),
+    Row("query array", loss(Q.numpy(), Q), TypeError, "query", "Tensor", "ndarray", "as_tensor"),
+    Row("labels first", loss(IDS, Q), TypeError, "query", "float32", "int64", "query_ids=labels"),
     Row("query integers", loss(Q.long(), Q), TypeError, "query", "float32", "int64", "query.float()"),
     Row("query complex", loss(Q.to(torch.complex64), Q), TypeError, "query", "float32", "complex64"),
     Row("query no rows", loss(Q[:0], Q[:0]), ValueError, "query", "N >= 1", "(0, 3)", "drop_last"),
@@ -227,6 +276,21 @@ TABLE = [
     Row("positive rows", loss(Q, Q[:3]), ValueError, "positive_key", "(4, 3)", "(3, 3)"),
     Row("positive width", loss(Q, rows(4, 2)), ValueError, "positive_key", "(4, 3)", "(4, 2)"),
     Row("positive rank", loss(Q, Q[0]), ValueError, "positive_key", "(N, D)", "(3,)"),
+    Row("labels", loss(Q, IDS), TypeError, "positive_key", "float32", "int64 of shape (4,)", "query_ids=labels"),
+    Row("labels of two dims", loss(Q, IDS[:, None]), TypeError, "positive_key", "int64 of shape (4, 1)", "query_ids="),
+    Row("labels, bool", loss(Q, IDS > 1), TypeError, "positive_key", "float32", "bool", "query_ids=labels"),
+    Row("labels third", loss(Q, Q, IDS), TypeError, "negative_keys", "float32", "int64", "query_ids", "negative_ids"),
+    Row("positive array", loss(Q, Q.numpy()), TypeError, "positive_key", "Tensor", "ndarray", "as_tensor"),
+    Row(
+        "several positives",
+        loss(Q, torch.stack([Q, Q], 1)),
+        ValueError,
+        "positive_key",
+        "(N, D)",
+        "(4, 2, 3)",
+        "query.repeat_interleave(2, 0), positive_key.flatten(0, 1)",
+        "torch.arange(4, device=query.device).repeat_interleave(2)",
+    ),
     Row("positive integers", loss(Q, Q.long()), TypeError, "positive_key", "float32", "int64", "positive_key.float()"),
     Row("positive dtype", loss(Q, Q.double()), ValueError, "positive_key", "float32", "float64", "positive_key.to"),
     Row("positive device", loss(Q, Q.to("meta")), ValueError, "positive_key", "cpu", "meta", "positive_key.to"),
@@ -347,6 +411,78 @@ TABLE = [
         "query 2",
         "no negatives",
         "ids",
+    ),
+    # ------------------------------------------------------------------------------------------------------------- mask
+    Row("mask in a batch", loss(Q, Q, negative_mask=IDS > 1), ValueError, "negative_mask", "None", "query_ids"),
+    Row("mask list", loss(Q, Q, KEYS, negative_mask=[True] * K), TypeError, "negative_mask", "(6,)", "list", "tensor"),
+    Row("mask array", loss(Q, Q, KEYS, negative_mask=IDS.numpy()), TypeError, "negative_mask", "bool", "ndarray"),
+    Row(
+        "mask of ones and zeros",
+        loss(Q, Q, KEYS, negative_mask=KEY_IDS),
+        TypeError,
+        "negative_mask",
+        "bool, True where a key is a negative",
+        "int64",
+        "negative_mask.bool()",
+    ),
+    Row(
+        "mask as it is added to logits",
+        loss(Q, Q, KEYS, negative_mask=torch.zeros(N, K)),
+        TypeError,
+        "negative_mask",
+        "bool",
+        "float32",
+        "negative_mask == 0",
+    ),
+    Row(
+        "mask transposed",
+        loss(Q, Q, KEYS, negative_mask=torch.ones(K, N, dtype=torch.bool)),
+        ValueError,
+        "negative_mask",
+        "(6,) or (4, 6)",
+        "(6, 4)",
+        "one place for each key",
+    ),
+    Row(
+        "mask of the rows",
+        loss(Q, Q, Q[:, None], negative_mask=IDS > 1),
+        ValueError,
+        "negative_mask",
+        "(1,) or (4, 1)",
+        "(4,)",
+    ),
+    Row(
+        "mask device",
+        loss(Q, Q, KEYS, negative_mask=(KEY_IDS > 1).to("meta")),
+        ValueError,
+        "negative_mask",
+        "cpu",
+        "meta",
+    ),
+    Row(
+        "mask of a queue's keys and not of its slots",
+        lambda: EqCoLoss()(Q, Q, one_id_queue(), query_ids=IDS, negative_mask=torch.ones(2, dtype=torch.bool)),
+        ValueError,
+        "negative_mask",
+        "(5,) or (4, 5)",
+        "(2,)",
+        "each slot of queue.contents",
+    ),
+    Row(
+        "mask leaves a row nothing",
+        loss(Q, Q, KEYS, negative_mask=(IDS != 2)[:, None].expand(N, K)),
+        ValueError,
+        "query 2",
+        "no negatives",
+        "mask",
+    ),
+    Row(
+        "mask leaves all rows nothing",
+        loss(Q, Q, filled(), negative_mask=torch.zeros(5, dtype=torch.bool)),
+        ValueError,
+        "query 0",
+        "no negatives",
+        "mask",
     ),
     # ------------------------------------------------------------------------------------------------------------ queue
     Row(
@@ -492,6 +628,9 @@ TABLE = [
         "(6,)",
         "(2,)",
     ),
+    Row("lse mask", lse(key_mask=KEY_IDS), TypeError, "key_mask", "bool", "int64", "key_mask.bool()"),
+    Row("lse mask shape", lse(key_mask=IDS > 1), ValueError, "key_mask", "(6,) or (4, 6)", "(4,)", "each key"),
+    Row("lse mask leaves nothing", lse(key_mask=KEY_IDS > 9), ValueError, "query 0", "no negatives", "mask"),
 ]
 
 
@@ -569,6 +708,59 @@ def test_momentum_update_changes_nothing_when_it_fails() -> None:
         momentum_update(query, key, 0.5, buffers="ema")
     assert all(torch.equal(before[name], value) for name, value in key.state_dict().items())
     momentum_update(query, key, 0.5, buffers="none")  # with "none", buffers are nobody's business
+
+
+def test_the_ways_out_lead_out() -> None:
+    """What a message tells to write instead is accepted."""
+    positives = torch.stack([Q, rows().flip(0)], 1)  # (N, P, D)
+    repeated = EqCoLoss()(
+        Q.repeat_interleave(2, 0),
+        positives.flatten(0, 1),
+        query_ids=IDS.repeat_interleave(2),
+    )
+    assert repeated.isfinite()
+    EqCoLoss()(*torch.stack([Q, Q], 1).unbind(1), query_ids=IDS)
+    for step in range(2):
+        SCALE.grad = None
+        functional.eqco_loss(Q, Q + step, temperature=(-SCALE).exp()).backward()
+        assert SCALE.grad is not None
+    with torch.no_grad():
+        EqCoLoss((-SCALE).exp())(Q, Q)
+    EqCoLoss((-SCALE).exp().detach())(Q, Q)
+    EqCoLoss(SCALE)(Q, Q)
+
+
+def test_choices_are_typed() -> None:
+    """mypy checks this file, and an ignored error that it does not find is an error."""
+    x, criterion = Q, EqCoLoss()
+    returned: Tensor = criterion(x, x)
+    assert returned.dim() == 0
+    for wrong in (
+        lambda: EqCoLoss(reduction="avg"),  # type: ignore[arg-type]
+        lambda: EqCoLoss(in_batch="both"),  # type: ignore[arg-type]
+        lambda: DualTempInfoNCE(sampling="uniform"),  # type: ignore[arg-type]
+        lambda: functional.eqco_loss(x, x, backend="cuda"),  # type: ignore[arg-type]
+        lambda: functional.dual_temp_infonce(x, x, reduction="avg"),  # type: ignore[arg-type]
+        lambda: criterion(x, x, queue=x),  # type: ignore[call-arg]
+        lambda: criterion(x, "x"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            wrong()
+
+
+@pytest.mark.parametrize("make", [EqCoLoss, DualTempInfoNCE])
+def test_a_negative_temperature_in_a_graph_is_seen(make: Any) -> None:
+    """Where nobody may ask for its value, as under torch.compile and on a GPU, loss and gradients are NaN."""
+    temperature = nn.Parameter(torch.tensor(0.2))
+    for settings in ({}, {"symmetric": True}, {"num_negatives": 2}, {"reduction": "none"}):
+        criterion: Any = torch.compile(make(temperature, **settings), fullgraph=True, backend="aot_eager")
+        query = Q.clone().requires_grad_()
+        for value in (-0.2, 0.0, 0.2):
+            with torch.no_grad():
+                temperature.fill_(value)
+            result = criterion(query, Q.flip(0))
+            gradients: tuple[Tensor, ...] = torch.autograd.grad(result.sum(), (query, temperature))
+            assert all(bool(x.isnan().all()) == (value <= 0) for x in (result, *gradients)), (settings, value)
 
 
 def test_backend_says_what_it_chose() -> None:

@@ -80,7 +80,7 @@ def test_odd_sizes(loss: str, mode: str, n: int, k: int, d: int) -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_reduction(loss: str, mode: str, reduction: Any) -> None:
+def test_reduction(loss: str, mode: str, reduction: str) -> None:
     case = Case(loss, mode, ids="flat")
     cases.assert_right(case, reduction=reduction)
     result = cases.ours(case, cases.make(case), reduction=reduction).loss
@@ -167,14 +167,17 @@ def test_function_and_module_are_one(loss: str, mode: str) -> None:
 
 
 def test_settings_may_be_changed_and_may_be_numpys() -> None:
-    """Each by its name, ``backend`` too, which is also a method."""
+    """Each by its name, in every call."""
     query, key = torch.randn(4, 3), torch.randn(4, 3)
     criterion = EqCoLoss()
-    for name, value in {"temperature": np.float32(0.5), "alpha": np.int64(7), "backend": "torch"}.items():
+    numpys: dict[str, Any] = {"temperature": np.float32(0.5), "alpha": np.int64(7), "num_negatives": np.int64(2)}
+    for name, value in {**numpys, "backend": "torch"}.items():
         setattr(criterion, name, value)
+    assert criterion.backend == "torch"
     assert criterion.chosen_backend(query, key) == ("torch", "asked for by name")
-    assert torch.equal(criterion(query, key), EqCoLoss(0.5, alpha=7)(query, key))
-    setattr(criterion, "backend", "none")  # noqa: B010
+    assert torch.equal(criterion(query, key), EqCoLoss(0.5, alpha=7, num_negatives=2)(query, key))
+    assert torch.equal(criterion(query, key), EqCoLoss(**numpys)(query, key))
+    criterion.backend = "none"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="backend: expected one of"):
         criterion(query, key)
 
@@ -227,7 +230,7 @@ METRICS = (
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_metrics_are_means_whatever_the_reduction(loss: str, reduction: Any) -> None:
+def test_metrics_are_means_whatever_the_reduction(loss: str, reduction: str) -> None:
     case = Case(loss)
     sample = cases.make(case)
     mean = cases.criterion(case).with_metrics(sample.query, sample.positive, sample.negatives)
@@ -235,15 +238,6 @@ def test_metrics_are_means_whatever_the_reduction(loss: str, reduction: Any) -> 
     assert other.loss.shape == ((case.n,) if reduction == "none" else ())
     for name in METRICS:
         assert torch.equal(getattr(mean, name), getattr(other, name)), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_collapsed_embeddings_have_no_contrast_accuracy(dtype: torch.dtype) -> None:
-    """All are equal: rounding made it 0 or 100 %."""
-    for row in torch.randn(8, 48).to(dtype):
-        same = row.expand(33, 48)
-        metrics = EqCoLoss().with_metrics(same, same)
-        assert metrics.top1_accuracy.item() == metrics.top5_accuracy.item() == 0.0
 
 
 def test_top1_counts_a_tie_as_wrong_and_knows_no_margin() -> None:
@@ -255,6 +249,17 @@ def test_top1_counts_a_tie_as_wrong_and_knows_no_margin() -> None:
     for alpha in (1e-3, 2.0**20):
         metrics = EqCoLoss(alpha=alpha).with_metrics(query, positive, negatives)
         assert metrics.top1_accuracy.item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
+@pytest.mark.parametrize("in_batch", ["keys", "views", None])
+def test_collapsed_embeddings_are_no_contrast(in_batch: Any, dtype: torch.dtype) -> None:
+    """All alike: however their similarities are rounded, no query tells its positive from the others."""
+    for d in (3, 7, 128):
+        z = torch.randn(d).to(dtype).expand(64, d)
+        negatives = None if in_batch else z[:9]
+        metrics = EqCoLoss(in_batch=in_batch).with_metrics(z.clone(), z.clone(), negatives)
+        assert metrics.top1_accuracy.item() == metrics.top5_accuracy.item() == 0
 
 
 @pytest.mark.parametrize("where", ["query", "positive"])
@@ -434,6 +439,44 @@ def test_a_queue_of_another_dtype(dtype: torch.dtype) -> None:
     bound = 20 * torch.finfo(torch.float32).eps if dtype in (torch.float32, torch.float64) else torch.finfo(dtype).eps
     assert error(found.loss, exact.loss) <= bound * 10
     assert error(found.gradients["query"], exact.gradients["query"]) <= bound * 10
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mode", ["shared", "per_query", "queue"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_mask_leaves_out(loss: str, mode: str, own: bool) -> None:
+    """Each query's loss and gradient are those of its remaining negatives alone, whatever the others hold."""
+    case = Case(loss, mode, dtype=torch.float64)
+    sample = cases.make(case)
+    one, queue = cases.criterion(case, reduction="none"), sample.negatives
+    slots = queue.contents if isinstance(queue, MomentumQueue) else queue
+    assert slots is not None
+    mask = torch.rand((case.n, case.k) if own else (case.k,)) < 0.5
+    mask[..., 1] = True
+    rows = mask.expand(case.n, case.k)
+    leaves = {"query": sample.query, "positive": sample.positive}
+    if not isinstance(queue, MomentumQueue):
+        leaves["negatives"] = slots = slots.masked_fill(
+            ~(mask if own and mode == "per_query" else rows.any(0))[..., None], math.nan
+        )
+
+    def masked(leaf: dict[str, Tensor]) -> Tensor:
+        return one(leaf["query"], leaf["positive"], leaf.get("negatives", queue), negative_mask=mask)
+
+    def alone(leaf: dict[str, Tensor]) -> Tensor:
+        found = []
+        for i, row in enumerate(rows):
+            keys = leaf.get("negatives", slots)
+            keys = (keys[i] if keys.dim() == 3 else keys)[row]
+            found.append(one(leaf["query"][i : i + 1], leaf["positive"][i : i + 1], keys))
+        return torch.cat(found)
+
+    got, expected = cases.answer(masked, leaves), cases.answer(alone, leaves)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-10, atol=0)
+    for name, gradient in got.gradients.items():
+        torch.testing.assert_close(gradient, expected.gradients[name], rtol=1e-9, atol=1e-12, msg=name)
+    lse = functional.negatives_logsumexp(sample.query, slots, key_mask=mask)
+    assert lse.isfinite().all()
 
 
 def test_the_helper_itself_can_fail() -> None:

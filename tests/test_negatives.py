@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
+from eqco_loss.functional import negatives_logsumexp
 from eqco_loss.negatives import random_negatives
+from eqco_loss.ops.backends import BACKENDS
 from tests import knobs, oracle
 from tests.cases import Answer, answer, eager
 from tests.tolerance import assert_as_exact_as_eager
@@ -227,9 +230,66 @@ def test_symmetric_is_the_mean_of_two_calls() -> None:
         torch.testing.assert_close(both(d.query, d.key), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("k", [4, 12])
-def test_random_negatives_of_views(k: int) -> None:
+class NoFloat64(TorchDispatchMode):
+    """What a device without float64 does, such as Apple's GPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"{func}: Cannot convert a MPS Tensor to float64 dtype")
+        return out
+
+
+class WithoutFloat64:
+    """A backend whose functions run under that mode, which an operator hides from them."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            with NoFloat64():
+                return getattr(self.backend, name)(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("dual", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(300, 16), (9, 4), (9, None)])
+def test_a_device_without_float64(
+    n: int, k: int | None, symmetric: bool, dual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every draw, loss, gradient and metric in float32."""
+    monkeypatch.setattr("eqco_loss.negatives.has_float64", lambda device: False)
+    monkeypatch.setitem(BACKENDS, "torch", WithoutFloat64(BACKENDS["torch"]))
+    query, key = (torch.randn(n, D, requires_grad=True) for _ in range(2))
+    t = torch.tensor(0.3, requires_grad=True)
+    make: Any = DualTempInfoNCE if dual else EqCoLoss
+    queue = MomentumQueue(12, D)
+    with NoFloat64():
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(1).double()
+        queue.enqueue(key.detach())
+        for in_batch, given in itertools.product(("keys", "views"), (None, queue, key.detach()[:5])):
+            if given is not None and (symmetric or k):
+                continue
+            one = make(t, in_batch=in_batch, symmetric=symmetric, num_negatives=k, sampling="random")
+            for loss in (one(query, key, given), one.with_metrics(query, key, given).loss):
+                assert all(x.isfinite().all() for x in torch.autograd.grad(loss, (query, key, t)))
+        lse = negatives_logsumexp(query, key, temperature=t)
+        torch.autograd.grad(lse.sum(), (query, key, t))
+
+
+@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("k", [3, 4, 12])
+def test_random_negatives_of_views(k: int, float64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without replacement, never of the row's own image, uniform over both views and all ranks' rows."""
+    monkeypatch.setattr("eqco_loss.negatives.has_float64", lambda device: float64)
     draws, total, offset, rows = 2000, 9, 3, 4
     count = torch.zeros(rows, 2 * total)
     for _ in range(draws):

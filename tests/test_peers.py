@@ -18,8 +18,9 @@ from open_clip.loss import ClipLoss
 from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss, SelfSupervisedLoss, SupConLoss
 from torch import Tensor, nn
 
-from eqco_loss import EqCoLoss, MomentumQueue
+from eqco_loss import EqCoLoss, MomentumQueue, functional
 from eqco_loss.functional import eqco_loss
+from eqco_loss.settings import Reduction
 
 EQUAL = 1e-9
 SIZES = [(2, 3), (7, 5), (33, 16)]  # N, D
@@ -88,7 +89,7 @@ def test_one_direction_of_pytorch_metric_learning(t: float) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("t", TEMPERATURES)
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_infonce_of_the_batch(n: int, d: int, t: float, reduction: Any) -> None:
+def test_infonce_of_the_batch(n: int, d: int, t: float, reduction: Reduction) -> None:
     ours = EqCoLoss(temperature=t, alpha=None, reduction=reduction)
     theirs = InfoNCE(temperature=t, reduction=reduction)
     assert_equal(lambda z0, z1: ours(z0, z1), lambda z0, z1: theirs(z0, z1), two_views(n, d))
@@ -98,7 +99,7 @@ def test_infonce_of_the_batch(n: int, d: int, t: float, reduction: Any) -> None:
 @pytest.mark.parametrize("mode", ["unpaired", "paired"])
 @pytest.mark.parametrize("t", TEMPERATURES)
 @pytest.mark.parametrize(("n", "d"), SIZES)
-def test_infonce_with_negative_keys(n: int, d: int, t: float, mode: str, reduction: Any) -> None:
+def test_infonce_with_negative_keys(n: int, d: int, t: float, mode: str, reduction: Reduction) -> None:
     """The same call for both modes: (K, D) is unpaired, (N, K, D) is paired."""
     ours = EqCoLoss(temperature=t, alpha=None, reduction=reduction)
     theirs = InfoNCE(temperature=t, reduction=reduction, negative_mode=mode)
@@ -177,9 +178,11 @@ def test_clip_with_its_learned_logit_scale(n: int, d: int, t: float) -> None:
         loss: Tensor = theirs(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale.exp())
         return loss
 
+    criterion = EqCoLoss(alpha=None, symmetric=True)
+
     def module(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        loss: Tensor = EqCoLoss(temperature=(-logit_scale).exp(), alpha=None, symmetric=True)(image, text)
-        return loss
+        criterion.temperature = (-logit_scale).exp()
+        return criterion(image, text)
 
     def function(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         return eqco_loss(image, text, temperature=(-logit_scale).exp(), alpha=None, symmetric=True)
@@ -323,7 +326,8 @@ N, K, D = 6, 24, 5
 def names_of(section: str, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a section's rows speak of; the same in every call."""
     torch.manual_seed(1)
-    names: dict[str, Any] = {"K": K, "D": D, "torch": torch, "nn": nn, "EqCoLoss": EqCoLoss, **leaves}
+    names: dict[str, Any] = {"K": K, "D": D, "torch": torch, "nn": nn, **leaves}
+    names |= {"EqCoLoss": EqCoLoss, "functional": functional}
     labels, ids, published = classes(N), torch.arange(N), F.normalize(embeddings(D, K), dim=0)
     queue = MomentumQueue(K, D, dtype=torch.float64)
     queue.load_moco(published)
@@ -356,7 +360,7 @@ def names_of(section: str, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def test_the_migration_table_is_read() -> None:
     packages = MIGRATION.read_text().split("\n## Published code")[0]
-    assert len(ROWS) == sum("`EqCoLoss(" in line for line in packages.splitlines()) == 13
+    assert len(ROWS) == sum("`EqCoLoss(" in line or "`functional." in line for line in packages.splitlines()) == 13
 
 
 @pytest.mark.parametrize(("section", "theirs", "ours", "scale"), ROWS)

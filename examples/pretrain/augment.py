@@ -71,7 +71,7 @@ def to_normalised_tensor() -> list[torch.nn.Module]:
 
 @dataclass(frozen=True)
 class Draws:
-    """What happens to each image. All (N,), in float64, so that devices agree on every rounding."""
+    """What happens to each image. All (N,), drawn in float64, so that devices agree on every rounding."""
 
     top: Tensor
     left: Tensor
@@ -82,6 +82,18 @@ class Draws:
     order: Tensor  # (N, 4), which of the four comes first, second, ...
     gray: Tensor  # bool
     sigma: Tensor  # pixels; 0: no blur
+
+    def on(self, device: torch.device) -> "Draws":
+        """The same draws there, in float32 where the device has nothing wider."""
+        if not has_float64(device):
+            narrow = {name: x.float() for name, x in vars(self).items() if x.dtype == torch.float64}
+            return Draws(**{name: x.to(device) for name, x in {**vars(self), **narrow}.items()})
+        return self
+
+
+def has_float64(device: torch.device) -> bool:
+    """Apple's GPUs have none."""
+    return device.type != "mps"
 
 
 class OnDevice:
@@ -101,8 +113,8 @@ class OnDevice:
         if samples.shape != images.shape[:1] or samples.is_floating_point():
             raise ValueError(f"samples: expected {len(images)} integers, got {samples.dtype} {tuple(samples.shape)}.")
         recipe, size = self.recipe, self.size
-        samples = samples.to(images.device, non_blocking=True)
-        drawn = draw(recipe, *images.shape[2:], seed=seed, epoch=epoch, samples=samples, view=view)
+        samples = samples.to(images.device, non_blocking=True) if has_float64(images.device) else samples.cpu()
+        drawn = draw(recipe, *images.shape[2:], seed=seed, epoch=epoch, samples=samples, view=view).on(images.device)
         pixels = resized_crop(images.float() / 255, drawn, size, recipe.bicubic)
         if recipe.gray_first:
             pixels = grayscale(pixels, drawn.gray)
