@@ -214,8 +214,10 @@ def test_accuracy_targets(t: float, dtype: torch.dtype) -> None:
     row_loss = F.softplus(shift - ((exact[0] * exact[1]).sum(1) / t - lse))
     assert (out.loss - row_loss).abs().max() <= 2e-6 * row_loss.max().clamp_min(1.0)
     mean_key = out.query_gradient * t / weight[:, None] + exact[1]
-    limit = 2e-6 if dtype == torch.float32 else 5e-4
-    assert (mean_key - softmax @ exact[2]).abs().max() <= limit * max(1.0, 1 / t * (dtype == torch.float32))
+    limit = 2e-6 * max(1.0, 1 / t) if dtype == torch.float32 else 5e-4
+    if dtype == torch.bfloat16:  # the dtype of the gradient that the mean key is computed from here
+        limit += torch.finfo(dtype).eps / 2 * (out.query_gradient.abs().amax(1) * t / weight).max().item()
+    assert (mean_key - softmax @ exact[2]).abs().max() <= limit
     grad = torch.rand(n) / n
     got = keys_gradient(q, keys, grad, out.rows, t)
     expected = (softmax * (grad.double() * weight / t)[:, None]).T @ exact[0]

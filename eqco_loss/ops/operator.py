@@ -294,16 +294,19 @@ def _times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_losses_fake(call: RowLosses) -> RowOutputs:
-    n, dtype = call.query.shape[0], compute_dtype(call.query)
-    in_forward = call.need_keys_gradient and BACKENDS[call.backend].gives_keys_gradient(call)
+    n, dtype, backend = call.query.shape[0], compute_dtype(call.query), BACKENDS[call.backend]
+    in_forward = call.need_keys_gradient and backend.gives_keys_gradient(call)
 
-    def new(*shape: int, wanted: bool = True) -> Tensor:
+    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = dtype) -> Tensor:
         return call.query.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    def unit(x: Tensor, wanted: bool) -> Tensor:
+        return new(*x.shape, dtype=backend.unit_dtype(x.dtype)) if wanted else new(0)
 
     return RowOutputs(
         loss=new() if call.reduced else new(n),
-        query_gradient=new(*call.query.shape, wanted=call.need_query_gradient),
-        positive_gradient=new(*call.query.shape, wanted=call.need_positive_gradient),
+        query_gradient=unit(call.query, call.need_query_gradient),
+        positive_gradient=unit(call.positive, call.need_positive_gradient),
         keys_gradient=new(*call.first.keys.shape, wanted=in_forward),
         rows=new(len(Row), n),
         metrics=new(len(Metric), n, wanted=call.need_metrics),

@@ -65,6 +65,11 @@ def gives_keys_gradient(call: RowLosses) -> bool:
     return call.reduced
 
 
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients before backward multiplies them by the loss's."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @_plainly
 def row_losses(call: RowLosses) -> RowOutputs:
     t, dtype, ratio = temperature_of(call), compute_dtype(call.query), call.ratio

@@ -17,6 +17,7 @@ from .launch import (
     row_losses,
     symmetric_gradient,
     symmetric_losses,
+    unit_dtype,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "row_losses",
     "symmetric_gradient",
     "symmetric_losses",
+    "unit_dtype",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -155,14 +155,16 @@ def visit(
 
 
 @triton.jit(
-    do_not_specialize=["n", "k", "offset", "width", "modulus", "chunk", "splits_per_view", "first_split", "splits"]
-)
+    do_not_specialize=[
+        "n", "half", "k", "offset", "width", "modulus", "chunk", "splits_per_view", "first_split", "splits"
+    ]
+)  # fmt: skip
 def attend(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
     keys, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
     mask, mask_stride_n, mask_stride_k, key_count, temperature_tensor,
     parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
-    n, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
+    n, half, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr,
@@ -181,7 +183,7 @@ def attend(
     inverse = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if NORMALIZE:
         inverse = inverse_norm(raw_q)
-    if METRICS:
+    if METRICS:  # which two views in one tensor are not asked for
         p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
         s = tl.sum(raw_q.to(tl.float32) * p, 1) * inverse
         if NORMALIZE:
@@ -240,7 +242,7 @@ def attend(
             raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             loss, query_gradient, positive_gradient, out_rows, metrics,
-            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
         )  # fmt: skip
     else:
         store_parts(
@@ -252,13 +254,13 @@ def attend(
 # ------------------------------------------------------------------------------------------------- keys of each query
 
 
-@triton.jit(do_not_specialize=["n", "k", "first_split", "splits"])
+@triton.jit(do_not_specialize=["n", "half", "k", "first_split", "splits"])
 def attend_own(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
     keys, stride_n, stride_k, stride_d, picked, picked_stride_n, picked_stride_c,
     query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, temperature_tensor,
     parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
-    n, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
+    n, half, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
     QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr,
@@ -319,7 +321,7 @@ def attend_own(
             raw_q, rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             loss, query_gradient, positive_gradient, out_rows, metrics,
-            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
         )  # fmt: skip
     else:
         store_parts(
@@ -347,28 +349,23 @@ def load_outs(outs, split, splits, rows, n, D: tl.constexpr, BLOCK_D: tl.constex
     return tl.load(at, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@triton.jit(do_not_specialize=["n", "half", "splits"])
 def combine(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d, temperature_tensor,
     parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
-    n, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
+    n, half, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr, LOSS: tl.constexpr,
+    AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
+    LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: their splits in a fixed order, then loss and gradients; without LOSS, log-sum-exp and mean key.
-
-    Everything is loaded before anything is reduced, so that the loads wait for memory together.
-    """
+    """Some rows: their splits in a fixed order, then loss and gradients; without LOSS, log-sum-exp and mean key."""
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     split = tl.arange(0, BLOCK_SPLITS)
     maxima = load_part(parts, PART_MAXIMUM, split, splits, rows, n, MINIMUM)  # one with nothing in it has MINIMUM
     totals = load_part(parts, PART_TOTAL, split, splits, rows, n, 0.0)
     counts = load_part(parts, PART_COUNT, split, splits, rows, n, 0.0)
-    some = tl.arange(0, AT_ONCE)
-    if outs is not None:
-        out = load_outs(outs, some, splits, rows, n, D, BLOCK_D)
-        out_maxima = load_part(parts, PART_MAXIMUM, some, splits, rows, n, MINIMUM)
+    q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
     zero = tl.zeros([BLOCK_ROWS], tl.float32)
     inter_maximum, inter_total, rank, logit_sum = zero, zero, zero, zero
     if DUAL:
@@ -383,19 +380,26 @@ def combine(
     total = tl.sum(totals * tl.exp2(maxima - maximum[None, :]), 0)
     count = tl.sum(counts, 0)
     mean_key = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    if outs is not None:
-        mean_key = tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
-        for start in range(AT_ONCE, splits, AT_ONCE):
+    if outs is not None and FEW:  # one after the other, since a sum over a third dimension goes through shared memory
+        for one in tl.static_range(BLOCK_SPLITS):
+            present = rows < tl.where(one < splits, n, 0)
+            weight = tl.load(parts + (PART_MAXIMUM * splits.to(tl.int64) + one) * n + rows, mask=present, other=MINIMUM)
+            out = load_rows(
+                outs + tl.cast(one, tl.int64) * n * D, tl.where(present, rows, n), D, 1, n, D, BLOCK_D, True, True
+            )
+            mean_key += out * tl.exp2(weight - maximum)[:, None]
+    elif outs is not None:
+        some = tl.arange(0, AT_ONCE)
+        for start in range(0, splits, AT_ONCE):
             out = load_outs(outs, start + some, splits, rows, n, D, BLOCK_D)
             out_maxima = load_part(parts, PART_MAXIMUM, start + some, splits, rows, n, MINIMUM)
             mean_key += tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
     if LOSS:
-        q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
         finish(
             q, rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             loss, query_gradient, positive_gradient, out_rows, metrics,
-            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
         )  # fmt: skip
     else:
         finish_logsumexp(rows, maximum, total, mean_key, loss, query_gradient, out_rows, n, t, D, BLOCK_D)

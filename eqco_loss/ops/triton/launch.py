@@ -110,17 +110,26 @@ class _Visit(NamedTuple):
     splits: int  # of all views
 
 
-def row_losses(call: RowLosses, tile: Tile | None = None) -> RowOutputs:
-    """``tile`` is for tests and benchmarks; None takes the table's."""
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients before backward multiplies them. bfloat16's are rounded once, as grad is mostly 1 or a power of two;
+    float16's might not fit before a loss scale."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowOutputs:
+    """``half``: rows i and i + half are each other's positives, and ``positive`` is the query.
+
+    ``tile`` is for tests and benchmarks; None takes the table's.
+    """
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
     losses, rows = new(n), new(len(Row), n)
-    query_gradient = new(n, d) if call.need_query_gradient else None
-    positive_gradient = new(n, d) if call.need_positive_gradient else None
+    query_gradient = new(n, d, dtype=unit_dtype(call.query.dtype)) if call.need_query_gradient else None
+    positive_gradient = new(n, d, dtype=unit_dtype(call.positive.dtype)) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
     options = _Options(
         call.normalize, call.need_query_gradient, call.need_metrics, call.inter_temperature, call.alpha, call.ratio
     )
-    _attend(call, options, tile, call.positive, losses, query_gradient, positive_gradient, rows, metrics)
+    _attend(call, options, tile, half, call.positive, losses, query_gradient, positive_gradient, rows, metrics)
     return RowOutputs(
         losses.sum() if call.reduced else losses,
         new(0) if query_gradient is None else query_gradient,
@@ -135,7 +144,7 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
     lse, rows, mean_key = new(n), new(len(Row), n), new(n, d) if call.need_query_gradient else None
     options = _Options(False, call.need_query_gradient, False, None, None, 1.0)
-    _attend(call, options, None, None, lse, mean_key, None, rows, None)
+    _attend(call, options, None, 0, None, lse, mean_key, None, rows, None)
     return LogSumExpOutputs(lse, new(0) if mean_key is None else mean_key, rows)
 
 
@@ -143,6 +152,7 @@ def _attend(
     call: RowLosses | LogSumExp,
     options: _Options,
     tile: Tile | None,
+    half: int,
     positive: Tensor | None,  # None: log-sum-exps only
     loss: Tensor,
     query_gradient: Tensor | None,
@@ -179,15 +189,16 @@ def _attend(
     first_split = 0
     for visit in visits:
         if visit.one.own:
-            _launch_own(call, visit, queries, answers, (first_split, splits), numbers, common | more)
+            _launch_own(call, visit, queries, answers, (first_split, splits), numbers, common | more, half)
         else:
-            _launch_shared(call, options, visit, queries, answers, (first_split, splits), numbers, common | more)
+            _launch_shared(call, options, visit, queries, answers, (first_split, splits), numbers, common | more, half)
         first_split += visit.splits
     if not finish:
         block, at_once = combine_tile(splits, _block_d(d), outs is not None)
         kernels().forward.combine[(_blocks(n, block),)](
-            *queries, call.learned_temperature, *answers, n, splits, *numbers,
-            BLOCK_ROWS=block, BLOCK_SPLITS=power_of_two(splits), AT_ONCE=at_once, LOSS=positive is not None,
+            *queries, call.learned_temperature, *answers, n, half, splits, *numbers,
+            BLOCK_ROWS=block, BLOCK_SPLITS=power_of_two(splits), AT_ONCE=at_once, FEW=splits <= 8,
+            LOSS=positive is not None,
             num_warps=4, **common,
         )  # fmt: skip
 
@@ -227,13 +238,14 @@ def _launch_own(
     split: tuple[int, int],
     numbers: tuple[float, ...],
     options: dict[str, Any],
+    half: int,
 ) -> None:
     keys, pairs = visit.one.keys, visit.one.pairs
     strides = keys.stride() if pairs.picked is None else (0, *keys.stride())
     picked_strides = (0, 0) if pairs.picked is None else pairs.picked.stride()
     kernels().forward.attend_own[(call.query.shape[0], 1)](
         *queries, keys, *strides, pairs.picked, *picked_strides, *_left_out(pairs), call.learned_temperature, *answers,
-        call.query.shape[0], visit.columns, *split, *numbers,
+        call.query.shape[0], half, visit.columns, *split, *numbers,
         BLOCK_KEYS=visit.tile.streamed, **_dimensions(pairs), NORMALIZE_KEYS=visit.one.normalize,
         num_warps=visit.tile.warps, **options,
     )  # fmt: skip
@@ -248,6 +260,7 @@ def _launch_shared(
     split: tuple[int, int],
     numbers: tuple[float, ...],
     constants: dict[str, Any],
+    half: int,
 ) -> None:
     n, pairs, tile = len(call.query), visit.one.pairs, visit.tile
     dtype, row_blocks = dot_dtype(call.query, visit.one.keys, call.autocast), _blocks(n, tile.resident)
@@ -257,7 +270,7 @@ def _launch_shared(
     offset, width, modulus = pairs.band or (0, 0, 1)
     kernels().forward.attend[(row_blocks, visit.splits)](
         *queries, keys, *keys.stride(), factor, *_left_out(pairs), pairs.filled, call.learned_temperature, *answers,
-        n, len(keys), offset, width, modulus, visit.chunk, visit.splits // visit.views, *split, *numbers,
+        n, half, len(keys), offset, width, modulus, visit.chunk, visit.splits // visit.views, *split, *numbers,
         BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=_triton_dtype(dtype), PRECISION=precision(dtype),
         STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed, **_dimensions(pairs), FACTOR=how,
         CLEAN=_clean(visit.one), BOUNDED=bounded, WIDE=_wide(keys), num_warps=tile.warps, num_stages=tile.stages,
@@ -396,8 +409,9 @@ def _merge_splits(parts: Tensor, raw: Tensor, out: Tensor, normalize: bool, clea
 def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> SymmetricOutputs:
     """Both directions' losses; their gradients are ``symmetric_gradient``'s."""
 
-    def outputs(query: Tensor, positive: Tensor, keys: Tensor) -> RowOutputs:
-        m = len(call.views) // 2
+    m = len(call.views) // 2
+
+    def outputs(query: Tensor, positive: Tensor, keys: Tensor, half: int = 0) -> RowOutputs:
         one = KeySet(keys, Pairs(band=[0, m - 1, m]), normalize=True)
         return row_losses(
             RowLosses(
@@ -421,10 +435,11 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
                 backend=call.backend,
             ),
             tile,
+            half,
         )
 
     if not call.across:
-        out = outputs(call.views, call.views.roll(len(call.views) // 2, 0), call.views)
+        out = outputs(call.views, call.views, call.views, m)
         return SymmetricOutputs(out.loss, out.rows)
     first, second = call.views.chunk(2)
     there, back = outputs(first, second, second), outputs(second, first, first)

@@ -55,6 +55,12 @@ def load_rows(
 
 
 @triton.jit
+def partners(rows, half):
+    """Where the rows' positives are: the same rows, or, with two views of ``half`` rows each, the other view's."""
+    return tl.where(half > 0, tl.where(rows < half, rows + half, rows - half), rows)
+
+
+@triton.jit
 def store_rows(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows (R, BLOCK_D) into a contiguous (n, D), in its dtype."""
     d = tl.arange(0, BLOCK_D)
@@ -214,11 +220,12 @@ def finish(
     q, rows, positive, positive_stride_n, positive_stride_d,  # q (R, BLOCK_D) float32, raw
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what was seen of each row
     loss, query_gradient, positive_gradient, out_rows, metrics,
-    n, t, inter_t, alpha, share, query_eps, positive_eps,
+    n, half, t, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
 ):  # fmt: skip
     """Losses, unit gradients and statistics of some rows. mean_key is the sum of exponentials times keys."""
-    p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+    p = load_rows(positive, partners(rows, half), positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
+    p = p.to(tl.float32)
     q_inverse = tl.full(rows.shape, 1.0, tl.float32)
     p_inverse = q_inverse
     if NORMALIZE:

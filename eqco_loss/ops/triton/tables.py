@@ -70,8 +70,10 @@ def forward_tile(
     narrow = major not in (9, 10)  # a warp multiplies on its own, with everything in registers
     warps = 8 if rows >= 128 else 4  # a warp has 16 whole rows, or on sm_90 four have 64
     if block_d <= 128:
-        if major == 9 and plain and not converts:
-            return Tile(min(rows, 64), 128, 4, 3)  # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69
+        if major == 9 and not converts:
+            # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69. Two temperatures, metrics and ids by their
+            # loops: 8.8, 12.5 and 17.3 instructions a pair; 128 x 64/8/3 9.9, 13.2 and 18.1.
+            return Tile(min(rows, 64), 128, 4, 3)
         if major == 9 and plain:
             return Tile(min(rows, 128), 128, warps, 2)  # measured: M1 of float32 keys 34 us; 64 x 128/4/3 49
         few_registers = turned and (narrow or arch in LITTLE_SHARED_MEMORY)
@@ -100,14 +102,18 @@ def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int) -> Tile:
         if arch // 10 == 9:
             return Tile(min(keys, 64), 128, 4, 2)  # measured: S1 35 us; 64 x 64/4/3 39
         return Tile(min(keys, 64), 64, 4, 3)  # by its loop
+    if block_d <= 256 and arch // 10 == 9:
+        return Tile(min(keys, 128), 64, 8 if keys >= 128 else 4, 2)  # by its loop: 10.4 a pair; 64 x 32/4/2 15.6
     return Tile(min(keys, 64), 32, 4, 2) if block_d <= 256 else Tile(min(keys, 32), 32, 8, 2)  # by their loops
 
 
 def symmetric_tile(dtype: torch.dtype, block_d: int, n: int, arch: int) -> Tile:
     """Of ``symmetric_rows``, whose rows are resident and streamed."""
     rows = max(16, power_of_two(n))
-    if dtype == torch.bfloat16 and arch // 10 == 9 and block_d <= 128:
+    if dtype != torch.float32 and arch // 10 == 9 and block_d <= 128:
         return Tile(min(rows, 64), 128, 4, 2)  # measured: S2 84 us; 64 x 64/4/3 101. Spills outside its loop.
+    if dtype != torch.float32 and arch // 10 == 9 and 128 < block_d <= 256:
+        return Tile(min(rows, 128), 64, 8 if rows >= 128 else 4, 2)  # by its loop: 12.1 a pair; 64 x 32/8/2 25.9
     if dtype != torch.float32 and 128 < block_d <= 256:
         return Tile(min(rows, 64), 32, 8 if rows >= 64 else 4, 2)  # by its loop
     if dtype != torch.float32 and arch // 10 == 9 and block_d <= 512:
