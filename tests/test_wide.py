@@ -3,8 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eqco_loss.ops import wide
 from eqco_loss.ops.calls import (
-    KeysGradient,
     KeySet,
+    KeysGradient,
     LogSumExp,
     Metric,
     Pairs,
@@ -22,15 +22,14 @@ from eqco_loss.ops.calls import (
     SymmetricGradient,
     SymmetricLosses,
 )
-from eqco_loss.ops.wide import chunks
+from eqco_loss.ops.wide import chunks, pointwise
+from tests.cases import DEVICE
+from tests.interpreter import exact_bfloat16
 from tests.tolerance import assert_as_exact_as_eager
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
 N, K, D = 22, 37, 19
+SCALE = 0.0
 Answers = dict[str, Tensor]
 
 
@@ -44,64 +43,76 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "ROWS_AT_ONCE", 2)
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+@pytest.fixture(params=["torch", "kernels"], autouse=True)
+def pointwise_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's own pointwise operations, and the kernels: on a CPU in Triton's interpreter."""
+    if request.param == "torch":
+        monkeypatch.setattr(pointwise, "_kernels", lambda x: None)
+        yield
+        return
+    pytest.importorskip("triton")
+    with exact_bfloat16() if DEVICE.type == "cpu" else nullcontext():
+        yield
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Rows of very different lengths."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return (x * torch.exp(torch.randn(shape[:-1], generator=generator, dtype=torch.float64))[..., None]).to(device, dtype)
+    return (x * torch.exp(torch.randn(shape[:-1], generator=generator, dtype=torch.float64))[..., None]).to(
+        DEVICE, dtype
+    )
 
 
-def integers(*shape: int, high: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+def integers(*shape: int, high: int, seed: int = 0) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def key_sets(kind: str, dtype: torch.dtype, device: str, normalize: bool) -> tuple[list[KeySet], int]:
+def key_sets(kind: str, dtype: torch.dtype, normalize: bool) -> tuple[list[KeySet], int]:
     """One or two sets of keys, and how many queries there are."""
-    keys, n, pairs = draw(K, D, seed=3, dtype=dtype, device=device), N, Pairs()
-    given = {"device": device}
+    keys, n, pairs = draw(K, D, seed=3, dtype=dtype), N, Pairs()
     second = []
     if kind in ("ids", "ids of pairs", "own ids"):
         shape = (K,) if kind == "ids" else (N, K)
-        pairs = Pairs(integers(N, high=4, seed=4, **given), integers(*shape, high=4, seed=5, **given))
+        pairs = Pairs(integers(N, high=4, seed=4), integers(*shape, high=4, seed=5))
     if kind in ("mask", "mask of pairs"):
-        mask = integers(*((K,) if kind == "mask" else (N, K)), high=3, seed=6, **given) > 0
+        mask = integers(*((K,) if kind == "mask" else (N, K)), high=3, seed=6) > 0
         pairs = Pairs(mask=mask)
     if kind == "everything":
-        ids = integers(N, high=4, seed=4, **given), integers(K, high=4, seed=5, **given).int()
-        pairs = Pairs(*ids, integers(N, K, high=3, seed=6, **given) > 0, torch.tensor(K - 9, **given), band=[3, 30, 37])
+        ids = integers(N, high=4, seed=4), integers(K, high=4, seed=5).int()
+        pairs = Pairs(*ids, integers(N, K, high=3, seed=6) > 0, torch.tensor(K - 9, device=DEVICE), band=[3, 30, 37])
     if kind == "count":
-        pairs = Pairs(count=torch.tensor(21, **given))
+        pairs = Pairs(count=torch.tensor(21, device=DEVICE))
     if kind == "batch":
         n, pairs = K, Pairs(band=[0, K - 1, K])
     if kind == "views":
-        n, keys, pairs = K, draw(2 * K, D, seed=3, dtype=dtype, device=device), Pairs(band=[0, K - 1, K])
+        n, keys, pairs = K, draw(2 * K, D, seed=3, dtype=dtype), Pairs(band=[0, K - 1, K])
     if kind == "ranks":
         pairs = Pairs(band=[7, K - 1, K])
     if kind == "rolled":
         pairs = Pairs(band=[30, 5, K])
     if kind == "picked":
-        pairs = Pairs(picked=torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(i))[:6] for i in range(N)]).to(device))
+        pairs = Pairs(
+            picked=torch.stack(
+                [torch.randperm(K, generator=torch.Generator().manual_seed(i))[:6] for i in range(N)]
+            ).to(DEVICE)
+        )
     if kind in ("own", "own ids"):
-        keys = draw(N, K, D, seed=3, dtype=dtype, device=device)
+        keys = draw(N, K, D, seed=3, dtype=dtype)
     if kind == "two sets":
-        ids = integers(N, high=4, seed=4, **given), integers(K, high=4, seed=5, **given)
-        more = draw(29, D, seed=7, dtype=dtype, device=device)
+        ids = integers(N, high=4, seed=4), integers(K, high=4, seed=5)
+        more = draw(29, D, seed=7, dtype=dtype)
         more = more / more.norm(dim=1, keepdim=True)
-        second = [KeySet(more, Pairs(count=torch.tensor(17, **given)), False, True)]
+        second = [KeySet(more, Pairs(count=torch.tensor(17, device=DEVICE)), False, True)]
         pairs = Pairs(*ids)
     return [KeySet(keys, pairs, normalize), *second], n
 
 
 KINDS = (
-    "all ids|ids of pairs|own|own ids|mask|mask of pairs|everything|count|batch|views|ranks|rolled|picked|two sets"
-).replace("all ids", "all|ids").split("|")
+    ("all ids|ids of pairs|own|own ids|mask|mask of pairs|everything|count|batch|views|ranks|rolled|picked|two sets")
+    .replace("all ids", "all|ids")
+    .split("|")
+)
 
 
 # --------------------------------------------------------------------------------------------------------- the formulas
@@ -149,7 +160,9 @@ def dense_rows(
 ) -> tuple[Tensor, dict[Metric, Tensor]]:
     """Of unit rows; the product in their dtype, and from there on float32 for halves."""
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    similarity = torch.cat([q @ k.T if k.dim() == 2 else (k @ q[:, :, None])[:, :, 0] for k, _ in sets], 1).to(statistics)
+    similarity = torch.cat([q @ k.T if k.dim() == 2 else (k @ q[:, :, None])[:, :, 0] for k, _ in sets], 1).to(
+        statistics
+    )
     keep = torch.cat([keep for _, keep in sets], 1).to(q.device)
     s = (q * p).sum(1).to(statistics)
     count = keep.sum(1)
@@ -184,12 +197,11 @@ class Case:
     normalize: bool = True
     reduced: bool = False
     autocast: torch.dtype | None = None
-    device: str = "cpu"
 
     def call(self) -> RowLosses:
-        sets, n = key_sets(self.kind, self.dtype, self.device, self.normalize)
+        sets, n = key_sets(self.kind, self.dtype, self.normalize)
         shrink = 1.0 if self.normalize else 0.2  # or logits of raw rows saturate every loss
-        query, positive = (draw(n, D, seed=i, dtype=self.dtype, device=self.device) * shrink for i in (1, 2))
+        query, positive = (draw(n, D, seed=i, dtype=self.dtype) * shrink for i in (1, 2))
         return RowLosses(
             query=query,
             positive=(0.5 * positive + query).to(self.dtype),
@@ -215,13 +227,13 @@ class Case:
         if not self.learned:
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.tensor(self.temperature, dtype=dtype, device=self.device)
+        return torch.tensor(self.temperature, dtype=dtype, device=DEVICE)
 
     def grad(self, n: int) -> Tensor:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         if self.reduced:
-            return torch.tensor(1.7, dtype=dtype, device=self.device)
-        return torch.linspace(-0.5, 1.5, n, dtype=dtype, device=self.device)
+            return torch.tensor(1.7, dtype=dtype, device=DEVICE)
+        return torch.linspace(-0.5, 1.5, n, dtype=dtype, device=DEVICE)
 
 
 def ours(call: RowLosses, grad: Tensor) -> Answers:
@@ -285,13 +297,232 @@ def assert_right(case: Case, call: RowLosses | None = None) -> None:
         if name == "metric RANK" and case.dtype != torch.float64:
             continue  # a tie in half precision is none in float64
         assert_as_exact_as_eager(
-            x, eager[name], truth[name], name, temperature=case.temperature if case.normalize else 0.02
+            x.cpu(),
+            eager[name].cpu(),
+            truth[name].cpu(),
+            name,
+            temperature=case.temperature if case.normalize else 0.02,
         )
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_gradients(kind: str, dtype: torch.dtype, device: str) -> None:
+def test_losses_and_gradients(kind: str, dtype: torch.dtype) -> None:
     for changes in ({}, {"dual": True, "alpha": None, "reduced": True}, {"normalize": False, "learned": False}):
-        assert_right(dataclasses.replace(Case(kind, dtype, device=device), **changes))
+        assert_right(dataclasses.replace(Case(kind, dtype), **changes))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["all", "everything", "own", "picked", "two sets"])
+def test_autocast(kind: str, autocast: torch.dtype) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_right(Case(kind, dtype, autocast=autocast, dual=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_low_temperature_and_a_large_alpha(dtype: torch.dtype) -> None:
+    assert_right(Case("all", dtype, temperature=0.02, alpha=2.0**20, learned=False))
+
+
+# ----------------------------------------------------------------------------------- both directions between two views
+
+
+def ours_both(call: SymmetricLosses, grad: Tensor) -> Answers:
+    out = wide.symmetric_losses(call)
+    gradients = wide.symmetric_gradient(
+        SymmetricGradient(
+            views=call.views,
+            grad=grad,
+            rows=out.rows,
+            across=call.across,
+            temperature=call.temperature,
+            learned_temperature=call.learned_temperature,
+            autocast=call.autocast,
+            backend=call.backend,
+        )
+    )
+    found = {"loss": out.loss, "views": gradients.views}
+    if call.learned_temperature is None:
+        assert gradients.temperature.shape == (0,)
+        return found
+    return {**found, "temperature": gradients.temperature}
+
+
+def dense_both(call: SymmetricLosses, grad: Tensor, dtype: torch.dtype | None) -> Answers:
+    leaves = {"views": call.views.to(call.views.dtype if dtype is None else dtype).clone().requires_grad_()}
+    t: float | Tensor = call.temperature
+    if call.learned_temperature is not None:
+        leaves["temperature"] = t = call.learned_temperature.to(dtype).clone().requires_grad_()
+    z = normal(leaves["views"], True)
+    if call.autocast is not None and dtype is None:
+        z = z.to(call.autocast)
+    m = len(z) // 2
+    here, there = z[:m], z[m:]
+    total: float | Tensor = 0.0
+    for anchors, others in ((here, there), (there, here)):
+        keys = others if call.across else torch.cat([anchors, others])
+        keep = keep_of(Pairs(band=[0, m - 1, m]), m, len(keys))
+        rows = dense_rows(anchors, others, [(keys, keep)], t, call.inter_temperature, call.alpha)
+        total = total + rows[0].sum()
+    loss = total * call.ratio
+    assert isinstance(loss, Tensor)
+    gradients = torch.autograd.grad(loss * grad.to(loss.dtype), list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("across", [True, False], ids=["across", "views"])
+def test_both_directions(across: bool, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    for dual, alpha, temperature, learned in (
+        (False, 50.0, 0.2, True),
+        (True, None, 0.2, False),
+        (False, 9.0, 0.02, True),
+    ):
+        case = Case(dtype=dtype, temperature=temperature, learned=learned, reduced=True)
+        call = SymmetricLosses(
+            views=draw(2 * 19, D, dtype=dtype),
+            across=across,
+            temperature=temperature,
+            learned_temperature=case.learned_temperature(),
+            inter_temperature=1.0 if dual else None,
+            alpha=alpha,
+            share=[1, 38],
+            autocast=autocast if dtype != torch.float64 else None,
+            backend="wide",
+        )
+        grad = case.grad(1)
+        got = ours_both(call, grad)
+        eager, truth = dense_both(call, grad, None), dense_both(call, grad, torch.float64)
+        for name, x in got.items():
+            assert_as_exact_as_eager(
+                x.cpu(), eager[name].cpu(), truth[name].cpu(), name, temperature=temperature, scale=SCALE
+            )
+
+
+# -------------------------------------------------------------------------------------------------------- log-sum-exps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logsumexp(kind: str, dtype: torch.dtype) -> None:
+    sets, n = key_sets(kind, dtype, False)
+    query, t = draw(n, D, dtype=dtype) * 0.2, torch.tensor(0.7, device=DEVICE)
+    call = LogSumExp(query.to(dtype), sets[0], 1.0, t, True, None, "wide")
+    out = wide.logsumexp(call)
+    grad = torch.linspace(-1, 1, n, dtype=out.lse.dtype, device=DEVICE)
+    gradient = KeysGradient(call.query, sets[0], grad, out.rows, 1.0, t, False, None, "wide")
+    got = {
+        "lse": out.lse,
+        "query": (out.mean_key * (grad / t)[:, None]).to(dtype),
+        "keys": wide.keys_gradient(gradient),
+    }
+
+    def dense_lse(dtype: torch.dtype) -> Answers:
+        q, k = (x.to(dtype).clone().requires_grad_() for x in (call.query, sets[0].keys))
+        x = q @ k.T if k.dim() == 2 else (k @ q[:, :, None])[:, :, 0]
+        keep = keep_of(sets[0].pairs, *x.shape).to(DEVICE)
+        x = x.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        lse = (x / t).masked_fill(~keep, -math.inf).logsumexp(1)
+        gradients = torch.autograd.grad((lse * grad.to(lse.dtype)).sum(), [q, k])
+        return {"lse": lse.detach(), "query": gradients[0], "keys": gradients[1]}
+
+    eager, truth = dense_lse(dtype), dense_lse(torch.float64)
+    for name, x in got.items():
+        assert_as_exact_as_eager(x.cpu(), eager[name].cpu(), truth[name].cpu(), name, temperature=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------ the edges
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["ids", "mask", "mask of pairs", "own ids", "picked"])
+def test_what_is_left_out_may_hold_anything(kind: str, dtype: torch.dtype) -> None:
+    """Loss and gradients as if it were not there, and its own gradient is 0; who does meet it gets NaN."""
+    call = Case(kind, dtype, reduced=True, learned=False).call()
+    one = call.first
+    keep = keep_of(one.pairs, N, K).to(DEVICE)
+    place, other = (0, 1) if kind != "own ids" else ((2, 3), (4, 5))
+    anything = one.keys.clone()
+    if kind == "own ids":
+        left = ~keep
+        anything[left] = math.nan
+        expected = one.keys.masked_fill(left[..., None], 0.0)
+    else:
+        ids, mask, picked = one.pairs.key_ids, one.pairs.mask, one.pairs.picked
+        if ids is not None:
+            ids[place], ids[other] = 77, 77
+            call.first.pairs.query_ids.fill_(77)  # type: ignore[union-attr]
+        if mask is not None:
+            mask[..., [place, other]] = False
+        if picked is not None:
+            picked.clamp_min_(2)
+        anything[place], anything[other] = math.nan, math.inf
+        expected = one.keys.clone()
+        expected[[place, other]] = 0.0
+    grad = torch.tensor(1.0, device=DEVICE, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    got = ours(call._replace(first=one._replace(keys=anything)), grad)
+    clean = ours(call._replace(first=one._replace(keys=expected)), grad)
+    for name, x in got.items():
+        assert x.equal(clean[name]), name
+    assert not bool(got["keys 0"][anything.isfinite().logical_not()].any())
+
+
+def test_a_key_that_is_not_finite_is_seen_by_who_meets_it() -> None:
+    call = Case("mask of pairs", torch.float32, learned=False).call()
+    assert call.first.pairs.mask is not None
+    call.first.keys[3] = math.inf
+    out = wide.row_losses(call)
+    meets = call.first.pairs.mask[:, 3]
+    assert 0 < int(meets.sum()) < len(meets)
+    assert out.loss.isnan().equal(meets)
+    assert out.query_gradient.isnan().all(1).equal(meets)
+
+
+def test_a_query_without_negatives() -> None:
+    call = Case("mask of pairs", torch.float32, learned=False).call()
+    assert call.first.pairs.mask is not None
+    call.first.pairs.mask[6] = False
+    if DEVICE.type == "cpu":
+        with pytest.raises(ValueError, match=r"query 6 has no negatives left \(effective K = 0\)"):
+            wide.row_losses(call)
+    out = wide.row_losses(call._replace(may_raise=False))
+    assert out.loss.isnan().nonzero().flatten().tolist() == [6]
+    assert out.rows[Row.PULL].isnan().nonzero().flatten().tolist() == [6]
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0, math.nan])
+def test_a_learned_temperature_that_is_not_positive_gives_nan(t: float) -> None:
+    call = Case("all", torch.float32, dual=True).call()
+    out = wide.row_losses(call._replace(learned_temperature=torch.tensor(t, device=DEVICE)))
+    assert bool(torch.cat([out.loss[:, None], out.query_gradient], 1).isnan().all())
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-7, 2e-5, 3e4], ids=str)
+def test_float16_rows_of_any_length(length: float) -> None:
+    """Neither weights nor gradients leave float16's range on the way, and rows of zeros have a finite gradient."""
+    case = Case("batch", torch.float16, learned=False)
+    call = case.call()
+    for x in (call.query, call.positive, call.first.keys):
+        x[4:9] = (x[4:9].double() / x[4:9].double().norm(dim=1, keepdim=True) * length).half()
+    grad = case.grad(len(call.query))
+    got, truth = ours(call, grad), dense(call, grad, torch.float64)
+    for name, x in got.items():
+        if name in ("query", "positive", "keys 0"):
+            ordinary = torch.ones(len(x), dtype=torch.bool)
+            ordinary[4:9] = False
+            assert bool(x.isfinite().all()), name
+            assert_close_by_row(x[ordinary], truth[name][ordinary], name)
+    assert_close_by_row(got["loss"], truth["loss"], "loss")
+
+
+def assert_close_by_row(ours: Tensor, truth: Tensor, what: str) -> None:
+    torch.testing.assert_close(ours.double(), truth, rtol=2e-3, atol=2e-3 * truth.abs().max().item(), msg=what)
+
+
+@pytest.mark.parametrize("kind", ["everything", "two sets", "own ids", "batch"])
+def test_the_same_bits_every_time(kind: str) -> None:
+    case = Case(kind, torch.bfloat16)
+    call = case.call()
+    first, again = (ours(call, case.grad(len(call.query))) for _ in range(2))
+    assert all(x.equal(again[name]) for name, x in first.items())

@@ -320,10 +320,11 @@ def _mutual(n: int, views: Rows, across: bool, like: Tensor) -> Iterator[tuple[s
     """
     anchors = n // 2 if across else n
     step, width = steps(anchors, anchors, views.raw.shape[1], like, views.multiplied.dtype)
-    for some in slices(anchors, step):
-        yield some, slices(n, width, anchors if across else some.start)
+    for first in range(0, anchors, n // 2):  # no chunk has rows of both views
+        for some in slices(first + n // 2, step, first):
+            yield some, slices(n, width, anchors if across else some.start)
 
 
 def _own(rows: slice, columns: slice) -> int:
     """How many of the keys, the first ones, are among the rows."""
-    return min(max(0, rows.stop - columns.start), columns.stop - columns.start)
+    return max(0, min(rows.stop, columns.stop) - columns.start)
