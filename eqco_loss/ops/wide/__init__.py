@@ -327,4 +327,5 @@ def _mutual(n: int, views: Rows, across: bool, like: Tensor) -> Iterator[tuple[s
 
 def _own(rows: slice, columns: slice) -> int:
     """How many of the keys, the first ones, are among the rows."""
-    return max(0, min(rows.stop, columns.stop) - columns.start)
+    own: int = max(0, min(rows.stop, columns.stop) - columns.start)
+    return own
