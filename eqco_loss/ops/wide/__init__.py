@@ -40,22 +40,21 @@ from ..calls import (
 )
 from . import pointwise
 from .chunks import (
-    ROWS_AT_ONCE,
     Passes,
     Rows,
     Workspace,
     arithmetic,
+    finished_rows,
     fitting,
     may_hold_anything,
     own_rows,
     prepare,
     product,
     product_dtype,
-    scalar,
     slices,
     steps,
 )
-from .pointwise import Plane, Side, new_state
+from .pointwise import Plane, Seek, Side, mean_logit, new_state
 
 Result = TypeVar("Result")
 
@@ -91,50 +90,47 @@ def gives_keys_gradient(call: RowLosses) -> bool:
 
 @_plainly
 def row_losses(call: RowLosses) -> RowOutputs:
-    t, like = temperature_of(call), arithmetic(call.query)
-    inter_ratio = None if call.inter_temperature is None else scalar(t / call.inter_temperature, like)
+    t, like, (n, d) = temperature_of(call), arithmetic(call.query), call.query.shape
     products = product_dtype(call.autocast, call.query, *(one.keys for one in call.sets))
     query = prepare(call.query, call.normalize, products, like)
     positive = prepare(call.positive, call.normalize, call.positive.dtype, like)
-    passes = Passes(query, call.sets, LOG2E / t, products, like)
-    (n, d), known = call.query.shape, passes.known
-    loss = like.new_empty(n)
+    passes, scale, finished = Passes(query, call.sets, LOG2E / t, products, like), LOG2E / t, finished_rows(d, like)
+    state, known, learned = new_state(n, like), passes.known, call.learned_temperature is not None
     query_gradient = like.new_empty((n, d) if call.need_query_gradient else (0,))
     positive_gradient = like.new_empty((n, d) if call.need_positive_gradient else (0,))
-    rows, metrics = like.new_zeros((len(Row), n)), like.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    s = like.new_empty(n)
+    for some in slices(n, finished):
+        torch.sum(query.unit(some) * positive.unit(some), 1, out=s[some])
+    positive_logit = s * scale
+    threshold = positive_logit - TIE * positive_logit.abs()
+    seek = Seek(_to_inter(call, like), threshold if call.need_metrics else None, known is None, learned)
     for some in passes.rows:
-        u, p = query.unit(some), positive.unit(some)
-        s = (u * p).sum(1)
-        positive_logit = s * (LOG2E / t)
-        threshold = positive_logit - TIE * positive_logit.abs() if call.need_metrics else None
-        mean_key = query_gradient[some] if call.need_query_gradient else None
-        state = passes.attend(some, mean_key, inter_ratio, threshold)
-        maximum = _checked(state, known, some.start, call.may_raise)
-        values = _values(positive_logit, maximum, state, known, call)
-        loss[some] = values.loss
-        factor = values.weight * (call.ratio / t)  # the derivative of the row's share by its negatives' similarity
-        rows[Row.BASE, some], rows[Row.TOTAL, some] = rounded_log_sum(maximum, state[Plane.TOTAL])
-        rows[Row.PULL, some], rows[Row.POSITIVE, some] = factor / rows[Row.TOTAL, some], s
-        if mean_key is not None:
-            excess = (u * mean_key).sum(1) - s  # by how much the row is more like its negatives' mean
-            if call.learned_temperature is not None:
-                rows[Row.TEMPERATURE_GRADIENT, some] = excess * -factor / t
-            mean_key -= p
-            if call.normalize:
-                mean_key.addcmul_(u, excess[:, None], value=-1)
-            mean_key *= query.per_length(factor, some)[:, None]
+        passes.attend(some, state[:, some], seek.part(some), query_gradient[some] if call.need_query_gradient else None)
+    maximum = _checked(state, known, call.may_raise)
+    values = _values(positive_logit, maximum, state, known, call)
+    factor = values.weight * (call.ratio / t)  # the derivative of a row's share by its negatives' similarities
+    rows = like.new_zeros((len(Row), n))
+    _write_rows(rows, state, maximum, factor, s)
+    if learned:
+        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
+    for some in slices(n, finished):
+        u, p, out = query.unit(some), positive.unit(some), query_gradient[some]
+        if call.need_query_gradient:  # ``out`` is the mean key
+            toward = p.addcmul(u, ((u * out).sum(1) - s[some])[:, None]) if call.normalize else p
+            out.sub_(toward).mul_(query.per_length(factor[some], some)[:, None])
         if call.need_positive_gradient:
-            pull = positive.per_length(factor, some)[:, None]
+            pull = positive.per_length(factor[some], some)[:, None]
             out = torch.mul(u, -pull, out=positive_gradient[some])
             if call.normalize:
-                out.addcmul_(p, pull * s[:, None])
-        if call.need_metrics:
-            metrics[Metric.WEIGHT, some], metrics[Metric.INTRA_LOSS, some] = values.weight, values.intra_loss
-            metrics[Metric.LOG_WEIGHT, some] = 0.0 if values.log_weight is None else values.log_weight
-            count = state[Plane.COUNT] if known is None else known
-            metrics[Metric.COUNT, some], metrics[Metric.RANK, some] = count, state[Plane.RANK]
-            metrics[Metric.NEGATIVE, some] = state[Plane.LOGIT_SUM] / (count * (LOG2E / t))
-    loss = loss.sum() * call.ratio if call.reduced else loss.mul_(call.ratio)
+                out.addcmul_(p, pull * s[some, None])
+    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    if call.need_metrics:
+        count = state[Plane.COUNT] if known is None else known
+        metrics[Metric.WEIGHT], metrics[Metric.INTRA_LOSS] = values.weight, values.intra_loss
+        metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
+        metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
+        metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
+    loss = values.loss.sum() * call.ratio if call.reduced else values.loss * call.ratio
     return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
 
 
@@ -142,17 +138,15 @@ def row_losses(call: RowLosses) -> RowOutputs:
 def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     t, like = temperature_of(call), arithmetic(call.query)
     products = product_dtype(call.autocast, call.query, call.first.keys)
-    query = prepare(call.query, False, products, like)
-    passes = Passes(query, [call.first], LOG2E / t, products, like)
+    passes = Passes(prepare(call.query, False, products, like), [call.first], LOG2E / t, products, like)
     mean_key = like.new_empty(call.query.shape if call.need_query_gradient else (0,))
-    rows, lse = like.new_zeros((len(Row), len(call.query))), like.new_empty(len(call.query))
+    rows, state = like.new_zeros((len(Row), len(call.query))), new_state(len(call.query), like)
     for some in passes.rows:
-        state = passes.attend(some, mean_key[some] if call.need_query_gradient else None)
-        maximum = _checked(state, passes.known, some.start, True)
-        lse[some] = (maximum + state[Plane.TOTAL].log2()) * LN2
-        rows[Row.BASE, some], rows[Row.TOTAL, some] = rounded_log_sum(maximum, state[Plane.TOTAL])
-    rows[Row.PULL] = 1 / (rows[Row.TOTAL] * t)
-    return LogSumExpOutputs(lse, mean_key, rows)
+        out = mean_key[some] if call.need_query_gradient else None
+        passes.attend(some, state[:, some], Seek(negatives=passes.known is None), out)
+    maximum = _checked(state, passes.known, True)
+    _write_rows(rows, state, maximum, torch.ones_like(maximum) / t, torch.zeros_like(maximum))
+    return LogSumExpOutputs((maximum + state[Plane.TOTAL].log2()) * LN2, mean_key, rows)
 
 
 @_plainly
@@ -175,7 +169,7 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             out[some] = keys.through_unit(gradient.flatten(0, 1).mul_(largest)).view_as(gradient)
         return out
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
-    width, step = steps(len(one.keys), len(call.query), out.shape[1], like, products)
+    width, step = steps(len(one.keys), len(call.query), like, products)
     for columns in slices(len(one.keys), width):
         part = keys.part(columns)
         gradient = like.new_zeros(part.multiplied.shape)
@@ -186,6 +180,19 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             product(weights.T, query.multiplied[some], gradient, add=True)
         out[columns] = part.through_unit(gradient.mul_(largest))
     return out
+
+
+def _write_rows(rows: Tensor, state: Tensor, maximum: Tensor, factor: Tensor, similarity: Tensor) -> None:
+    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
+    rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
+
+
+def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
+    """t / T, from the first temperature's logits to the second's, ()."""
+    if call.inter_temperature is None:
+        return None
+    ratio = temperature_of(call) / call.inter_temperature
+    return ratio if isinstance(ratio, Tensor) else like.new_full((), ratio)
 
 
 class _Values(NamedTuple):
@@ -223,14 +230,14 @@ def _softplus_over_sigmoid(x: Tensor) -> Tensor:
     return torch.where(x < 0, (torch.relu(-x) + torch.log1p(e)) * (1.0 + e), at_positive)
 
 
-def _checked(state: Tensor, known: int | None, first: int, may_raise: bool) -> Tensor:
+def _checked(state: Tensor, known: int | None, may_raise: bool) -> Tensor:
     """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
     if known:
         return state[Plane.MAXIMUM]
     empty = state[Plane.COUNT] == 0
     if empty.is_cpu and may_raise and bool(empty.any()):
         raise ValueError(
-            f"query {first + int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
+            f"query {int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
             "one key that neither ids nor mask leave out. Leave them out, make ids finer, or give more negatives."
         )
     return torch.where(empty, math.nan, state[Plane.MAXIMUM])
@@ -242,25 +249,28 @@ def _checked(state: Tensor, known: int | None, first: int, may_raise: bool) -> T
 @_plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    t, like, n = temperature_of(call), arithmetic(call.views), len(call.views)
-    inter_ratio = None if call.inter_temperature is None else scalar(t / call.inter_temperature, like)
+    t, like, (n, d) = temperature_of(call), arithmetic(call.views), call.views.shape
     products = product_dtype(call.autocast, call.views)
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
+    seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
     state, s = new_state(n, like), like.new_empty(n)
     for some, chunks in _mutual(n, views, call.across, like):
         for columns in chunks:
             tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
             own = _own(some, columns)
-            pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], inter_ratio)
-    for some in slices(half, 4 * ROWS_AT_ONCE):
+            pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
+    for some in slices(half, finished_rows(d, like)):
         s[some] = (views.unit(some) * views.unit(slice(some.start + half, some.stop + half))).sum(1)
     s[half:] = s[:half]
-    values = _values(s * (LOG2E / t), state[Plane.MAXIMUM], state, (half - 1) * (1 if call.across else 2), call)
+    positive_logit = s * (LOG2E / t)
+    values = _values(positive_logit, state[Plane.MAXIMUM], state, (half - 1) * (1 if call.across else 2), call)
     rows = like.new_zeros((len(Row), n))
-    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(state[Plane.MAXIMUM], state[Plane.TOTAL])
-    rows[Row.PULL], rows[Row.POSITIVE] = values.weight * (call.ratio / t) / rows[Row.TOTAL], s
+    factor = values.weight * (call.ratio / t)
+    _write_rows(rows, state, state[Plane.MAXIMUM], factor, s)
+    if call.learned_temperature is not None:
+        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
     return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
 
 
@@ -279,16 +289,14 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     all_pull = call.rows[Row.PULL] * call.grad
     pull, largest = fitting(all_pull, products)
     anchors, a = Side(call.rows[Row.BASE], pull), all_pull * call.rows[Row.TOTAL]
-    along = like.new_empty(n)  # of every unit row and what its negatives add to its gradient
     out = torch.empty_like(call.views, memory_format=torch.contiguous_format)
     first_key = half if call.across else 0
     sums = like.new_zeros((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
 
     def finish(some: slice, gradient: Tensor) -> None:
         """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
-        u, shift = views.unit(some), half if some.start < half else -half
+        shift = half if some.start < half else -half
         gradient *= (largest / views.scale[some])[:, None]
-        along[some] = (u * gradient).sum(1)
         partner = views.unit(slice(some.start + shift, some.stop + shift))
         weight = a[some] + a[some.start + shift : some.stop + shift]
         out[some] = views.part(some).through_unit(gradient.addcmul_(partner, weight[:, None], value=-1))
@@ -305,11 +313,11 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
                 product(weights[:, own:].T, views.multiplied[some], of_keys, add=True)
         finish(some, gradient)
     if call.across:
-        for some in slices(half, 4 * ROWS_AT_ONCE):
+        for some in slices(half, finished_rows(d, like)):
             finish(slice(some.start + half, some.stop + half), sums[some])
     of_temperature = like.new_empty(0)
-    if call.learned_temperature is not None:  # every pair's similarity is in ``along`` twice, once a role
-        of_temperature = ((a * call.rows[Row.POSITIVE]).sum() - along.sum() / 2) / t
+    if call.learned_temperature is not None:
+        of_temperature = call.rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
     return SymmetricGradients(out, of_temperature)
 
 
@@ -319,7 +327,7 @@ def _mutual(n: int, views: Rows, across: bool, like: Tensor) -> Iterator[tuple[s
     Where both views' rows are keys, a row's keys begin with its own chunk, which has both of (i, j) and (j, i).
     """
     anchors = n // 2 if across else n
-    step, width = steps(anchors, anchors, views.raw.shape[1], like, views.multiplied.dtype)
+    step, width = steps(anchors, anchors, like, views.multiplied.dtype)
     for first in range(0, anchors, n // 2):  # no chunk has rows of both views
         for some in slices(first + n // 2, step, first):
             yield some, slices(n, width, anchors if across else some.start)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
 from . import pointwise
-from .pointwise import Plane, Tile, new_state
+from .pointwise import Plane, Seek, Tile
 
 WORKSPACE = 2**26  # bytes that the similarities and weights of a chunk may take
 ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
-_ROW_COPIES = 6  # float32 copies of a chunk's rows, (R, D), that exist beside its similarities
+_ROW_COPIES = 6  # of some rows (R, D), in float32, exist as losses and gradients are finished
 
 
 # ---------------------------------------------------------------------------------------------------------- the passes
@@ -28,29 +28,27 @@ class Passes:
     def __init__(
         self, query: Rows, sets: list[KeySet], scale: float | Tensor, products: torch.dtype, like: Tensor
     ) -> None:
-        (n, d), negatives = query.raw.shape, [one.pairs.negatives(one.keys) for one in sets]
+        n, negatives = len(query.raw), [one.pairs.negatives(one.keys) for one in sets]
         self.known = None if None in negatives else sum(x for x in negatives if x is not None)  # K_i
         self.query, self.products, self.like = query, products, like
         self.sets = [one for one in sets if one.keys.shape[-2] > 0]
         self.logit_scale = query.scale * scale
         self.workspace = Workspace(like, products)
         self.keys = [self._prepared(one, one.keys) if one.keys.dim() == 2 else None for one in self.sets]
-        sizes = [steps(n, one.keys.shape[-2], d, like, products) for one in self.sets]
+        sizes = [steps(n, one.keys.shape[-2], like, products) for one in self.sets]
         self.widths = [width for _, width in sizes]
         self.rows = slices(n, min([n, *(step for step, _ in sizes), *(own_rows(one.keys) for one in self.sets)]))
 
-    def attend(
-        self, some: slice, mean_key: Tensor | None, ratio: Tensor | None = None, threshold: Tensor | None = None
-    ) -> Tensor:
-        """The state of some queries after all their negatives, and into ``mean_key`` (R, D) sum_j softmax_ij n_j."""
-        state, query, first = new_state(some.stop - some.start, self.like), self.query.part(some), True
+    def attend(self, some: slice, state: Tensor, seek: Seek, mean_key: Tensor | None) -> None:
+        """All negatives of some queries into their state, and into ``mean_key`` (R, D) sum_j softmax_ij n_j."""
+        query, first = self.query.part(some), True
         for one, prepared, width in zip(self.sets, self.keys, self.widths, strict=True):
             k = one.keys.shape[-2]
             for columns in slices(k, k if prepared is None else width):
                 keys = prepared.part(columns) if prepared else self._prepared(one, one.keys[some].flatten(0, 1))
                 tile = self.workspace.tile(query, keys, self.logit_scale[some], one.pairs, some, columns)
                 weights = None if mean_key is None else self.workspace.weights(tile.x)
-                shrink = pointwise.fold(tile, state, weights, ratio, threshold, self.known is None)
+                shrink = pointwise.fold(tile, state, seek, weights)
                 if mean_key is not None and weights is not None:
                     if not first:
                         mean_key *= shrink[:, None]
@@ -60,7 +58,6 @@ class Passes:
             mean_key.zero_()
         elif mean_key is not None:
             mean_key /= state[Plane.TOTAL, :, None]
-        return state
 
     def _prepared(self, one: KeySet, keys: Tensor) -> Rows:
         return prepare(keys, one.normalize, self.products, self.like, may_hold_anything(one))
@@ -214,14 +211,18 @@ def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | float
     return pull / largest, largest
 
 
-def steps(n: int, k: int, d: int, like: Tensor, products: torch.dtype) -> tuple[int, int]:
-    """How many rows and how many keys of D features a chunk has."""
-    a_pair, a_row = pointwise.bytes_a_pair(like, products), _ROW_COPIES * d * like.dtype.itemsize
-    few = min(n, ROWS_AT_ONCE)
-    width = max(128, (WORKSPACE - few * a_row) // (few * a_pair))
+def steps(n: int, k: int, like: Tensor, products: torch.dtype) -> tuple[int, int]:
+    """How many rows and how many keys a chunk has."""
+    pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
+    width = max(128, pairs // min(n, ROWS_AT_ONCE))
     width = min(k, -(-k // -(-k // width)) + 127 & -128)  # equal chunks, of whole tiles of a product
-    step = WORKSPACE // (width * a_pair + a_row)
+    step = pairs // width
     return max(1, min(n, step & -128 if step > 128 else step)), width
+
+
+def finished_rows(d: int, like: Tensor) -> int:
+    """How many rows of D features are finished at a time."""
+    return max(1, WORKSPACE // (_ROW_COPIES * d * like.dtype.itemsize))
 
 
 def own_rows(keys: Tensor) -> int:
@@ -236,7 +237,3 @@ def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
 def arithmetic(query: Tensor) -> Tensor:
     """An empty tensor of the arithmetic's dtype and device, which others are made like."""
     return query.new_empty(0, dtype=compute_dtype(query))
-
-
-def scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else like.new_full((), value)

@@ -15,6 +15,7 @@ from .pointwise import Plane
 MAXIMUM, TOTAL = tl.constexpr(int(Plane.MAXIMUM)), tl.constexpr(int(Plane.TOTAL))
 INTER_TOTAL, COUNT = tl.constexpr(int(Plane.INTER_TOTAL)), tl.constexpr(int(Plane.COUNT))
 RANK, LOGIT_SUM = tl.constexpr(int(Plane.RANK)), tl.constexpr(int(Plane.LOGIT_SUM))
+WEIGHTED = tl.constexpr(int(Plane.WEIGHTED))
 
 
 # --------------------------------------------------------------------------------------------------------- the kernels
@@ -63,7 +64,8 @@ def fold_kernel(
     query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
     state, state_stride, weights, shrink, ratio, threshold,
     n, k, first_key, ahead, width, modulus,
-    WRAP: tl.constexpr, COUNTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    WRAP: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a tile into their states: one visit for the maxima, one for what is summed under them."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -80,7 +82,7 @@ def fold_kernel(
     old = tl.load(state + MAXIMUM * state_stride + rows, mask=in_rows, other=0.0)
     new = tl.maximum(old, tl.max(highest, 1))
     total = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
-    inter_total, kept, rank, logit_sum = total, total, total, total
+    inter_total, kept, rank, logit_sum, weighted = total, total, total, total, total
     if ratio is not None:
         to_inter = tl.load(ratio)
     if threshold is not None:
@@ -97,7 +99,9 @@ def fold_kernel(
         total += weight
         if ratio is not None:
             inter_total += tl.where(keep, tl.exp2(lower * to_inter), 0.0)  # -inf * 0 is NaN
-        if COUNTED:
+        if WEIGH:
+            weighted += tl.where(keep, weight * lower, 0.0)
+        if COUNT_PAIRS:
             kept += keep.to(tl.float32)
         if threshold is not None:
             rank += (keep & (logit > above)).to(tl.float32)
@@ -109,10 +113,15 @@ def fold_kernel(
     smaller = tl.exp2(old - new)
     tl.store(shrink + rows, smaller, mask=in_rows)
     tl.store(state + MAXIMUM * state_stride + rows, new, mask=in_rows)
+    if WEIGH:  # before TOTAL, of which it reads the old one
+        at = state + WEIGHTED * state_stride + rows
+        before = tl.load(at, mask=in_rows, other=0.0)
+        before += (old - new) * tl.load(state + TOTAL * state_stride + rows, mask=in_rows, other=0.0)
+        tl.store(at, before * smaller + tl.sum(weighted, 1), mask=in_rows)
     add(state + TOTAL * state_stride + rows, smaller, tl.sum(total, 1), in_rows)
     if ratio is not None:
         add(state + INTER_TOTAL * state_stride + rows, tl.exp2((old - new) * to_inter), tl.sum(inter_total, 1), in_rows)
-    if COUNTED:
+    if COUNT_PAIRS:
         add(state + COUNT * state_stride + rows, 1.0, tl.sum(kept, 1), in_rows)
     if threshold is not None:
         add(state + RANK * state_stride + rows, 1.0, tl.sum(rank, 1), in_rows)
@@ -156,28 +165,37 @@ def weights_kernel(
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def fold(tile, state, weights, ratio, threshold, count):
+def fold(tile, state, seek, weights):
     shrink = torch.empty(len(tile.x), dtype=torch.float32, device=tile.x.device)
-    _launch_fold(tile, state, weights, shrink, ratio, threshold, count, 1, min(4096, _power_of_two(tile.x.shape[1])))
+    _launch_fold(tile, state, seek, weights, shrink)
     return shrink
 
 
-def fold_both(tile, own, state, key_state, ratio):
+def fold_both(tile, own, state, key_state, seek):
     shrink = torch.empty(max(tile.x.shape), dtype=torch.float32, device=tile.x.device)
-    _launch_fold(tile, state, None, shrink, ratio, None, False, 1, min(4096, _power_of_two(tile.x.shape[1])))
+    _launch_fold(tile, state, seek, None, shrink)
     if own < tile.x.shape[1]:  # the tile turned around, of pairs that look the same from both sides
-        scale = tile.key_scale[own:]
         turned = tile._replace(
-            x=tile.x[:, own:].T, row_scale=scale, key_scale=tile.row_scale, row=tile.key + own, key=tile.row
+            x=tile.x[:, own:].T,
+            row_scale=tile.key_scale[own:],
+            key_scale=tile.row_scale,
+            row=tile.key + own,
+            key=tile.row,
         )
-        _launch_fold(turned, key_state, None, shrink, ratio, None, False, 32, 64)
+        _launch_fold(turned, key_state, seek, None, shrink)
 
 
-def _launch_fold(tile, state, weights, shrink, ratio, threshold, count, block_rows, block_keys):
+def _launch_fold(tile, state, seek, weights, shrink):
     pairs, numbers, wrap = _arguments(tile)
-    fold_kernel[(triton.cdiv(tile.x.shape[0], block_rows),)](
-        *pairs, state, state.stride(0), weights, shrink, ratio, threshold, *numbers,
-        WRAP=wrap, COUNTED=count, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys,
+    n, k = tile.x.shape
+    if tile.x.stride(1) == 1:
+        block_keys = min(4096, triton.next_power_of_2(k))
+        block_rows = max(1, min(triton.next_power_of_2(n), 2048 // block_keys))
+    else:
+        block_rows, block_keys = 32, 64
+    fold_kernel[(triton.cdiv(n, block_rows),)](
+        *pairs, state, state.stride(0), weights, shrink, seek.ratio, seek.threshold, *numbers,
+        WRAP=wrap, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys,
         num_warps=8 if block_rows * block_keys >= 4096 else 4,
     )  # fmt: skip
 
@@ -224,7 +242,3 @@ def _arguments(tile):
 def _strides(x):
     """Of (K,), which all rows share, or (N, K)."""
     return (0, 0) if x is None else (0, x.stride(0)) if x.dim() == 1 else x.stride()
-
-
-def _power_of_two(x):
-    return 1 << max(0, x - 1).bit_length()

@@ -29,6 +29,7 @@ class Plane(IntEnum):
     COUNT = 3  # negatives
     RANK = 4  # logits above a threshold
     LOGIT_SUM = 5
+    WEIGHTED = 6  # the sum of (logit - MAXIMUM) 2 ** (logit - MAXIMUM)
 
 
 def new_state(n: int, like: Tensor) -> Tensor:
@@ -68,6 +69,18 @@ class Tile(NamedTuple):
         return self.x.mul_(self.row_scale[:, None]).mul_(self.key_scale)
 
 
+class Seek(NamedTuple):
+    """What a fold finds out beside MAXIMUM and TOTAL."""
+
+    ratio: Tensor | None = None  # (): of the second temperature's logits to the first's, for INTER_TOTAL
+    threshold: Tensor | None = None  # (R,), for RANK and LOGIT_SUM
+    negatives: bool = False  # for COUNT
+    weighted: bool = False  # for WEIGHTED
+
+    def part(self, some: slice) -> Seek:
+        return self if self.threshold is None else self._replace(threshold=self.threshold[some])
+
+
 class Side(NamedTuple):
     """What a gradient needs of the rows, or of the keys, of a tile in their role as anchors."""
 
@@ -81,52 +94,45 @@ class Side(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the functions
 
 
-def fold(
-    tile: Tile,
-    state: Tensor,  # (len(Plane), R), brought up to date
-    weights: Tensor | None = None,  # (R, C): gets 2 ** (logit - new maximum) times the key's scale, 0 where left out
-    ratio: Tensor | None = None,  # (): of the second temperature's logits to the first's
-    threshold: Tensor | None = None,  # (R,): count the logits above it, and sum all
-    count: bool = False,
-) -> Tensor:
-    """A tile's logits into the state; by how much sums under the old maximum shrink, (R,)."""
+def fold(tile: Tile, state: Tensor, seek: Seek, weights: Tensor | None = None) -> Tensor:
+    """A tile's logits into the state of its rows; by how much sums under the old maximum shrink, (R,).
+
+    ``weights`` (R, C) gets 2 ** (logit - new maximum) times the key's scale, 0 where a pair is left out.
+    """
     kernels = _kernels(tile.x)
     if kernels is not None:
-        return kernels.fold(tile, state, weights, ratio, threshold, count)  # type: ignore[no-any-return]
+        return kernels.fold(tile, state, seek, weights)  # type: ignore[no-any-return]
     drop = tile.left_out()
     x = tile.logits()
     if drop is not None:
         x.masked_fill_(drop, -math.inf)
-    if count:
+    if seek.negatives:
         state[Plane.COUNT] += x.shape[1] if drop is None else (~drop).sum(1)
-    if threshold is not None:
-        state[Plane.RANK] += (x > threshold[:, None]).sum(1)
+    if seek.threshold is not None:
+        state[Plane.RANK] += (x > seek.threshold[:, None]).sum(1)
         state[Plane.LOGIT_SUM] += (x if drop is None else x.masked_fill(drop, 0.0)).sum(1)
-    shrink = _fold(x, state, ratio)
+    shrink = _fold(x, state, seek)
     if weights is not None:
         torch.mul(x, tile.key_scale.nan_to_num(0.0), out=weights)
     return shrink
 
 
-def fold_both(
-    tile: Tile,
-    own: int,  # so many of the first keys are the rows themselves, which count as anchors already
-    state: Tensor,  # of the rows
-    key_state: Tensor,  # of the keys but for the first ``own``, in their role as anchors
-    ratio: Tensor | None = None,
-) -> None:
-    """A tile's logits into the states of its rows and of its keys."""
+def fold_both(tile: Tile, own: int, state: Tensor, key_state: Tensor, seek: Seek) -> None:
+    """A tile's logits into the states of its rows and, in their role as anchors, of its keys.
+
+    The first ``own`` keys are rows of the tile, too, and ``key_state`` is of the others.
+    """
     kernels = _kernels(tile.x)
     if kernels is not None:
-        kernels.fold_both(tile, own, state, key_state, ratio)
+        kernels.fold_both(tile, own, state, key_state, seek)
         return
     drop = tile.left_out()
     x = tile.logits()
     if drop is not None:
         x.masked_fill_(drop, -math.inf)
     if own < x.shape[1]:
-        _fold(x[:, own:].clone().T, key_state, ratio)
-    _fold(x, state, ratio)
+        _fold(x[:, own:].clone().T, key_state, seek)
+    _fold(x, state, seek)
 
 
 def weights(tile: Tile, base: Tensor, factor: Tensor, out: Tensor) -> None:
@@ -159,19 +165,28 @@ def weights_both(tile: Tile, row: Side, key: Side, row_factor: Tensor, out: Tens
 # -------------------------------------------------------------------------------------------------------- small pieces
 
 
-def _fold(x: Tensor, state: Tensor, ratio: Tensor | None) -> Tensor:
+def _fold(x: Tensor, state: Tensor, seek: Seek) -> Tensor:
     """Logits (R, C) to 2 ** (x - new maximum), in place, and into the state; what old sums shrink by."""
     old = state[Plane.MAXIMUM]
     new = torch.maximum(old, x.amax(1))
     lower = old - new
     shrink = lower.exp2()
     x.sub_(new[:, None])
-    if ratio is not None:
-        inter = (x * ratio).exp2_().sum(1)
-        state[Plane.INTER_TOTAL] = inter.addcmul_(state[Plane.INTER_TOTAL], (lower * ratio).exp2_())
+    if seek.ratio is not None:
+        inter = (x * seek.ratio).exp2_().sum(1)
+        state[Plane.INTER_TOTAL] = inter.addcmul_(state[Plane.INTER_TOTAL], (lower * seek.ratio).exp2_())
+    if seek.weighted:
+        weighted = (x.exp2() * x.clamp_min(-2000.0)).sum(1)  # 2 ** x is 0 there, and 0 * -inf is NaN
+        before = state[Plane.WEIGHTED].addcmul(lower, state[Plane.TOTAL])
+        state[Plane.WEIGHTED] = weighted.addcmul_(before, shrink)
     state[Plane.TOTAL] = x.exp2_().sum(1).addcmul_(state[Plane.TOTAL], shrink)
     state[Plane.MAXIMUM] = new
     return shrink
+
+
+def mean_logit(state: Tensor) -> Tensor:
+    """sum_j softmax_ij logit_ij, of weights that nobody rounded, (R,)."""
+    return state[Plane.MAXIMUM] + state[Plane.WEIGHTED] / state[Plane.TOTAL]
 
 
 def _either(a: Tensor | None, b: Tensor) -> Tensor:
