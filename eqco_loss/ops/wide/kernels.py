@@ -98,9 +98,9 @@ def fold_kernel(
         weight = tl.exp2(lower)
         total += weight
         if ratio is not None:
-            inter_total += tl.where(keep, tl.exp2(lower * to_inter), 0.0)  # -inf * 0 is NaN
+            inter_total += tl.exp2(lower * to_inter)
         if WEIGH:
-            weighted += tl.where(keep, weight * lower, 0.0)
+            weighted += weight * tl.maximum(lower, -2000.0)  # where weight is 0, and 0 * -inf is NaN
         if COUNT_PAIRS:
             kept += keep.to(tl.float32)
         if threshold is not None:
