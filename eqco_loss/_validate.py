@@ -16,7 +16,7 @@ from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange
 from .queue import FLOATS, INTEGERS, MomentumQueue
 from .settings import InBatch, Inputs, Reduction, Sampling, Settings
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "wide")
 LARGEST = 1e38  # what float32 holds
 AGREED = 8  # numbers that ranks exchange before a loss
 

@@ -20,7 +20,7 @@ from eqco_loss import functional
 
 PACKAGE = Path(eqco_loss.__file__).parent
 
-MOST_LINES = 520
+MOST_LINES = 540
 
 # The one direction of imports. A module that is not here is a decision that nobody wrote down.
 MAY_IMPORT = {
@@ -39,7 +39,8 @@ MAY_IMPORT = {
 INSIDE_OPS = {
     "__init__": {"backends", "calls", "operator"},
     "operator": {"backends", "calls", "definition"},
-    "backends": {"tiles", "triton"},
+    "backends": {"tiles", "triton", "wide"},
+    "wide": {"calls", "definition"},
     "tiles": {"blocks", "calls", "definition", "flash"},
     "flash": {"blocks", "calls"},
     "blocks": {"calls", "definition"},
@@ -110,9 +111,9 @@ def test_torch_is_the_only_dependency(path: Path) -> None:
     assert roots <= {"torch", "triton", "eqco_loss"} | set(sys.stdlib_module_names)
 
 
-def test_triton_is_imported_in_one_place_and_inside_a_function() -> None:
-    """The kernels' files import Triton, and one function of the package imports those files."""
-    kernels = {"parts", "forward", "keys", "symmetric"}
+def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() -> None:
+    """The kernels' files import Triton, and one function of each backend imports those files."""
+    kernels_of = {"triton": {"parts", "forward", "keys", "symmetric"}, "wide": {"kernels"}}
     places = []
     for path in files():
         tree = ast.parse(path.read_text())
@@ -122,19 +123,18 @@ def test_triton_is_imported_in_one_place_and_inside_a_function() -> None:
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
             for node in ast.walk(function)
         }
-        of_kernels = path.parent.name == "triton" and path.stem in kernels
+        kernels = kernels_of.get(path.parent.name, set())
+        of_kernels = path.stem in kernels
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Import, ast.ImportFrom)) or of_kernels:
                 continue
             names = [alias.name for alias in node.names]
             outside = [] if isinstance(node, ast.ImportFrom) and node.level else names
             outside += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            if any(name.split(".")[0] == "triton" for name in outside) or (
-                path.parent.name == "triton" and kernels & set(names)
-            ):
+            if any(name.split(".")[0] == "triton" for name in outside) or kernels & set(names):
                 assert id(node) in inside, f"{path.name}:{node.lineno} imports Triton at import time"
                 places.append(path.name)
-    assert set(places) == {"launch.py"}
+    assert set(places) == {"launch.py", "pointwise.py"}
 
 
 def test_no_file_has_outgrown_a_reader() -> None:

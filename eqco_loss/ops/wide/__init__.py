@@ -1,0 +1,344 @@
+"""The operators by the vendor's products of whole matrices: for CUDA tensors of any D, in any dtype.
+
+A chunk of rows meets a chunk of keys in three steps: one product gives the similarities, in float32 where its operands
+are half (so that no logit is ever rounded to half); pointwise work makes logits, statistics and weights of them
+(``pointwise.py``); and one more product, of the weights, which alone are rounded, sums the gradient. The chunks are
+such that similarities and weights take at most ``WORKSPACE`` bytes, whatever N, K and D are.
+
+Rows in half precision are multiplied as they lie and not as unit vectors, because rounding those would cost accuracy:
+their inverse lengths scale logits and weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..calls import (
+    LN2,
+    LOG2E,
+    TIE,
+    KeysGradient,
+    LogSumExp,
+    LogSumExpOutputs,
+    Metric,
+    Pairs,
+    Row,
+    RowLosses,
+    RowOutputs,
+    SymmetricGradient,
+    SymmetricGradients,
+    SymmetricLosses,
+    SymmetricOutputs,
+    rounded_log_sum,
+    temperature_of,
+)
+from . import pointwise
+from .chunks import (
+    Passes,
+    Rows,
+    Workspace,
+    arithmetic,
+    finished_rows,
+    fitting,
+    may_hold_anything,
+    own_rows,
+    prepare,
+    product,
+    product_dtype,
+    slices,
+    steps,
+)
+from .pointwise import Plane, Seek, Side, mean_logit, new_state
+
+Result = TypeVar("Result")
+
+
+def _plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Without gradients and without autocast, which would round similarities."""
+
+    @functools.wraps(function)
+    def plain(call: Any) -> Result:
+        with torch.no_grad(), torch.autocast(call[0].device.type, enabled=False):
+            return function(call)
+
+    return plain
+
+
+def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
+    """Why this backend cannot serve these tensors; None if it can."""
+    if query.device.type not in ("cuda", "cpu"):
+        return f"{query.device.type} tensors: the wide backend is for CUDA (and CPU, to test)"
+    for x in (query, *keys):
+        if x is not None and x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            return f"{str(x.dtype).removeprefix('torch.')}: the products take float16, bfloat16, float32 and float64"
+    return None
+
+
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients before backward multiplies them by the loss's."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gives_keys_gradient(call: RowLosses) -> bool:
+    """Whether row_losses returns the keys' gradient: here it is one more pass, which backward makes if it must."""
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------- row losses
+
+
+@_plainly
+def row_losses(call: RowLosses) -> RowOutputs:
+    t, like, (n, d) = temperature_of(call), arithmetic(call.query), call.query.shape
+    products = product_dtype(call.autocast, call.query, *(one.keys for one in call.sets))
+    query = prepare(call.query, call.normalize, products, like)
+    positive = prepare(call.positive, call.normalize, call.positive.dtype, like)
+    passes, scale, finished = Passes(query, call.sets, LOG2E / t, products, like), LOG2E / t, finished_rows(d, like)
+    state, known, learned = new_state(n, like), passes.known, call.learned_temperature is not None
+    query_gradient = like.new_empty((n, d) if call.need_query_gradient else (0,))
+    positive_gradient = like.new_empty((n, d) if call.need_positive_gradient else (0,))
+    s = like.new_empty(n)
+    for some in slices(n, finished):
+        torch.sum(query.unit(some) * positive.unit(some), 1, out=s[some])
+    positive_logit = s * scale
+    threshold = positive_logit - TIE * positive_logit.abs()
+    seek = Seek(_to_inter(call, like), threshold if call.need_metrics else None, known is None, learned)
+    for some in passes.rows:
+        passes.attend(some, state[:, some], seek.part(some), query_gradient[some] if call.need_query_gradient else None)
+    maximum = _checked(state, known, call.may_raise)
+    values = _values(positive_logit, maximum, state, known, call)
+    factor = values.weight * (call.ratio / t)  # the derivative of a row's share by its negatives' similarities
+    rows = like.new_zeros((len(Row), n))
+    _write_rows(rows, state, maximum, factor, s)
+    if learned:
+        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
+    for some in slices(n, finished):
+        u, p, out = query.unit(some), positive.unit(some), query_gradient[some]
+        if call.need_query_gradient:  # ``out`` is the mean key
+            toward = p.addcmul(u, ((u * out).sum(1) - s[some])[:, None]) if call.normalize else p
+            out.sub_(toward).mul_(query.per_length(factor[some], some)[:, None])
+        if call.need_positive_gradient:
+            pull = positive.per_length(factor[some], some)[:, None]
+            out = torch.mul(u, -pull, out=positive_gradient[some])
+            if call.normalize:
+                out.addcmul_(p, pull * s[some, None])
+    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    if call.need_metrics:
+        count = state[Plane.COUNT] if known is None else known
+        metrics[Metric.WEIGHT], metrics[Metric.INTRA_LOSS] = values.weight, values.intra_loss
+        metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
+        metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
+        metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
+    loss = values.loss.sum() * call.ratio if call.reduced else values.loss * call.ratio
+    return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
+
+
+@_plainly
+def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
+    t, like = temperature_of(call), arithmetic(call.query)
+    products = product_dtype(call.autocast, call.query, call.first.keys)
+    passes = Passes(prepare(call.query, False, products, like), [call.first], LOG2E / t, products, like)
+    mean_key = like.new_empty(call.query.shape if call.need_query_gradient else (0,))
+    rows, state = like.new_zeros((len(Row), len(call.query))), new_state(len(call.query), like)
+    for some in passes.rows:
+        out = mean_key[some] if call.need_query_gradient else None
+        passes.attend(some, state[:, some], Seek(negatives=passes.known is None), out)
+    maximum = _checked(state, passes.known, True)
+    _write_rows(rows, state, maximum, torch.ones_like(maximum) / t, torch.zeros_like(maximum))
+    return LogSumExpOutputs((maximum + state[Plane.TOTAL].log2()) * LN2, mean_key, rows)
+
+
+@_plainly
+def keys_gradient(call: KeysGradient) -> Tensor:
+    """Chunk of keys by chunk of keys, each with all rows, so that nothing but a chunk is summed in float32."""
+    like, one = arithmetic(call.query), call.first
+    products = product_dtype(call.autocast, call.query, one.keys)
+    query = prepare(call.query, call.normalize, products, like)
+    logit_scale = query.scale * (LOG2E / temperature_of(call))
+    pull, largest = fitting(call.rows[Row.PULL] * call.grad, products)
+    factor, base = pull * query.scale, call.rows[Row.BASE]
+    out, workspace = torch.empty_like(one.keys, memory_format=torch.contiguous_format), Workspace(like, products)
+    if one.keys.dim() == 3:
+        for some in slices(len(one.keys), own_rows(one.keys)):
+            keys = prepare(one.keys[some].flatten(0, 1), one.normalize, products, like, may_hold_anything(one))
+            tile = workspace.tile(query.part(some), keys, logit_scale[some], one.pairs, some, slice(0, out.shape[1]))
+            weights = torch.empty_like(tile.x)
+            pointwise.weights(tile, base[some], factor[some], weights)
+            gradient = weights[:, :, None] * query.multiplied[some, None].to(like.dtype)
+            out[some] = keys.through_unit(gradient.flatten(0, 1).mul_(largest)).view_as(gradient)
+        return out
+    keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
+    width, step = steps(len(one.keys), len(call.query), like, products)
+    for columns in slices(len(one.keys), width):
+        part = keys.part(columns)
+        gradient = like.new_zeros(part.multiplied.shape)
+        for some in slices(len(call.query), step):
+            tile = workspace.tile(query.part(some), part, logit_scale[some], one.pairs, some, columns)
+            weights = workspace.weights(tile.x)
+            pointwise.weights(tile, base[some], factor[some], weights)
+            product(weights.T, query.multiplied[some], gradient, add=True)
+        out[columns] = part.through_unit(gradient.mul_(largest))
+    return out
+
+
+def _write_rows(rows: Tensor, state: Tensor, maximum: Tensor, factor: Tensor, similarity: Tensor) -> None:
+    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
+    rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
+
+
+def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
+    """t / T, from the first temperature's logits to the second's, ()."""
+    if call.inter_temperature is None:
+        return None
+    ratio = temperature_of(call) / call.inter_temperature
+    return ratio if isinstance(ratio, Tensor) else like.new_full((), ratio)
+
+
+class _Values(NamedTuple):
+    """What the losses are made of, (R,) each."""
+
+    loss: Tensor
+    intra_loss: Tensor
+    weight: Tensor  # -d loss / d gap
+    log_weight: Tensor | None  # the logarithm of the dual temperature's weight
+
+
+def _values(
+    positive_logit: Tensor, maximum: Tensor, state: Tensor, known: int | None, call: RowLosses | SymmetricLosses
+) -> _Values:
+    shift: float | Tensor = 0.0
+    if call.alpha is not None:
+        shift = math.log(call.alpha / known) if known else torch.log(call.alpha / state[Plane.COUNT])
+    # The maximum goes first, because its difference to another large logit is exact and its sum with log2 is not.
+    gap = (positive_logit - maximum - state[Plane.TOTAL].log2()) * LN2 - shift
+    zero = torch.zeros_like(gap)
+    intra_loss = torch.logaddexp(zero, -gap)
+    if call.inter_temperature is None:
+        return _Values(intra_loss, intra_loss, torch.sigmoid(-gap), None)
+    to_inter = temperature_of(call) / call.inter_temperature
+    inter_gap = ((positive_logit - maximum) * to_inter - state[Plane.INTER_TOTAL].log2()) * LN2 - shift
+    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
+    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+    return _Values(weight * _softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
+
+
+def _softplus_over_sigmoid(x: Tensor) -> Tensor:
+    """softplus(-x) / sigmoid(-x) without the overflow of either: 1 + exp(-x)/2 as x grows, -x as it falls."""
+    e = torch.exp(-x.abs())
+    at_positive = torch.where(e < 1e-10, 1.0 + 0.5 * e, torch.log1p(e) / e.clamp_min(1e-30) * (1.0 + e))
+    return torch.where(x < 0, (torch.relu(-x) + torch.log1p(e)) * (1.0 + e), at_positive)
+
+
+def _checked(state: Tensor, known: int | None, may_raise: bool) -> Tensor:
+    """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
+    if known:
+        return state[Plane.MAXIMUM]
+    empty = state[Plane.COUNT] == 0
+    if empty.is_cpu and may_raise and bool(empty.any()):
+        raise ValueError(
+            f"query {int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
+            "one key that neither ids nor mask leave out. Leave them out, make ids finer, or give more negatives."
+        )
+    return torch.where(empty, math.nan, state[Plane.MAXIMUM])
+
+
+# ----------------------------------------------------------------------------------- both directions between two views
+
+
+@_plainly
+def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
+    """Every similarity is computed once, and serves both of its rows."""
+    t, like, (n, d) = temperature_of(call), arithmetic(call.views), call.views.shape
+    products = product_dtype(call.autocast, call.views)
+    views, half = prepare(call.views, True, products, like), n // 2
+    others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
+    logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
+    seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
+    state, s = new_state(n, like), like.new_empty(n)
+    for some, chunks in _mutual(n, views, call.across, like):
+        for columns in chunks:
+            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+            own = _own(some, columns)
+            pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
+    for some in slices(half, finished_rows(d, like)):
+        s[some] = (views.unit(some) * views.unit(slice(some.start + half, some.stop + half))).sum(1)
+    s[half:] = s[:half]
+    positive_logit = s * (LOG2E / t)
+    values = _values(positive_logit, state[Plane.MAXIMUM], state, (half - 1) * (1 if call.across else 2), call)
+    rows = like.new_zeros((len(Row), n))
+    factor = values.weight * (call.ratio / t)
+    _write_rows(rows, state, state[Plane.MAXIMUM], factor, s)
+    if call.learned_temperature is not None:
+        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
+    return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
+
+
+@_plainly
+def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
+    """Gradient of rows that are anchors, positives and negatives.
+
+    With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
+    ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``. Every tile's weights serve its rows, and turned its keys.
+    """
+    t, like, (n, d) = temperature_of(call), arithmetic(call.views), call.views.shape
+    products = product_dtype(call.autocast, call.views)
+    views, half = prepare(call.views, True, products, like), n // 2
+    others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
+    logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
+    all_pull = call.rows[Row.PULL] * call.grad
+    pull, largest = fitting(all_pull, products)
+    anchors, a = Side(call.rows[Row.BASE], pull), all_pull * call.rows[Row.TOTAL]
+    out = torch.empty_like(call.views, memory_format=torch.contiguous_format)
+    first_key = half if call.across else 0
+    sums = like.new_zeros((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
+
+    def finish(some: slice, gradient: Tensor) -> None:
+        """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
+        shift = half if some.start < half else -half
+        gradient *= (largest / views.scale[some])[:, None]
+        partner = views.unit(slice(some.start + shift, some.stop + shift))
+        weight = a[some] + a[some.start + shift : some.stop + shift]
+        out[some] = views.part(some).through_unit(gradient.addcmul_(partner, weight[:, None], value=-1))
+
+    for some, chunks in _mutual(n, views, call.across, like):
+        gradient = like.new_zeros((some.stop - some.start, d)) if call.across else sums[some]
+        for columns in chunks:
+            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+            weights, own = workspace.weights(tile.x), _own(some, columns)
+            pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
+            product(weights, views.multiplied[columns], gradient, add=True)
+            if own < weights.shape[1]:
+                of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
+                product(weights[:, own:].T, views.multiplied[some], of_keys, add=True)
+        finish(some, gradient)
+    if call.across:
+        for some in slices(half, finished_rows(d, like)):
+            finish(slice(some.start + half, some.stop + half), sums[some])
+    of_temperature = like.new_empty(0)
+    if call.learned_temperature is not None:
+        of_temperature = call.rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
+    return SymmetricGradients(out, of_temperature)
+
+
+def _mutual(n: int, views: Rows, across: bool, like: Tensor) -> Iterator[tuple[slice, Iterator[slice]]]:
+    """Chunks of rows, and of the keys that each of them meets, such that every pair of rows comes once.
+
+    Where both views' rows are keys, a row's keys begin with its own chunk, which has both of (i, j) and (j, i).
+    """
+    anchors = n // 2 if across else n
+    step, width = steps(anchors, anchors, like, views.multiplied.dtype)
+    for first in range(0, anchors, n // 2):  # no chunk has rows of both views
+        for some in slices(first + n // 2, step, first):
+            yield some, slices(n, width, anchors if across else some.start)
+
+
+def _own(rows: slice, columns: slice) -> int:
+    """How many of the keys, the first ones, are among the rows."""
+    own: int = max(0, min(rows.stop, columns.stop) - columns.start)
+    return own

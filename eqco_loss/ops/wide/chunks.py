@@ -1,0 +1,239 @@
+"""Chunks of rows and of keys, their products, and the passes over them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
+from . import pointwise
+from .pointwise import Plane, Seek, Tile
+
+WORKSPACE = 2**26  # bytes that the similarities and weights of a chunk may take
+ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
+_ROW_COPIES = 6  # of some rows (R, D), in float32, exist as losses and gradients are finished
+
+
+# ---------------------------------------------------------------------------------------------------------- the passes
+
+
+class Passes:
+    """Chunks of queries, each against all keys of one or two sets."""
+
+    def __init__(
+        self, query: Rows, sets: list[KeySet], scale: float | Tensor, products: torch.dtype, like: Tensor
+    ) -> None:
+        n, negatives = len(query.raw), [one.pairs.negatives(one.keys) for one in sets]
+        self.known = None if None in negatives else sum(x for x in negatives if x is not None)  # K_i
+        self.query, self.products, self.like = query, products, like
+        self.sets = [one for one in sets if one.keys.shape[-2] > 0]
+        self.logit_scale = query.scale * scale
+        self.workspace = Workspace(like, products)
+        self.keys = [self._prepared(one, one.keys) if one.keys.dim() == 2 else None for one in self.sets]
+        sizes = [steps(n, one.keys.shape[-2], like, products) for one in self.sets]
+        self.widths = [width for _, width in sizes]
+        self.rows = slices(n, min([n, *(step for step, _ in sizes), *(own_rows(one.keys) for one in self.sets)]))
+
+    def attend(self, some: slice, state: Tensor, seek: Seek, mean_key: Tensor | None) -> None:
+        """All negatives of some queries into their state, and into ``mean_key`` (R, D) sum_j softmax_ij n_j."""
+        query, first = self.query.part(some), True
+        for one, prepared, width in zip(self.sets, self.keys, self.widths, strict=True):
+            k = one.keys.shape[-2]
+            for columns in slices(k, k if prepared is None else width):
+                keys = prepared.part(columns) if prepared else self._prepared(one, one.keys[some].flatten(0, 1))
+                tile = self.workspace.tile(query, keys, self.logit_scale[some], one.pairs, some, columns)
+                weights = None if mean_key is None else self.workspace.weights(tile.x)
+                shrink = pointwise.fold(tile, state, seek, weights)
+                if mean_key is not None and weights is not None:
+                    if not first:
+                        mean_key *= shrink[:, None]
+                    _weighted_sum(weights, keys.multiplied, mean_key, add=not first)
+                first = False
+        if mean_key is not None and first:
+            mean_key.zero_()
+        elif mean_key is not None:
+            mean_key /= state[Plane.TOTAL, :, None]
+
+    def _prepared(self, one: KeySet, keys: Tensor) -> Rows:
+        return prepare(keys, one.normalize, self.products, self.like, may_hold_anything(one))
+
+
+class Workspace:
+    """The memory of a tile's products and weights, the same for every tile."""
+
+    def __init__(self, like: Tensor, products: torch.dtype) -> None:
+        self.x, self.w = like.new_empty(0), like.new_empty(0, dtype=products)
+
+    def tile(self, query: Rows, keys: Rows, row_scale: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
+        """Queries (R, D) against keys (C, D), or against each query's own, (R * C, D)."""
+        r, c = rows.stop - rows.start, columns.stop - columns.start
+        if self.x.numel() < r * c:
+            self.x = self.x.new_empty(r * c)
+        x = self.x[: r * c].view(r, c)
+        if len(keys.multiplied) == c:
+            product(query.multiplied, keys.multiplied.T, x)
+        else:
+            product(keys.multiplied.view(r, c, -1), query.multiplied[:, :, None], x[:, :, None])
+        scale = keys.scale if len(keys.scale) == c else keys.scale.view(r, c)
+        return Tile(x, row_scale, scale, _cut(pairs, rows, columns), rows.start, columns.start)
+
+    def weights(self, x: Tensor) -> Tensor:
+        if self.w.numel() < x.numel():
+            self.w = self.w.new_empty(x.numel())
+        return self.w[: x.numel()].view(x.shape)
+
+
+def _cut(pairs: Pairs, rows: slice, columns: slice) -> Pairs:
+    """The pairs of some rows and keys, those that were picked as a mask."""
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        return x if x is None else x[columns] if x.dim() == 1 else x[rows, columns]
+
+    ids = None if pairs.query_ids is None else pairs.query_ids[rows]
+    mask, c = cut(pairs.mask), columns.stop - columns.start
+    if pairs.picked is not None:
+        place = pairs.picked[rows] - columns.start
+        inside = torch.where((place >= 0) & (place < c), place, c)  # the last column takes what is elsewhere
+        keep = torch.zeros((len(place), c + 1), dtype=torch.bool, device=place.device).scatter_(1, inside, True)[:, :c]
+        mask = keep if mask is None else keep & mask
+    return Pairs(ids, cut(pairs.key_ids), mask, pairs.filled, None, pairs.band)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """a @ b, of matrices or of batches of them, into ``out`` or added to it, in its dtype and without rounding."""
+    aten = torch.ops.aten
+    batch, half = a.dim() == 3, a.dtype != out.dtype
+    if half and not (a.is_cuda and hasattr(aten.addmm, "dtype_out")):  # from torch 2.8 on
+        a, b, half = a.to(out.dtype), b.to(out.dtype), False
+    if not half:
+        (out.baddbmm_ if batch else out.addmm_)(a, b, beta=int(add))
+    elif add:
+        (aten.baddbmm if batch else aten.addmm).dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        (aten.bmm if batch else aten.mm).dtype_out(a, b, out.dtype, out=out)
+
+
+def _weighted_sum(weights: Tensor, keys: Tensor, out: Tensor, add: bool) -> None:
+    """out_i = sum_j weights_ij keys_j, where keys are (C, D) or, each query's own, (R * C, D)."""
+    r, c = weights.shape
+    if len(keys) == c:
+        product(weights, keys, out, add)
+    else:
+        product(weights[:, None], keys.view(r, c, -1), out[:, None], add)
+
+
+# ------------------------------------------------------------------------------------------------- rows and their scale
+
+
+class Rows(NamedTuple):
+    """Rows as they lie, and as they are multiplied: ``multiplied * scale`` are the unit rows, or the raw ones."""
+
+    raw: Tensor  # (L, D), with zeros for a row that is not finite and may be left out
+    multiplied: Tensor  # (L, D), in the products' dtype
+    scale: Tensor  # (L,); NaN for a row that is not finite and may be left out
+    inverse: Tensor | None  # (L,): 1 / length; None where rows are taken as they lie
+    gradient_inverse: Tensor | None  # (L,): the same for gradients, which must fit the rows' dtype
+
+    def part(self, some: slice) -> Rows:
+        inverses = (x if x is None else x[some] for x in (self.inverse, self.gradient_inverse))
+        return Rows(self.raw[some], self.multiplied[some], self.scale[some], *inverses)
+
+    def unit(self, some: slice = slice(None)) -> Tensor:
+        """The rows in the arithmetic's dtype."""
+        rows = self.raw[some].to(self.scale.dtype)
+        return rows if self.inverse is None else rows * self.inverse[some, None]
+
+    def per_length(self, factor: Tensor, some: slice) -> Tensor:
+        return factor if self.gradient_inverse is None else factor * self.gradient_inverse[some]
+
+    def through_unit(self, gradient: Tensor) -> Tensor:
+        """From the gradient of unit rows to that of the raw ones, in place."""
+        if self.gradient_inverse is None:
+            return gradient
+        unit = self.unit()
+        along = (unit * gradient).sum(1)
+        return gradient.addcmul_(unit, along[:, None], value=-1).mul_(self.gradient_inverse[:, None])
+
+
+def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, clean: bool = False) -> Rows:
+    """``clean``: a row that is not finite becomes zeros, because 0 * NaN is NaN, and its scale tells who meets it."""
+    if like.dtype == torch.float32 and x.dtype == torch.float64:
+        x = x.to(like.dtype)
+    scale, finite, inverse, gradient_inverse = like.new_ones(len(x)), None, None, None
+    if clean:
+        lowest, highest = x.aminmax(dim=1)
+        finite = lowest.isfinite() & highest.isfinite()
+        x = torch.where(finite[:, None], x, 0.0)
+    if not normalize:
+        multiplied = x.to(products)
+    else:
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=like.dtype)
+        inverse, gradient_inverse = 1 / norm.clamp_min(NORM_EPS), 1 / norm.clamp_min(gradient_eps(x.dtype))
+        if products != x.dtype:
+            multiplied = torch.mul(x, inverse[:, None], out=torch.empty_like(x, dtype=products))
+        elif products != torch.float16:
+            multiplied, scale = x, inverse
+        else:  # the weights hold the scale, which float16 can if it is about 1: a power of two costs no accuracy
+            power = norm.clamp_min(2.0**-24).log2().floor().neg().exp2()
+            multiplied = torch.mul(x, power[:, None], out=torch.empty_like(x))
+            scale = (inverse / power).clamp_max(1.0)  # more than 1 only for rows of zeros
+    if finite is not None:
+        scale = torch.where(finite, scale, math.nan)
+    return Rows(x, multiplied, scale, inverse, gradient_inverse)
+
+
+def may_hold_anything(one: KeySet) -> bool:
+    """Whether a key may be NaN or infinite and yet left out."""
+    return (one.pairs.by_pair or one.pairs.picked is not None) and not one.trusted
+
+
+def product_dtype(autocast: torch.dtype | None, query: Tensor, *keys: Tensor) -> torch.dtype:
+    """What is multiplied: autocast's dtype, or the one that holds all; float64 stays itself."""
+    if query.dtype == torch.float64:
+        return torch.float64
+    if autocast is not None:
+        return autocast
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in keys), query.dtype)
+    return torch.float32 if widest == torch.float64 else widest
+
+
+def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Rows' weights that float16 can hold, and what they must be multiplied by."""
+    if products != torch.float16:
+        return pull, 1.0
+    largest = pull.abs().amax()
+    largest = torch.where(largest > 0, largest, 1.0)
+    return pull / largest, largest
+
+
+def steps(n: int, k: int, like: Tensor, products: torch.dtype) -> tuple[int, int]:
+    """How many rows and how many keys a chunk has."""
+    pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
+    width = max(128, pairs // min(n, ROWS_AT_ONCE))
+    width = min(k, -(-k // -(-k // width)) + 127 & -128)  # equal chunks, of whole tiles of a product
+    step = pairs // width
+    return max(1, min(n, step & -128 if step > 128 else step)), width
+
+
+def finished_rows(d: int, like: Tensor) -> int:
+    """How many rows of D features are finished at a time."""
+    return max(1, WORKSPACE // (_ROW_COPIES * d * like.dtype.itemsize))
+
+
+def own_rows(keys: Tensor) -> int:
+    """How many queries a chunk has that have keys (N, K, D) of their own."""
+    return max(1, WORKSPACE // (3 * 4 * keys[0].numel())) if keys.dim() == 3 else len(keys)
+
+
+def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def arithmetic(query: Tensor) -> Tensor:
+    """An empty tensor of the arithmetic's dtype and device, which others are made like."""
+    return query.new_empty(0, dtype=compute_dtype(query))

@@ -1,0 +1,244 @@
+"""The pointwise work between two products, one kernel each: ``pointwise.py`` says what they compute.
+
+An absent tensor is None, which Triton compiles away. Statistics are float32.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import torch
+import triton
+import triton.language as tl
+
+from .pointwise import Plane
+
+MAXIMUM, TOTAL = tl.constexpr(int(Plane.MAXIMUM)), tl.constexpr(int(Plane.TOTAL))
+INTER_TOTAL, COUNT = tl.constexpr(int(Plane.INTER_TOTAL)), tl.constexpr(int(Plane.COUNT))
+RANK, LOGIT_SUM = tl.constexpr(int(Plane.RANK)), tl.constexpr(int(Plane.LOGIT_SUM))
+WEIGHTED = tl.constexpr(int(Plane.WEIGHTED))
+
+
+# --------------------------------------------------------------------------------------------------------- the kernels
+
+
+@triton.jit
+def load_logits(
+    x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+    query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+    rows, columns, n, k, first_key, ahead, width, modulus, WRAP: tl.constexpr,
+):  # fmt: skip
+    """Logits of a block, its keys' scales, and which of its pairs stay."""
+    in_rows, in_columns = rows < n, columns < k
+    keep = in_rows[:, None] & in_columns[None, :]
+    value = tl.load(x + rows[:, None] * x_stride_r + columns[None, :] * x_stride_c, mask=keep, other=0.0)
+    if key_scale_stride_r == 0:
+        scale = tl.load(key_scale + columns * key_scale_stride_c, mask=in_columns, other=0.0)[None, :]
+    else:
+        at = key_scale + rows[:, None] * key_scale_stride_r + columns[None, :] * key_scale_stride_c
+        scale = tl.load(at, mask=keep, other=0.0)
+    logit = value * tl.load(row_scale + rows, mask=in_rows, other=0.0)[:, None] * scale
+    if WRAP != 0:  # a band: by how far a key is ahead of the row's first, cyclic
+        place = ahead + columns[None, :] - rows[:, None]
+        if WRAP == 1:
+            place = tl.where(place < 0, place + modulus, place)
+            place = tl.where(place >= modulus, place - modulus, place)
+        else:  # the caller has made it positive
+            place = place % modulus
+        keep = keep & (place < width)
+    if count is not None:
+        keep = keep & ((columns + first_key)[None, :] < tl.load(count))
+    wide_rows, wide_columns = rows.to(tl.int64), columns.to(tl.int64)
+    if key_ids is not None:
+        ids = tl.load(query_ids + wide_rows, mask=in_rows, other=0)
+        at = key_ids + wide_rows[:, None] * ids_stride_r + wide_columns[None, :] * ids_stride_c
+        keep = keep & (ids[:, None] != tl.load(at, mask=keep, other=0))
+    if mask is not None:
+        at = mask + wide_rows[:, None] * mask_stride_r + wide_columns[None, :] * mask_stride_c
+        keep = keep & (tl.load(at, mask=keep, other=0) != 0)
+    return logit, scale, keep
+
+
+@triton.jit
+def fold_kernel(
+    x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+    query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+    state, state_stride, weights, shrink, ratio, threshold,
+    n, k, first_key, ahead, width, modulus,
+    WRAP: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a tile into their states: one visit for the maxima, one for what is summed under them."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    in_rows = rows < n
+    highest = tl.full((BLOCK_ROWS, BLOCK_KEYS), float("-inf"), tl.float32)
+    for first in range(0, k, BLOCK_KEYS):
+        columns = first + tl.arange(0, BLOCK_KEYS)
+        logit, _, keep = load_logits(
+            x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+            query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+            rows, columns, n, k, first_key, ahead, width, modulus, WRAP,
+        )  # fmt: skip
+        highest = tl.maximum(highest, tl.where(keep, logit, float("-inf")))
+    old = tl.load(state + MAXIMUM * state_stride + rows, mask=in_rows, other=0.0)
+    new = tl.maximum(old, tl.max(highest, 1))
+    total = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
+    inter_total, kept, rank, logit_sum, weighted = total, total, total, total, total
+    if ratio is not None:
+        to_inter = tl.load(ratio)
+    if threshold is not None:
+        above = tl.load(threshold + rows, mask=in_rows, other=0.0)[:, None]
+    for first in range(0, k, BLOCK_KEYS):
+        columns = first + tl.arange(0, BLOCK_KEYS)
+        logit, scale, keep = load_logits(
+            x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+            query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+            rows, columns, n, k, first_key, ahead, width, modulus, WRAP,
+        )  # fmt: skip
+        lower = tl.where(keep, logit - new[:, None], float("-inf"))
+        weight = tl.exp2(lower)
+        total += weight
+        if ratio is not None:
+            inter_total += tl.exp2(lower * to_inter)
+        if WEIGH:
+            weighted += weight * tl.maximum(lower, -2000.0)  # where weight is 0, and 0 * -inf is NaN
+        if COUNT_PAIRS:
+            kept += keep.to(tl.float32)
+        if threshold is not None:
+            rank += (keep & (logit > above)).to(tl.float32)
+            logit_sum += tl.where(keep, logit, 0.0)
+        if weights is not None:
+            at = weights + rows[:, None] * k + columns[None, :]
+            value = tl.where(keep, weight * scale, 0.0)
+            tl.store(at, value.to(weights.dtype.element_ty), mask=in_rows[:, None] & (columns < k)[None, :])
+    smaller = tl.exp2(old - new)
+    tl.store(shrink + rows, smaller, mask=in_rows)
+    tl.store(state + MAXIMUM * state_stride + rows, new, mask=in_rows)
+    if WEIGH:  # before TOTAL, of which it reads the old one
+        at = state + WEIGHTED * state_stride + rows
+        before = tl.load(at, mask=in_rows, other=0.0)
+        before += (old - new) * tl.load(state + TOTAL * state_stride + rows, mask=in_rows, other=0.0)
+        tl.store(at, before * smaller + tl.sum(weighted, 1), mask=in_rows)
+    add(state + TOTAL * state_stride + rows, smaller, tl.sum(total, 1), in_rows)
+    if ratio is not None:
+        add(state + INTER_TOTAL * state_stride + rows, tl.exp2((old - new) * to_inter), tl.sum(inter_total, 1), in_rows)
+    if COUNT_PAIRS:
+        add(state + COUNT * state_stride + rows, 1.0, tl.sum(kept, 1), in_rows)
+    if threshold is not None:
+        add(state + RANK * state_stride + rows, 1.0, tl.sum(rank, 1), in_rows)
+        add(state + LOGIT_SUM * state_stride + rows, 1.0, tl.sum(logit_sum, 1), in_rows)
+
+
+@triton.jit
+def add(at, factor, value, inside):
+    """What lies at ``at``, times factor, plus value."""
+    tl.store(at, tl.load(at, mask=inside, other=0.0) * factor + value, mask=inside)
+
+
+@triton.jit
+def weights_kernel(
+    x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+    query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+    base, factor, pull, key_base, key_pull, out,
+    n, k, first_key, ahead, width, modulus,
+    WRAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A block of the weights, of the rows' role as anchors or, where key_base is given, of both roles."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    in_rows, in_columns = rows < n, columns < k
+    logit, scale, keep = load_logits(
+        x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+        query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+        rows, columns, n, k, first_key, ahead, width, modulus, WRAP,
+    )  # fmt: skip
+    logit = tl.where(keep, logit, float("-inf"))
+    weight = tl.exp2(logit - tl.load(base + rows, mask=in_rows, other=0.0)[:, None])
+    if key_base is not None:
+        of_key = tl.exp2(logit - tl.load(key_base + columns, mask=in_columns, other=0.0)[None, :])
+        weight = weight * tl.load(pull + rows, mask=in_rows, other=0.0)[:, None]
+        weight = (weight + of_key * tl.load(key_pull + columns, mask=in_columns, other=0.0)[None, :]) * scale
+    weight = tl.where(keep, weight * tl.load(factor + rows, mask=in_rows, other=0.0)[:, None], 0.0)
+    at = out + rows[:, None] * k + columns[None, :]
+    tl.store(at, weight.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def fold(tile, state, seek, weights):
+    shrink = torch.empty(len(tile.x), dtype=torch.float32, device=tile.x.device)
+    _launch_fold(tile, state, seek, weights, shrink)
+    return shrink
+
+
+def fold_both(tile, own, state, key_state, seek):
+    shrink = torch.empty(max(tile.x.shape), dtype=torch.float32, device=tile.x.device)
+    _launch_fold(tile, state, seek, None, shrink)
+    if own < tile.x.shape[1]:  # the tile turned around, of pairs that look the same from both sides
+        turned = tile._replace(
+            x=tile.x[:, own:].T,
+            row_scale=tile.key_scale[own:],
+            key_scale=tile.row_scale,
+            row=tile.key + own,
+            key=tile.row,
+        )
+        _launch_fold(turned, key_state, seek, None, shrink)
+
+
+def _launch_fold(tile, state, seek, weights, shrink):
+    pairs, numbers, wrap = _arguments(tile)
+    n, k = tile.x.shape
+    if tile.x.stride(1) == 1:
+        block_keys = min(4096, triton.next_power_of_2(k))
+        block_rows = max(1, min(triton.next_power_of_2(n), 2048 // block_keys))
+    else:
+        block_rows, block_keys = 32, 64
+    fold_kernel[(triton.cdiv(n, block_rows),)](
+        *pairs, state, state.stride(0), weights, shrink, seek.ratio, seek.threshold, *numbers,
+        WRAP=wrap, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys,
+        num_warps=8 if block_rows * block_keys >= 4096 else 4,
+    )  # fmt: skip
+
+
+def weights(tile, base, factor, out):
+    _launch_weights(tile, base, factor, None, None, None, out)
+
+
+def weights_both(tile, row, key, row_factor, out):
+    _launch_weights(tile, row.base, row_factor, row.pull, key.base, key.pull, out)
+
+
+def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
+    pairs, numbers, wrap = _arguments(tile)
+    n, k = tile.x.shape
+    weights_kernel[(triton.cdiv(n, 8), triton.cdiv(k, 256))](
+        *pairs, base, factor, pull, key_base, key_pull, out, *numbers,
+        WRAP=wrap, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
+    )  # fmt: skip
+
+
+def _arguments(tile):
+    """What ``load_logits`` needs of a tile: its tensors, its numbers, and how places wrap around a band."""
+    pairs, (n, k) = tile.pairs, tile.x.shape
+    query_ids, key_ids = (pairs.query_ids, pairs.key_ids) if pairs.by_ids else (None, None)
+    if key_ids is not None:
+        query_ids = query_ids.contiguous()
+        if query_ids.dtype != key_ids.dtype:  # Triton would compare int8's -1 as 255
+            query_ids, key_ids = query_ids.long(), key_ids.long()
+    tensors = (
+        *(tile.x, *tile.x.stride(), tile.row_scale, tile.key_scale, *_strides(tile.key_scale)),
+        *(query_ids, key_ids, *_strides(key_ids), pairs.mask, *_strides(pairs.mask), pairs.filled),
+    )
+    if not pairs.band:
+        return tensors, (n, k, tile.key, 0, 0, 1), 0
+    offset, width, modulus = pairs.band
+    wrap = 1 if max(n, k) <= modulus else 2
+    ahead = (tile.key - tile.row - offset - 1) % modulus
+    if wrap == 2:
+        ahead += triton.cdiv(n, modulus) * modulus
+    return tensors, (n, k, tile.key, ahead, width, modulus), wrap
+
+
+def _strides(x):
+    """Of (K,), which all rows share, or (N, K)."""
+    return (0, 0) if x is None else (0, x.stride(0)) if x.dim() == 1 else x.stride()

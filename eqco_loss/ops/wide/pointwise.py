@@ -1,0 +1,220 @@
+"""What the wide backend does between two products: statistics of a tile's logits, and the weights that are multiplied.
+
+Each is one kernel where Triton serves (``kernels.py``), and else a few of torch's own operations, in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls import Pairs
+
+MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
+
+
+class Plane(IntEnum):
+    """The rows of a state, (len(Plane), R): what passes over the tiles have seen of each query so far."""
+
+    MAXIMUM = 0  # of the logits
+    TOTAL = 1  # the sum of 2 ** (logit - MAXIMUM)
+    INTER_TOTAL = 2  # the sum of 2 ** (ratio * (logit - MAXIMUM)), for the dual temperature's second one
+    COUNT = 3  # negatives
+    RANK = 4  # logits above a threshold
+    LOGIT_SUM = 5
+    WEIGHTED = 6  # the sum of (logit - MAXIMUM) 2 ** (logit - MAXIMUM)
+
+
+def new_state(n: int, like: Tensor) -> Tensor:
+    state = like.new_zeros((len(Plane), n))
+    state[Plane.MAXIMUM] = MINIMUM
+    return state
+
+
+class Tile(NamedTuple):
+    """Products of R rows with C keys, and what makes logits of them. The functions below overwrite the products."""
+
+    x: Tensor  # (R, C), float32 or float64
+    row_scale: Tensor  # (R,): the logit is x times both scales
+    key_scale: Tensor  # (C,), or (R, C) where each query has its own keys; NaN for a key that is not finite
+    pairs: Pairs  # of these rows and keys; ``picked`` has become a mask
+    row: int  # where the first row stands in its matrix
+    key: int  # and the first key
+
+    def left_out(self) -> Tensor | None:
+        """True where a pair is left out, (R, C) or (1, C)."""
+        pairs, drop = self.pairs, None
+        rows, columns = (torch.arange(size, device=self.x.device, dtype=torch.int32) for size in self.x.shape)
+        if pairs.band:
+            offset, width, modulus = pairs.band
+            ahead = columns + (self.key - offset - 1)  # by how far a key is ahead of its first possible place
+            drop = (ahead - (rows + self.row)[:, None]).remainder_(modulus) >= width
+        if pairs.filled is not None:
+            drop = _either(drop, columns[None] >= pairs.filled - self.key)
+        if pairs.query_ids is not None and pairs.key_ids is not None:
+            drop = _either(drop, pairs.query_ids[:, None] == pairs.key_ids)
+        if pairs.mask is not None:
+            drop = _either(drop, ~(pairs.mask if pairs.mask.dim() == 2 else pairs.mask[None]))
+        return drop
+
+    def logits(self) -> Tensor:
+        """The logits, in place, those of left out pairs included."""
+        return self.x.mul_(self.row_scale[:, None]).mul_(self.key_scale)
+
+
+class Seek(NamedTuple):
+    """What a fold finds out beside MAXIMUM and TOTAL."""
+
+    ratio: Tensor | None = None  # (): of the second temperature's logits to the first's, for INTER_TOTAL
+    threshold: Tensor | None = None  # (R,), for RANK and LOGIT_SUM
+    negatives: bool = False  # for COUNT
+    weighted: bool = False  # for WEIGHTED
+
+    def part(self, some: slice) -> Seek:
+        return self if self.threshold is None else self._replace(threshold=self.threshold[some])
+
+
+class Side(NamedTuple):
+    """What a gradient needs of the rows, or of the keys, of a tile in their role as anchors."""
+
+    base: Tensor  # (R,), of Row.BASE
+    pull: Tensor  # (R,), of Row.PULL
+
+    def part(self, some: slice) -> Side:
+        return Side(self.base[some], self.pull[some])
+
+
+# ------------------------------------------------------------------------------------------------------- the functions
+
+
+def fold(tile: Tile, state: Tensor, seek: Seek, weights: Tensor | None = None) -> Tensor:
+    """A tile's logits into the state of its rows; by how much sums under the old maximum shrink, (R,).
+
+    ``weights`` (R, C) gets 2 ** (logit - new maximum) times the key's scale, 0 where a pair is left out.
+    """
+    kernels = _kernels(tile.x)
+    if kernels is not None:
+        return kernels.fold(tile, state, seek, weights)  # type: ignore[no-any-return]
+    drop = tile.left_out()
+    x = tile.logits()
+    if drop is not None:
+        x.masked_fill_(drop, -math.inf)
+    if seek.negatives:
+        state[Plane.COUNT] += x.shape[1] if drop is None else (~drop).sum(1)
+    if seek.threshold is not None:
+        state[Plane.RANK] += (x > seek.threshold[:, None]).sum(1)
+        state[Plane.LOGIT_SUM] += (x if drop is None else x.masked_fill(drop, 0.0)).sum(1)
+    shrink = _fold(x, state, seek)
+    if weights is not None:
+        torch.mul(x, tile.key_scale.nan_to_num(0.0), out=weights)
+    return shrink
+
+
+def fold_both(tile: Tile, own: int, state: Tensor, key_state: Tensor, seek: Seek) -> None:
+    """A tile's logits into the states of its rows and, in their role as anchors, of its keys.
+
+    The first ``own`` keys are rows of the tile, too, and ``key_state`` is of the others.
+    """
+    kernels = _kernels(tile.x)
+    if kernels is not None:
+        kernels.fold_both(tile, own, state, key_state, seek)
+        return
+    drop = tile.left_out()
+    x = tile.logits()
+    if drop is not None:
+        x.masked_fill_(drop, -math.inf)
+    if own < x.shape[1]:
+        _fold(x[:, own:].clone().T, key_state, seek)
+    _fold(x, state, seek)
+
+
+def weights(tile: Tile, base: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out (R, C) = factor_i 2 ** (logit_ij - base_i), 0 where a pair is left out."""
+    kernels = _kernels(tile.x)
+    if kernels is not None:
+        kernels.weights(tile, base, factor, out)
+        return
+    drop = tile.left_out()
+    torch.mul(tile.logits().sub_(base[:, None]).exp2_(), factor[:, None], out=out)
+    if drop is not None:
+        out.masked_fill_(drop, 0.0)
+
+
+def weights_both(tile: Tile, row: Side, key: Side, row_factor: Tensor, out: Tensor) -> None:
+    """The same for both roles: (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) row_factor_i key_scale_j."""
+    kernels = _kernels(tile.x)
+    if kernels is not None:
+        kernels.weights_both(tile, row, key, row_factor, out)
+        return
+    drop = tile.left_out()
+    x = tile.logits()
+    y = (x - key.base).exp2_().mul_(key.pull)
+    x.sub_(row.base[:, None]).exp2_().mul_(row.pull[:, None]).add_(y)
+    torch.mul(x.mul_(tile.key_scale), row_factor[:, None], out=out)
+    if drop is not None:
+        out.masked_fill_(drop, 0.0)
+
+
+# -------------------------------------------------------------------------------------------------------- small pieces
+
+
+def _fold(x: Tensor, state: Tensor, seek: Seek) -> Tensor:
+    """Logits (R, C) to 2 ** (x - new maximum), in place, and into the state; what old sums shrink by."""
+    old = state[Plane.MAXIMUM]
+    new = torch.maximum(old, x.amax(1))
+    lower = old - new
+    shrink = lower.exp2()
+    x.sub_(new[:, None])
+    if seek.ratio is not None:
+        inter = (x * seek.ratio).exp2_().sum(1)
+        state[Plane.INTER_TOTAL] = inter.addcmul_(state[Plane.INTER_TOTAL], (lower * seek.ratio).exp2_())
+    if seek.weighted:
+        weighted = (x.exp2() * x.clamp_min(-2000.0)).sum(1)  # 2 ** x is 0 there, and 0 * -inf is NaN
+        before = state[Plane.WEIGHTED].addcmul(lower, state[Plane.TOTAL])
+        state[Plane.WEIGHTED] = weighted.addcmul_(before, shrink)
+    state[Plane.TOTAL] = x.exp2_().sum(1).addcmul_(state[Plane.TOTAL], shrink)
+    state[Plane.MAXIMUM] = new
+    return shrink
+
+
+def mean_logit(state: Tensor) -> Tensor:
+    """sum_j softmax_ij logit_ij, of weights that nobody rounded, (R,)."""
+    return state[Plane.MAXIMUM] + state[Plane.WEIGHTED] / state[Plane.TOTAL]
+
+
+def _either(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a | b
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of the kernels that serve x, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+    if x.dtype != torch.float32 or not (x.is_cuda or interpreted):
+        return None
+    return _module(x.device.index if x.is_cuda else None)
+
+
+@functools.cache
+def _module(index: int | None) -> Any:
+    """The kernels for a CUDA device, or for Triton's interpreter where index is None."""
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return None
+    if index is not None and torch.cuda.get_device_capability(index) < (8, 0):
+        return None
+    from . import kernels
+
+    return kernels
+
+
+def bytes_a_pair(x: Tensor, products: torch.dtype) -> int:
+    """What the workspace holds of a pair: its logit, its weight and, without kernels, what torch's operations need."""
+    if x.dtype != torch.float64 and _kernels(x.new_empty(0, dtype=torch.float32)) is not None:
+        return 4 + products.itemsize
+    return 5 * (8 if x.dtype == torch.float64 else 4)
