@@ -14,7 +14,7 @@ from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
 from . import pointwise
 from .pointwise import Plane, Seek, Tile
 
-WORKSPACE = 2**26  # bytes that the similarities and weights of a chunk may take
+WORKSPACE = 2**25  # bytes that the similarities and weights of a chunk may take: they stay in the L2 of an H100
 ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
 _ROW_COPIES = 6  # of some rows (R, D), in float32, exist as losses and gradients are finished
 
@@ -67,14 +67,13 @@ class Workspace:
     """The memory of a tile's products and weights, the same for every tile."""
 
     def __init__(self, like: Tensor, products: torch.dtype) -> None:
-        self.x, self.w = like.new_empty(0), like.new_empty(0, dtype=products)
+        self.like, self.products = like, products
+        self.buffers: dict[torch.dtype | None, Tensor] = {}
 
     def tile(self, query: Rows, keys: Rows, row_scale: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
         """Queries (R, D) against keys (C, D), or against each query's own, (R * C, D)."""
         r, c = rows.stop - rows.start, columns.stop - columns.start
-        if self.x.numel() < r * c:
-            self.x = self.x.new_empty(r * c)
-        x = self.x[: r * c].view(r, c)
+        x = self._matrix(None, r, c)
         if len(keys.multiplied) == c:
             product(query.multiplied, keys.multiplied.T, x)
         else:
@@ -83,9 +82,15 @@ class Workspace:
         return Tile(x, row_scale, scale, _cut(pairs, rows, columns), rows.start, columns.start)
 
     def weights(self, x: Tensor) -> Tensor:
-        if self.w.numel() < x.numel():
-            self.w = self.w.new_empty(x.numel())
-        return self.w[: x.numel()].view(x.shape)
+        return self._matrix(self.products, *x.shape)
+
+    def _matrix(self, weights: torch.dtype | None, r: int, c: int) -> Tensor:
+        """(r, c), of ``weights`` or of products; its rows are 8 elements aligned, as a fast product asks."""
+        stride = c + 7 & -8
+        buffer = self.buffers.get(weights)
+        if buffer is None or buffer.numel() < r * stride:
+            self.buffers[weights] = buffer = self.like.new_empty(r * stride, dtype=weights or self.like.dtype)
+        return buffer[: r * stride].view(r, stride)[:, :c]
 
 
 def _cut(pairs: Pairs, rows: slice, columns: slice) -> Pairs:
@@ -108,14 +113,28 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """a @ b, of matrices or of batches of them, into ``out`` or added to it, in its dtype and without rounding."""
     aten = torch.ops.aten
     batch, half = a.dim() == 3, a.dtype != out.dtype
-    if half and not (a.is_cuda and hasattr(aten.addmm, "dtype_out")):  # from torch 2.8 on
+    if half and not (a.is_cuda and hasattr(aten.mm, "dtype_out")):  # from torch 2.8 on
         a, b, half = a.to(out.dtype), b.to(out.dtype), False
     if not half:
         (out.baddbmm_ if batch else out.addmm_)(a, b, beta=int(add))
-    elif add:
-        (aten.baddbmm if batch else aten.addmm).dtype_out(out, a, b, out.dtype, out=out)
-    else:
+    elif not add:
         (aten.bmm if batch else aten.mm).dtype_out(a, b, out.dtype, out=out)
+    elif batch or not _adds_in_float32(a.device.index):
+        out += (aten.bmm if batch else aten.mm).dtype(a, b, out.dtype)
+    else:
+        aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+
+
+@functools.cache
+def _adds_in_float32(index: int | None) -> bool:
+    """Whether addmm adds a product of half matrices to a float32 one: torch 2.8 wants that to be half as well."""
+    like = torch.zeros((1, 1), device=torch.device("cuda", index))
+    half = like.bfloat16()
+    try:
+        torch.ops.aten.addmm.dtype_out(like, half, half, like.dtype, out=like)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _weighted_sum(weights: Tensor, keys: Tensor, out: Tensor, add: bool) -> None:
@@ -215,9 +234,17 @@ def steps(n: int, k: int, like: Tensor, products: torch.dtype) -> tuple[int, int
     """How many rows and how many keys a chunk has."""
     pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
     width = max(128, pairs // min(n, ROWS_AT_ONCE))
-    width = min(k, -(-k // -(-k // width)) + 127 & -128)  # equal chunks, of whole tiles of a product
-    step = pairs // width
-    return max(1, min(n, step & -128 if step > 128 else step)), width
+    width = _equal(k, width)
+    return _equal(n, max(1, pairs // width)), width
+
+
+def _equal(length: int, most: int) -> int:
+    """The length of equal chunks that have at most ``most``, in whole tiles of a product where these are smaller."""
+    if most >= length:
+        return length
+    most = most & -128 if most > 128 else most
+    even = -(-length // -(-length // most))
+    return min(most, even + 127 & -128)
 
 
 def finished_rows(d: int, like: Tensor) -> int:
