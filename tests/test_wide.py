@@ -43,7 +43,6 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "steps", lambda n, k, *_: (min(n, 9), min(k, 16)))
     monkeypatch.setattr(chunks, "own_rows", lambda keys: 9 if keys.dim() == 3 else len(keys))
     monkeypatch.setattr(wide, "own_rows", lambda keys: 9)
-    monkeypatch.setattr(wide, "finished_rows", lambda *_: 4)
 
 
 @pytest.fixture(params=["torch", "kernels"], autouse=True)

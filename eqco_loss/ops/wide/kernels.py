@@ -162,6 +162,66 @@ def weights_kernel(
     tl.store(at, weight.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
+@triton.jit
+def dots_kernel(
+    a, a_stride_r, a_stride_d, b, b_stride_r, b_stride_d, factor, out, d, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        at = first + tl.arange(0, BLOCK_D)
+        left = tl.load(a + row * a_stride_r + at.to(tl.int64) * a_stride_d, mask=at < d, other=0.0).to(tl.float32)
+        right = tl.load(b + row * b_stride_r + at.to(tl.int64) * b_stride_d, mask=at < d, other=0.0).to(tl.float32)
+        total += left * right
+    tl.store(out + row, tl.sum(total, 0) * tl.load(factor + row))
+
+
+@triton.jit
+def load_gradient(
+    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d,
+):  # fmt: skip
+    """Some features of the gradient of a unit row."""
+    value = tl.zeros(at.shape, tl.float32)
+    if gradient is not None:
+        value += tl.load(gradient + row * gradient_stride + at, mask=at < d, other=0.0) * tl.load(factor + row)
+    if other is not None:
+        of_other = tl.load(other + row * other_stride_r + at.to(tl.int64) * other_stride_d, mask=at < d, other=0.0)
+        value -= of_other.to(tl.float32) * tl.load(other_factor + row)
+    return value
+
+
+@triton.jit
+def through_unit_kernel(
+    raw, raw_stride_r, raw_stride_d, inverse, gradient_inverse,
+    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, out, out_stride, d,
+    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A row: one visit for the gradient's part along the unit row, one that takes it away."""
+    row = tl.program_id(0).to(tl.int64)
+    along = 0.0
+    to_unit = tl.load(inverse + row)
+    if NORMALIZE:
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for first in range(0, d, BLOCK_D):
+            at = first + tl.arange(0, BLOCK_D)
+            value = load_gradient(
+                gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d
+            )
+            unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
+            total += value * (unit.to(tl.float32) * to_unit)
+        along = tl.sum(total, 0)
+    length = tl.load(gradient_inverse + row)
+    for first in range(0, d, BLOCK_D):
+        at = first + tl.arange(0, BLOCK_D)
+        value = load_gradient(
+            gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d
+        )
+        if NORMALIZE:
+            unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
+            value = (value - (unit.to(tl.float32) * to_unit) * along) * length
+        tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), mask=at < d)
+
+
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
@@ -215,6 +275,22 @@ def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
     weights_kernel[(triton.cdiv(n, 8), triton.cdiv(k, 256))](
         *pairs, base, factor, pull, key_base, key_pull, out, out.stride(0), *numbers,
         WRAP=wrap, OWN=tile.key_scale.dim() == 2, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
+    )  # fmt: skip
+
+
+def dots(a, b, factor, out):
+    d = a.shape[1]
+    block = min(2048, triton.next_power_of_2(d))
+    dots_kernel[(len(a),)](a, *a.stride(), b, *b.stride(), factor, out, d, BLOCK_D=block, num_warps=4)
+
+
+def through_unit(raw, gradient, factor, other, other_factor, out):
+    n, d = raw.rows.shape
+    through_unit_kernel[(n,)](
+        *(raw.rows, *raw.rows.stride(), raw.inverse, raw.gradient_inverse),
+        *(gradient, 0 if gradient is None else gradient.stride(0), factor),
+        *(other, *((0, 0) if other is None else other.stride()), other_factor, out, out.stride(0), d),
+        NORMALIZE=raw.normalize, BLOCK_D=min(2048, triton.next_power_of_2(d)), num_warps=4,
     )  # fmt: skip
 
 
