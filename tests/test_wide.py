@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqco_loss.ops import wide
 from eqco_loss.ops.calls import (
@@ -32,6 +33,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 N, K, D = 22, 37, 19
 BOTH = (False, 50.0, 0.2, True), (True, None, 0.2, False), (False, 9.0, 0.02, True)
 Answers = dict[str, Tensor]
+STEPS = chunks.steps  # the real ones; see many_chunks
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +43,6 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide, "steps", lambda n, k, *_: (min(n, 9), min(k, 16)))
     monkeypatch.setattr(chunks, "own_rows", lambda keys: 9 if keys.dim() == 3 else len(keys))
     monkeypatch.setattr(wide, "own_rows", lambda keys: 9)
-    monkeypatch.setattr(wide, "finished_rows", lambda *_: 4)
 
 
 @pytest.fixture(params=["torch", "kernels"], autouse=True)
@@ -537,3 +538,96 @@ def test_the_same_bits_every_time(kind: str) -> None:
     call = case.call()
     first, again = (ours(call, case.grad(len(call.query))) for _ in range(2))
     assert all(x.equal(again[name]) for name, x in first.items())
+
+
+# ------------------------------------------------------------------------------------------------- what a pass may cost
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts multiply-adds of products, and refuses what would wait for a GPU or be random in its order there."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.multiply_adds = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "index_add", "index_add_", "scatter_add_"}, name
+        assert not (name.startswith("index") and any(x is not None and x.dtype == torch.bool for x in args[1])), name
+        if name in {"mm", "addmm", "addmm_"}:
+            a, b = (args if name == "mm" else args[1:])[:2]
+            self.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_device(kind: str) -> None:
+    """No size depends on data either, so that the launches are the same in every step, as a CUDA graph asks."""
+    case = Case(kind, torch.bfloat16, dual=True)
+    call = case.call()._replace(may_raise=False)
+    with Watch():
+        ours(call, case.grad(len(call.query)))
+
+
+def test_products_are_as_few_as_can_be() -> None:
+    """Losses with the query's gradient: 2; the keys' gradient: 2; both directions with the gradient: 4."""
+    case = Case(dtype=torch.float32, learned=False, reduced=True)
+    call = case.call()
+    with Watch() as forward:
+        out = wide.row_losses(call)
+    assert forward.multiply_adds == 2 * N * K * D
+    gradient = KeysGradient(call.query, call.first, case.grad(N), out.rows, 0.2, None, True, None, "wide")
+    with Watch() as backward:
+        wide.keys_gradient(gradient)
+    assert backward.multiply_adds == 2 * N * K * D
+    both = SymmetricLosses(draw(2 * 19, D, dtype=torch.float32), True, 0.2, None, None, None, [1, 1], None, "wide")
+    with Watch() as watch:
+        ours_both(both, case.grad(1))
+    assert watch.multiply_adds == 4 * 19 * 19 * D
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (256, 65536), (4096, 4096), (32768, 32768), (512, 2**24), (10**6, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_fit_the_workspace(n: int, k: int, dtype: torch.dtype) -> None:
+    like = torch.empty(0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
+    rows, columns = STEPS(n, k, like, dtype)
+    assert 1 <= rows <= n
+    assert 1 <= columns <= k
+    assert rows * columns * pointwise.bytes_a_pair(like, dtype) <= chunks.WORKSPACE <= 64e6
+
+
+def test_what_is_refused() -> None:
+    x = torch.empty(2, 3)
+    assert wide.refusal(x, None, x.bfloat16(), x.double()) is None
+    assert "int64" in str(wide.refusal(x, x.long()))
+    assert "meta" in str(wide.refusal(x.to("meta")))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["all", "everything", "batch", "picked", "own ids", "two sets"])
+def test_in_a_cuda_graph(kind: str, dtype: torch.dtype) -> None:
+    case = Case(kind, dtype, learned=False)
+    call = case.call()
+    grad = case.grad(len(call.query))
+    expected = ours(call, grad)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = ours(call, grad)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(x.equal(expected[name]) for name, x in got.items())
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP, N = 8192, D = 768: beside the views' gradient and the sums of one view, the workspace and little more."""
+    monkeypatch.undo()
+    views = torch.randn(2 * 8192, 768, device=DEVICE, dtype=torch.bfloat16)
+    call = SymmetricLosses(views, True, 0.05, None, None, None, [1, 2 * 8192], None, "wide")
+    ours_both(call, torch.ones((), device=DEVICE))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours_both(call, torch.ones((), device=DEVICE))
+    assert torch.cuda.max_memory_allocated() - before < 2 * 8192 * 768 * 2 + 8192 * 768 * 4 + 64e6

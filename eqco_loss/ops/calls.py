@@ -146,7 +146,7 @@ class SymmetricLosses(NamedTuple):
 
 class SymmetricOutputs(NamedTuple):
     loss: Tensor  # (): the sum over the rows of share * loss
-    rows: Tensor  # (len(Row), 2M); TEMPERATURE_GRADIENT stays 0
+    rows: Tensor  # (len(Row), 2M); TEMPERATURE_GRADIENT is only for the backend's own gradient
 
 
 class SymmetricGradient(NamedTuple):

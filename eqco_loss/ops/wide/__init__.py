@@ -44,7 +44,6 @@ from .chunks import (
     Rows,
     Workspace,
     arithmetic,
-    finished_rows,
     fitting,
     may_hold_anything,
     own_rows,
@@ -99,13 +98,12 @@ def row_losses(call: RowLosses) -> RowOutputs:
     products = product_dtype(call.autocast, call.query, *(one.keys for one in call.sets))
     query = prepare(call.query, call.normalize, products, like)
     positive = prepare(call.positive, call.normalize, call.positive.dtype, like)
-    passes, scale, finished = Passes(query, call.sets, LOG2E / t, products, like), LOG2E / t, finished_rows(d, like)
+    passes, scale = Passes(query, call.sets, LOG2E / t, products, like), LOG2E / t
     state, known, learned = new_state(n, like), passes.known, call.learned_temperature is not None
     query_gradient = like.new_empty((n, d) if call.need_query_gradient else (0,))
     positive_gradient = like.new_empty((n, d) if call.need_positive_gradient else (0,))
     s = like.new_empty(n)
-    for some in slices(n, finished):
-        torch.sum(query.unit(some) * positive.unit(some), 1, out=s[some])
+    pointwise.dots(query.raw.rows, positive.raw.rows, query.raw.inverse * positive.raw.inverse, s)
     positive_logit = s * scale
     threshold = positive_logit - TIE * positive_logit.abs()
     seek = Seek(_to_inter(call, like), threshold if call.need_metrics else None, known is None, learned)
@@ -118,16 +116,12 @@ def row_losses(call: RowLosses) -> RowOutputs:
     _write_rows(rows, state, maximum, factor, s)
     if learned:
         rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
-    for some in slices(n, finished):
-        u, p, out = query.unit(some), positive.unit(some), query_gradient[some]
-        if call.need_query_gradient:  # ``out`` is the mean key
-            toward = p.addcmul(u, ((u * out).sum(1) - s[some])[:, None]) if call.normalize else p
-            out.sub_(toward).mul_(query.per_length(factor[some], some)[:, None])
-        if call.need_positive_gradient:
-            pull = positive.per_length(factor[some], some)[:, None]
-            out = torch.mul(u, -pull, out=positive_gradient[some])
-            if call.normalize:
-                out.addcmul_(p, pull * s[some, None])
+    if call.need_query_gradient:
+        toward = positive.raw.rows, factor * positive.raw.inverse
+        pointwise.through_unit(query.raw, query_gradient, factor, *toward, query_gradient)
+    if call.need_positive_gradient:
+        toward = query.raw.rows, factor * query.raw.inverse
+        pointwise.through_unit(positive.raw, None, None, *toward, positive_gradient)
     metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
     if call.need_metrics:
         count = state[Plane.COUNT] if known is None else known
@@ -171,7 +165,8 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             weights = torch.empty_like(tile.x)
             pointwise.weights(tile, base[some], factor[some], weights)
             gradient = weights[:, :, None] * query.multiplied[some, None].to(like.dtype)
-            out[some] = keys.through_unit(gradient.flatten(0, 1).mul_(largest)).view_as(gradient)
+            of_raw = out[some].flatten(0, 1)
+            pointwise.through_unit(keys.raw, gradient.flatten(0, 1), largest.repeat(len(of_raw)), None, None, of_raw)
         return out
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
     width, step = steps(len(one.keys), len(call.query), like, products)
@@ -183,7 +178,7 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             weights = workspace.weights(tile.x)
             pointwise.weights(tile, base[some], factor[some], weights)
             product(weights.T, query.multiplied[some], gradient, add=True)
-        out[columns] = part.through_unit(gradient.mul_(largest))
+        pointwise.through_unit(part.raw, gradient, largest.repeat(len(gradient)), None, None, out[columns])
     return out
 
 
@@ -254,7 +249,7 @@ def _checked(state: Tensor, known: int | None, may_raise: bool) -> Tensor:
 @_plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    t, like, (n, d) = temperature_of(call), arithmetic(call.views), call.views.shape
+    t, like, n = temperature_of(call), arithmetic(call.views), len(call.views)
     products = product_dtype(call.autocast, call.views)
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
@@ -266,8 +261,8 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
             tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
             own = _own(some, columns)
             pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
-    for some in slices(half, finished_rows(d, like)):
-        s[some] = (views.unit(some) * views.unit(slice(some.start + half, some.stop + half))).sum(1)
+    here, there = views.raw.rows.tensor_split(2)
+    pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
     s[half:] = s[:half]
     positive_logit = s * (LOG2E / t)
     values = _values(positive_logit, state[Plane.MAXIMUM], state, (half - 1) * (1 if call.across else 2), call)
@@ -301,10 +296,10 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     def finish(some: slice, gradient: Tensor) -> None:
         """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
         shift = half if some.start < half else -half
-        gradient *= (largest / views.scale[some])[:, None]
-        partner = views.unit(slice(some.start + shift, some.stop + shift))
-        weight = a[some] + a[some.start + shift : some.stop + shift]
-        out[some] = views.part(some).through_unit(gradient.addcmul_(partner, weight[:, None], value=-1))
+        partner = slice(some.start + shift, some.stop + shift)
+        weight = (a[some] + a[partner]) * views.raw.inverse[partner]
+        rest = views.raw.rows[partner], weight, out[some]
+        pointwise.through_unit(views.part(some).raw, gradient, largest / views.scale[some], *rest)
 
     for some, chunks in _mutual(n, views, call.across, like):
         gradient = like.new_zeros((some.stop - some.start, d)) if call.across else sums[some]
@@ -318,8 +313,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
                 product(weights[:, own:].T, views.multiplied[some], of_keys, add=True)
         finish(some, gradient)
     if call.across:
-        for some in slices(half, finished_rows(d, like)):
-            finish(slice(some.start + half, some.stop + half), sums[some])
+        finish(slice(half, n), sums)
     of_temperature = like.new_empty(0)
     if call.learned_temperature is not None:
         of_temperature = call.rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
 from . import pointwise
-from .pointwise import Plane, Seek, Tile
+from .pointwise import Plane, Raw, Seek, Tile
 
-WORKSPACE = 2**26  # bytes that the similarities and weights of a chunk may take
+WORKSPACE = 2**25  # bytes that the similarities and weights of a chunk may take: they stay in the L2 of an H100
 ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
-_ROW_COPIES = 6  # of some rows (R, D), in float32, exist as losses and gradients are finished
 
 
 # ---------------------------------------------------------------------------------------------------------- the passes
@@ -28,7 +27,7 @@ class Passes:
     def __init__(
         self, query: Rows, sets: list[KeySet], scale: float | Tensor, products: torch.dtype, like: Tensor
     ) -> None:
-        n, negatives = len(query.raw), [one.pairs.negatives(one.keys) for one in sets]
+        n, negatives = len(query.scale), [one.pairs.negatives(one.keys) for one in sets]
         self.known = None if None in negatives else sum(x for x in negatives if x is not None)  # K_i
         self.query, self.products, self.like = query, products, like
         self.sets = [one for one in sets if one.keys.shape[-2] > 0]
@@ -67,14 +66,13 @@ class Workspace:
     """The memory of a tile's products and weights, the same for every tile."""
 
     def __init__(self, like: Tensor, products: torch.dtype) -> None:
-        self.x, self.w = like.new_empty(0), like.new_empty(0, dtype=products)
+        self.like, self.products = like, products
+        self.buffers: dict[torch.dtype | None, Tensor] = {}
 
     def tile(self, query: Rows, keys: Rows, row_scale: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
         """Queries (R, D) against keys (C, D), or against each query's own, (R * C, D)."""
         r, c = rows.stop - rows.start, columns.stop - columns.start
-        if self.x.numel() < r * c:
-            self.x = self.x.new_empty(r * c)
-        x = self.x[: r * c].view(r, c)
+        x = self._matrix(None, r, c)
         if len(keys.multiplied) == c:
             product(query.multiplied, keys.multiplied.T, x)
         else:
@@ -83,9 +81,15 @@ class Workspace:
         return Tile(x, row_scale, scale, _cut(pairs, rows, columns), rows.start, columns.start)
 
     def weights(self, x: Tensor) -> Tensor:
-        if self.w.numel() < x.numel():
-            self.w = self.w.new_empty(x.numel())
-        return self.w[: x.numel()].view(x.shape)
+        return self._matrix(self.products, *x.shape)
+
+    def _matrix(self, weights: torch.dtype | None, r: int, c: int) -> Tensor:
+        """(r, c), of ``weights`` or of products; its rows are 8 elements aligned, as a fast product asks."""
+        stride = c + 7 & -8
+        buffer = self.buffers.get(weights)
+        if buffer is None or buffer.numel() < r * stride:
+            self.buffers[weights] = buffer = self.like.new_empty(r * stride, dtype=weights or self.like.dtype)
+        return buffer[: r * stride].view(r, stride)[:, :c]
 
 
 def _cut(pairs: Pairs, rows: slice, columns: slice) -> Pairs:
@@ -108,14 +112,28 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """a @ b, of matrices or of batches of them, into ``out`` or added to it, in its dtype and without rounding."""
     aten = torch.ops.aten
     batch, half = a.dim() == 3, a.dtype != out.dtype
-    if half and not (a.is_cuda and hasattr(aten.addmm, "dtype_out")):  # from torch 2.8 on
+    if half and not (a.is_cuda and hasattr(aten.mm, "dtype_out")):  # from torch 2.8 on
         a, b, half = a.to(out.dtype), b.to(out.dtype), False
     if not half:
         (out.baddbmm_ if batch else out.addmm_)(a, b, beta=int(add))
-    elif add:
-        (aten.baddbmm if batch else aten.addmm).dtype_out(out, a, b, out.dtype, out=out)
-    else:
+    elif not add:
         (aten.bmm if batch else aten.mm).dtype_out(a, b, out.dtype, out=out)
+    elif batch or not _adds_in_float32(a.device.index):
+        out += (aten.bmm if batch else aten.mm).dtype(a, b, out.dtype)
+    else:
+        aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+
+
+@functools.cache
+def _adds_in_float32(index: int | None) -> bool:
+    """Whether addmm adds a product of half matrices to a float32 one: torch 2.8 wants that to be half as well."""
+    like = torch.zeros((1, 1), device=f"cuda:{index}")
+    half = like.bfloat16()
+    try:
+        torch.ops.aten.addmm.dtype_out(like, half, half, like.dtype, out=like)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _weighted_sum(weights: Tensor, keys: Tensor, out: Tensor, add: bool) -> None:
@@ -133,38 +151,20 @@ def _weighted_sum(weights: Tensor, keys: Tensor, out: Tensor, add: bool) -> None
 class Rows(NamedTuple):
     """Rows as they lie, and as they are multiplied: ``multiplied * scale`` are the unit rows, or the raw ones."""
 
-    raw: Tensor  # (L, D), with zeros for a row that is not finite and may be left out
+    raw: Raw  # with zeros for a row that is not finite and may be left out
     multiplied: Tensor  # (L, D), in the products' dtype
     scale: Tensor  # (L,); NaN for a row that is not finite and may be left out
-    inverse: Tensor | None  # (L,): 1 / length; None where rows are taken as they lie
-    gradient_inverse: Tensor | None  # (L,): the same for gradients, which must fit the rows' dtype
 
     def part(self, some: slice) -> Rows:
-        inverses = (x if x is None else x[some] for x in (self.inverse, self.gradient_inverse))
-        return Rows(self.raw[some], self.multiplied[some], self.scale[some], *inverses)
-
-    def unit(self, some: slice = slice(None)) -> Tensor:
-        """The rows in the arithmetic's dtype."""
-        rows = self.raw[some].to(self.scale.dtype)
-        return rows if self.inverse is None else rows * self.inverse[some, None]
-
-    def per_length(self, factor: Tensor, some: slice) -> Tensor:
-        return factor if self.gradient_inverse is None else factor * self.gradient_inverse[some]
-
-    def through_unit(self, gradient: Tensor) -> Tensor:
-        """From the gradient of unit rows to that of the raw ones, in place."""
-        if self.gradient_inverse is None:
-            return gradient
-        unit = self.unit()
-        along = (unit * gradient).sum(1)
-        return gradient.addcmul_(unit, along[:, None], value=-1).mul_(self.gradient_inverse[:, None])
+        return Rows(self.raw.part(some), self.multiplied[some], self.scale[some])
 
 
 def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, clean: bool = False) -> Rows:
     """``clean``: a row that is not finite becomes zeros, because 0 * NaN is NaN, and its scale tells who meets it."""
     if like.dtype == torch.float32 and x.dtype == torch.float64:
         x = x.to(like.dtype)
-    scale, finite, inverse, gradient_inverse = like.new_ones(len(x)), None, None, None
+    scale, finite = like.new_ones(len(x)), None
+    inverse = gradient_inverse = scale
     if clean:
         lowest, highest = x.aminmax(dim=1)
         finite = lowest.isfinite() & highest.isfinite()
@@ -184,7 +184,7 @@ def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, cle
             scale = (inverse / power).clamp_max(1.0)  # more than 1 only for rows of zeros
     if finite is not None:
         scale = torch.where(finite, scale, math.nan)
-    return Rows(x, multiplied, scale, inverse, gradient_inverse)
+    return Rows(Raw(x, inverse, gradient_inverse, normalize), multiplied, scale)
 
 
 def may_hold_anything(one: KeySet) -> bool:
@@ -202,10 +202,10 @@ def product_dtype(autocast: torch.dtype | None, query: Tensor, *keys: Tensor) ->
     return torch.float32 if widest == torch.float64 else widest
 
 
-def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """Rows' weights that float16 can hold, and what they must be multiplied by."""
+def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows' weights that float16 can hold, and what they must be multiplied by, ()."""
     if products != torch.float16:
-        return pull, 1.0
+        return pull, pull.new_ones(())
     largest = pull.abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
     return pull / largest, largest
@@ -215,14 +215,17 @@ def steps(n: int, k: int, like: Tensor, products: torch.dtype) -> tuple[int, int
     """How many rows and how many keys a chunk has."""
     pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
     width = max(128, pairs // min(n, ROWS_AT_ONCE))
-    width = min(k, -(-k // -(-k // width)) + 127 & -128)  # equal chunks, of whole tiles of a product
-    step = pairs // width
-    return max(1, min(n, step & -128 if step > 128 else step)), width
+    width = _equal(k, width)
+    return _equal(n, max(1, pairs // width)), width
 
 
-def finished_rows(d: int, like: Tensor) -> int:
-    """How many rows of D features are finished at a time."""
-    return max(1, WORKSPACE // (_ROW_COPIES * d * like.dtype.itemsize))
+def _equal(length: int, most: int) -> int:
+    """The length of equal chunks that have at most ``most``, in whole tiles of a product where these are smaller."""
+    if most >= length:
+        return length
+    most = most & -128 if most > 128 else most
+    even = -(-length // -(-length // most))
+    return min(most, even + 127 & -128)
 
 
 def own_rows(keys: Tensor) -> int:

@@ -25,17 +25,17 @@ WEIGHTED = tl.constexpr(int(Plane.WEIGHTED))
 def load_logits(
     x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
     query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-    rows, columns, n, k, first_key, ahead, width, modulus, WRAP: tl.constexpr,
+    rows, columns, n, k, first_key, ahead, width, modulus, WRAP: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Logits of a block, its keys' scales, and which of its pairs stay."""
     in_rows, in_columns = rows < n, columns < k
     keep = in_rows[:, None] & in_columns[None, :]
     value = tl.load(x + rows[:, None] * x_stride_r + columns[None, :] * x_stride_c, mask=keep, other=0.0)
-    if key_scale_stride_r == 0:
-        scale = tl.load(key_scale + columns * key_scale_stride_c, mask=in_columns, other=0.0)[None, :]
-    else:
+    if OWN:  # each row's keys are its own
         at = key_scale + rows[:, None] * key_scale_stride_r + columns[None, :] * key_scale_stride_c
         scale = tl.load(at, mask=keep, other=0.0)
+    else:
+        scale = tl.load(key_scale + columns * key_scale_stride_c, mask=in_columns, other=0.0)[None, :]
     logit = value * tl.load(row_scale + rows, mask=in_rows, other=0.0)[:, None] * scale
     if WRAP != 0:  # a band: by how far a key is ahead of the row's first, cyclic
         place = ahead + columns[None, :] - rows[:, None]
@@ -62,9 +62,9 @@ def load_logits(
 def fold_kernel(
     x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
     query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-    state, state_stride, weights, shrink, ratio, threshold,
+    state, state_stride, weights, weights_stride, shrink, ratio, threshold,
     n, k, first_key, ahead, width, modulus,
-    WRAP: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
+    WRAP: tl.constexpr, OWN: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a tile into their states: one visit for the maxima, one for what is summed under them."""
@@ -76,7 +76,7 @@ def fold_kernel(
         logit, _, keep = load_logits(
             x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
             query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-            rows, columns, n, k, first_key, ahead, width, modulus, WRAP,
+            rows, columns, n, k, first_key, ahead, width, modulus, WRAP, OWN,
         )  # fmt: skip
         highest = tl.maximum(highest, tl.where(keep, logit, float("-inf")))
     old = tl.load(state + MAXIMUM * state_stride + rows, mask=in_rows, other=0.0)
@@ -92,7 +92,7 @@ def fold_kernel(
         logit, scale, keep = load_logits(
             x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
             query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-            rows, columns, n, k, first_key, ahead, width, modulus, WRAP,
+            rows, columns, n, k, first_key, ahead, width, modulus, WRAP, OWN,
         )  # fmt: skip
         lower = tl.where(keep, logit - new[:, None], float("-inf"))
         weight = tl.exp2(lower)
@@ -107,7 +107,7 @@ def fold_kernel(
             rank += (keep & (logit > above)).to(tl.float32)
             logit_sum += tl.where(keep, logit, 0.0)
         if weights is not None:
-            at = weights + rows[:, None] * k + columns[None, :]
+            at = weights + rows[:, None] * weights_stride + columns[None, :]
             value = tl.where(keep, weight * scale, 0.0)
             tl.store(at, value.to(weights.dtype.element_ty), mask=in_rows[:, None] & (columns < k)[None, :])
     smaller = tl.exp2(old - new)
@@ -138,9 +138,9 @@ def add(at, factor, value, inside):
 def weights_kernel(
     x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
     query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-    base, factor, pull, key_base, key_pull, out,
+    base, factor, pull, key_base, key_pull, out, out_stride,
     n, k, first_key, ahead, width, modulus,
-    WRAP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    WRAP: tl.constexpr, OWN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A block of the weights, of the rows' role as anchors or, where key_base is given, of both roles."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -149,7 +149,7 @@ def weights_kernel(
     logit, scale, keep = load_logits(
         x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
         query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-        rows, columns, n, k, first_key, ahead, width, modulus, WRAP,
+        rows, columns, n, k, first_key, ahead, width, modulus, WRAP, OWN,
     )  # fmt: skip
     logit = tl.where(keep, logit, float("-inf"))
     weight = tl.exp2(logit - tl.load(base + rows, mask=in_rows, other=0.0)[:, None])
@@ -158,8 +158,68 @@ def weights_kernel(
         weight = weight * tl.load(pull + rows, mask=in_rows, other=0.0)[:, None]
         weight = (weight + of_key * tl.load(key_pull + columns, mask=in_columns, other=0.0)[None, :]) * scale
     weight = tl.where(keep, weight * tl.load(factor + rows, mask=in_rows, other=0.0)[:, None], 0.0)
-    at = out + rows[:, None] * k + columns[None, :]
+    at = out + rows[:, None] * out_stride + columns[None, :]
     tl.store(at, weight.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def dots_kernel(
+    a, a_stride_r, a_stride_d, b, b_stride_r, b_stride_d, factor, out, d, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        at = first + tl.arange(0, BLOCK_D)
+        left = tl.load(a + row * a_stride_r + at.to(tl.int64) * a_stride_d, mask=at < d, other=0.0).to(tl.float32)
+        right = tl.load(b + row * b_stride_r + at.to(tl.int64) * b_stride_d, mask=at < d, other=0.0).to(tl.float32)
+        total += left * right
+    tl.store(out + row, tl.sum(total, 0) * tl.load(factor + row))
+
+
+@triton.jit
+def load_gradient(
+    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d,
+):  # fmt: skip
+    """Some features of the gradient of a unit row."""
+    value = tl.zeros(at.shape, tl.float32)
+    if gradient is not None:
+        value += tl.load(gradient + row * gradient_stride + at, mask=at < d, other=0.0) * tl.load(factor + row)
+    if other is not None:
+        of_other = tl.load(other + row * other_stride_r + at.to(tl.int64) * other_stride_d, mask=at < d, other=0.0)
+        value -= of_other.to(tl.float32) * tl.load(other_factor + row)
+    return value
+
+
+@triton.jit
+def through_unit_kernel(
+    raw, raw_stride_r, raw_stride_d, inverse, gradient_inverse,
+    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, out, out_stride, d,
+    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A row: one visit for the gradient's part along the unit row, one that takes it away."""
+    row = tl.program_id(0).to(tl.int64)
+    along = 0.0
+    to_unit = tl.load(inverse + row)
+    if NORMALIZE:
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for first in range(0, d, BLOCK_D):
+            at = first + tl.arange(0, BLOCK_D)
+            value = load_gradient(
+                gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d
+            )
+            unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
+            total += value * (unit.to(tl.float32) * to_unit)
+        along = tl.sum(total, 0)
+    length = tl.load(gradient_inverse + row)
+    for first in range(0, d, BLOCK_D):
+        at = first + tl.arange(0, BLOCK_D)
+        value = load_gradient(
+            gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d
+        )
+        if NORMALIZE:
+            unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
+            value = (value - (unit.to(tl.float32) * to_unit) * along) * length
+        tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), mask=at < d)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -189,14 +249,15 @@ def _launch_fold(tile, state, seek, weights, shrink):
     pairs, numbers, wrap = _arguments(tile)
     n, k = tile.x.shape
     if tile.x.stride(1) == 1:
-        block_keys = min(4096, triton.next_power_of_2(k))
+        block_keys = min(2048, triton.next_power_of_2(k))
         block_rows = max(1, min(triton.next_power_of_2(n), 2048 // block_keys))
     else:
         block_rows, block_keys = 32, 64
+    stride = 0 if weights is None else weights.stride(0)
     fold_kernel[(triton.cdiv(n, block_rows),)](
-        *pairs, state, state.stride(0), weights, shrink, seek.ratio, seek.threshold, *numbers,
-        WRAP=wrap, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys,
-        num_warps=8 if block_rows * block_keys >= 4096 else 4,
+        *pairs, state, state.stride(0), weights, stride, shrink, seek.ratio, seek.threshold, *numbers,
+        WRAP=wrap, OWN=tile.key_scale.dim() == 2, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted,
+        BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=8,
     )  # fmt: skip
 
 
@@ -212,8 +273,24 @@ def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
     pairs, numbers, wrap = _arguments(tile)
     n, k = tile.x.shape
     weights_kernel[(triton.cdiv(n, 8), triton.cdiv(k, 256))](
-        *pairs, base, factor, pull, key_base, key_pull, out, *numbers,
-        WRAP=wrap, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
+        *pairs, base, factor, pull, key_base, key_pull, out, out.stride(0), *numbers,
+        WRAP=wrap, OWN=tile.key_scale.dim() == 2, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
+    )  # fmt: skip
+
+
+def dots(a, b, factor, out):
+    d = a.shape[1]
+    block = min(2048, triton.next_power_of_2(d))
+    dots_kernel[(len(a),)](a, *a.stride(), b, *b.stride(), factor, out, d, BLOCK_D=block, num_warps=4)
+
+
+def through_unit(raw, gradient, factor, other, other_factor, out):
+    n, d = raw.rows.shape
+    through_unit_kernel[(n,)](
+        *(raw.rows, *raw.rows.stride(), raw.inverse, raw.gradient_inverse),
+        *(gradient, 0 if gradient is None else gradient.stride(0), factor),
+        *(other, *((0, 0) if other is None else other.stride()), other_factor, out, out.stride(0), d),
+        NORMALIZE=raw.normalize, BLOCK_D=min(2048, triton.next_power_of_2(d)), num_warps=4,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -162,6 +163,55 @@ def weights_both(tile: Tile, row: Side, key: Side, row_factor: Tensor, out: Tens
         out.masked_fill_(drop, 0.0)
 
 
+def dots(a: Tensor, b: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out (R,) = factor_i a_i . b_i of rows (R, D) in any dtype."""
+    kernels = _kernels(out)
+    if kernels is not None:
+        kernels.dots(a, b, factor, out)
+        return
+    for some in _slices(*a.shape):
+        torch.sum(a[some].to(out.dtype) * b[some].to(out.dtype), 1, out=out[some])
+    out *= factor
+
+
+class Raw(NamedTuple):
+    """Rows as they lie, whose unit rows a loss was made of."""
+
+    rows: Tensor  # (R, D)
+    inverse: Tensor  # (R,): 1 / length; 1 where rows were taken as they lie
+    gradient_inverse: Tensor  # (R,): the same for gradients, which must fit the rows' dtype
+    normalize: bool
+
+    def part(self, some: slice) -> Raw:
+        return Raw(self.rows[some], self.inverse[some], self.gradient_inverse[some], self.normalize)
+
+
+def through_unit(
+    raw: Raw,
+    gradient: Tensor | None,  # (R, D)
+    factor: Tensor | None,  # (R,)
+    other: Tensor | None,  # (R, D)
+    other_factor: Tensor | None,  # (R,)
+    out: Tensor,  # (R, D), which may be ``gradient``
+) -> None:
+    """The gradient of raw rows, from that of the unit rows: factor_i gradient_i - other_factor_i other_i."""
+    kernels = _kernels(raw.inverse)
+    if kernels is not None:
+        kernels.through_unit(raw, gradient, factor, other, other_factor, out)
+        return
+    dtype = raw.inverse.dtype
+    for some in _slices(*out.shape):
+        g = torch.zeros_like(out[some], dtype=dtype)
+        if gradient is not None and factor is not None:
+            torch.mul(gradient[some], factor[some, None], out=g)
+        if other is not None and other_factor is not None:
+            g.addcmul_(other[some].to(dtype), other_factor[some, None], value=-1)
+        if raw.normalize:
+            unit = raw.rows[some].to(dtype) * raw.inverse[some, None]
+            g.addcmul_(unit, (unit * g).sum(1)[:, None], value=-1).mul_(raw.gradient_inverse[some, None])
+        out[some] = g
+
+
 # -------------------------------------------------------------------------------------------------------- small pieces
 
 
@@ -187,6 +237,12 @@ def _fold(x: Tensor, state: Tensor, seek: Seek) -> Tensor:
 def mean_logit(state: Tensor) -> Tensor:
     """sum_j softmax_ij logit_ij, of weights that nobody rounded, (R,)."""
     return state[Plane.MAXIMUM] + state[Plane.WEIGHTED] / state[Plane.TOTAL]
+
+
+def _slices(n: int, d: int) -> Iterator[slice]:
+    """Rows of D features, so many at a time that their copies are small."""
+    step = max(1, 2**21 // d)
+    return (slice(first, min(first + step, n)) for first in range(0, n, step))
 
 
 def _either(a: Tensor | None, b: Tensor) -> Tensor:
