@@ -7,9 +7,11 @@ are in base 2: ``x_ij = s(q_i, n_j) log2(e) / t``, because exp2 is the cheaper e
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -211,6 +213,23 @@ def temperature_of(call: RowLosses | SymmetricLosses | SymmetricGradient | LogSu
         return call.temperature
     t = t.to(compute_dtype(call[0]))
     return torch.where(t > 0, t, math.nan)
+
+
+Result = TypeVar("Result")
+
+
+def plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+    """Runs a backend's function without gradients and autocast, whose contexts are entered only if they matter."""
+
+    @functools.wraps(function)
+    def plain(call: Any) -> Result:
+        device = call[0].device.type
+        if torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device)):
+            with torch.no_grad(), torch.autocast(device if device != "meta" else "cpu", enabled=False):
+                return function(call)
+        return function(call)
+
+    return plain
 
 
 NORM_EPS = 1e-12  # the least length that a row is divided by

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .calls import (
     SymmetricLosses,
     SymmetricOutputs,
     compute_dtype,
+    plainly,
     rounded_log_sum,
     temperature_of,
 )
@@ -39,23 +40,6 @@ from .definition import cleaned
 
 _MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 _ROWS_AT_ONCE = 256  # of keys whose gradient passes through their normalisation
-
-Result = TypeVar("Result")
-
-
-def _plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Without gradients and autocast, whose contexts are entered only where they change something."""
-
-    @functools.wraps(function)
-    def plain(call: Any) -> Result:
-        device = call[0].device.type
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                return function(call)
-        return function(call)
-
-    return plain
-
 
 # ---------------------------------------------------------------------------------------------------------- row losses
 
@@ -70,7 +54,7 @@ def unit_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@_plainly
+@plainly
 def row_losses(call: RowLosses) -> RowOutputs:
     t, dtype, ratio = temperature_of(call), compute_dtype(call.query), call.ratio
     learned = call.learned_temperature is not None
@@ -140,7 +124,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
     return RowOutputs(loss, query_gradient, positive_gradient, keys_gradient_, row_stats, metrics)
 
 
-@_plainly
+@plainly
 def keys_gradient(call: KeysGradient) -> Tensor:
     dtype = compute_dtype(call.query)
     q = unit_rows(call.query, call.normalize, dtype)[0]
@@ -150,7 +134,7 @@ def keys_gradient(call: KeysGradient) -> Tensor:
     )
 
 
-@_plainly
+@plainly
 def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     t = temperature_of(call)
     q = call.query.to(compute_dtype(call.query))
@@ -207,7 +191,7 @@ def _write_metrics(out: Tensor, values: _Values, seen: _Seen, scale: float | Ten
 # ----------------------------------------------------------------------------------- both directions between two views
 
 
-@_plainly
+@plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
     t, dtype = temperature_of(call), compute_dtype(call.views)
@@ -236,7 +220,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
 
 
-@_plainly
+@plainly
 def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     """Gradient of rows that are anchors, positives and negatives.
 

@@ -11,10 +11,9 @@ their inverse lengths scale logits and weights.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +34,7 @@ from ..calls import (
     SymmetricGradients,
     SymmetricLosses,
     SymmetricOutputs,
+    plainly,
     rounded_log_sum,
     temperature_of,
 )
@@ -54,19 +54,6 @@ from .chunks import (
     steps,
 )
 from .pointwise import Plane, Seek, Side, mean_logit, new_state
-
-Result = TypeVar("Result")
-
-
-def _plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
-    """Without gradients and without autocast, which would round similarities."""
-
-    @functools.wraps(function)
-    def plain(call: Any) -> Result:
-        with torch.no_grad(), torch.autocast(call[0].device.type, enabled=False):
-            return function(call)
-
-    return plain
 
 
 def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
@@ -92,7 +79,7 @@ def gives_keys_gradient(call: RowLosses) -> bool:
 # ---------------------------------------------------------------------------------------------------------- row losses
 
 
-@_plainly
+@plainly
 def row_losses(call: RowLosses) -> RowOutputs:
     t, like, (n, d) = temperature_of(call), arithmetic(call.query), call.query.shape
     products = product_dtype(call.autocast, call.query, *(one.keys for one in call.sets))
@@ -133,7 +120,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
     return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
 
 
-@_plainly
+@plainly
 def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     t, like = temperature_of(call), arithmetic(call.query)
     products = product_dtype(call.autocast, call.query, call.first.keys)
@@ -148,7 +135,7 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     return LogSumExpOutputs((maximum + state[Plane.TOTAL].log2()) * LN2, mean_key, rows)
 
 
-@_plainly
+@plainly
 def keys_gradient(call: KeysGradient) -> Tensor:
     """Chunk of keys by chunk of keys, each with all rows, so that nothing but a chunk is summed in float32."""
     like, one = arithmetic(call.query), call.first
@@ -246,7 +233,7 @@ def _checked(state: Tensor, known: int | None, may_raise: bool) -> Tensor:
 # ----------------------------------------------------------------------------------- both directions between two views
 
 
-@_plainly
+@plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
     t, like, n = temperature_of(call), arithmetic(call.views), len(call.views)
@@ -274,7 +261,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
 
 
-@_plainly
+@plainly
 def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     """Gradient of rows that are anchors, positives and negatives.
 
