@@ -543,7 +543,7 @@ def test_the_same_bits_every_time(kind: str) -> None:
 # ------------------------------------------------------------------------------------------------- what a pass may cost
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Counts multiply-adds of products, and refuses what would wait for a GPU or be random in its order there."""
 
     def __init__(self) -> None:
