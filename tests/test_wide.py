@@ -333,6 +333,30 @@ def test_autocast(kind: str, autocast: torch.dtype) -> None:
         assert_right(Case(kind, dtype, autocast=autocast, dual=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_rows_of_several_blocks(gradient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More keys in a chunk than a kernel takes at a time, the largest logit in the last block."""
+    monkeypatch.setattr(chunks, "steps", lambda n, k, *_: (n, k))
+    k = 9001
+    keys = draw(k, D, seed=3, dtype=dtype)
+    case = Case("all", dtype, dual=True)
+    call = case.call()
+    query = call.query[:3]
+    keys[-1] = query[0]
+    call = call._replace(query=query, positive=call.positive[:3], first=KeySet(keys, Pairs(), True), share=[1, 1])
+    call = call._replace(need_query_gradient=gradient)
+    out = wide.row_losses(call)
+    grad = case.grad(3)
+    eager, truth = dense(call, grad, None), dense(call, grad, torch.float64)
+    found = {"loss": out.loss, "temperature": (grad * out.rows[Row.TEMPERATURE_GRADIENT]).sum()}
+    found |= {f"metric {metric.name}": out.metrics[metric] for metric in (Metric.NEGATIVE, Metric.LOG_WEIGHT)}
+    if gradient:
+        found["query"] = (out.query_gradient * grad[:, None]).to(dtype)
+    for name, x in found.items():
+        assert_as_exact_as_eager(x.cpu(), eager[name].cpu(), truth[name].cpu(), name, temperature=0.2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_low_temperature_and_a_large_alpha(dtype: torch.dtype) -> None:
     assert_right(Case("all", dtype, temperature=0.02, alpha=2.0**20, learned=False))
@@ -503,6 +527,16 @@ def test_a_query_without_negatives() -> None:
     assert out.rows[Row.PULL].isnan().nonzero().flatten().tolist() == [6]
 
 
+def test_a_set_without_keys() -> None:
+    call = Case("two sets", torch.float32, learned=False).call()
+    empty = KeySet(call.query[:0], Pairs(), True)
+    with_empty, without = call._replace(first=empty), call._replace(first=call.sets[1], second=None)
+    got, expected = (ours(one, Case(dtype=torch.float32).grad(N)) for one in (with_empty, without))
+    assert got["loss"].equal(expected["loss"])
+    assert got["keys 1"].equal(expected["keys 0"])
+    assert got["keys 0"].shape == (0, D)
+
+
 @pytest.mark.parametrize("t", [0.0, -1.0, math.nan])
 def test_a_learned_temperature_that_is_not_positive_gives_nan(t: float) -> None:
     call = Case("all", torch.float32, dual=True).call()
@@ -543,7 +577,7 @@ def test_the_same_bits_every_time(kind: str) -> None:
 # ------------------------------------------------------------------------------------------------- what a pass may cost
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     """Counts multiply-adds of products, and refuses what would wait for a GPU or be random in its order there."""
 
     def __init__(self) -> None:

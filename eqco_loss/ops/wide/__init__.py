@@ -145,6 +145,8 @@ def keys_gradient(call: KeysGradient) -> Tensor:
     pull, largest = fitting(call.rows[Row.PULL] * call.grad, products)
     factor, base = pull * query.scale, call.rows[Row.BASE]
     out, workspace = torch.empty_like(one.keys, memory_format=torch.contiguous_format), Workspace(like, products)
+    if out.numel() == 0:
+        return out
     if one.keys.dim() == 3:
         for some in slices(len(one.keys), own_rows(one.keys)):
             keys = prepare(one.keys[some].flatten(0, 1), one.normalize, products, like, may_hold_anything(one))

@@ -65,22 +65,28 @@ def fold_kernel(
     state, state_stride, weights, weights_stride, shrink, ratio, threshold,
     n, k, first_key, ahead, width, modulus,
     WRAP: tl.constexpr, OWN: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    TWICE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a tile into their states: one visit for the maxima, one for what is summed under them."""
+    """Some rows of a tile into their states.
+
+    Weights need the whole row's maximum. Where a row has several blocks, one visit of them all finds it first (TWICE);
+    else the one visit follows the maximum.
+    """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < n
-    highest = tl.full((BLOCK_ROWS, BLOCK_KEYS), float("-inf"), tl.float32)
-    for first in range(0, k, BLOCK_KEYS):
-        columns = first + tl.arange(0, BLOCK_KEYS)
-        logit, _, keep = load_logits(
-            x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
-            query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
-            rows, columns, n, k, first_key, ahead, width, modulus, WRAP, OWN,
-        )  # fmt: skip
-        highest = tl.maximum(highest, tl.where(keep, logit, float("-inf")))
     old = tl.load(state + MAXIMUM * state_stride + rows, mask=in_rows, other=0.0)
-    new = tl.maximum(old, tl.max(highest, 1))
+    new = old
+    if TWICE:
+        highest = tl.full((BLOCK_ROWS, BLOCK_KEYS), float("-inf"), tl.float32)
+        for first in range(0, k, BLOCK_KEYS):
+            columns = first + tl.arange(0, BLOCK_KEYS)
+            logit, _, keep = load_logits(
+                x, x_stride_r, x_stride_c, row_scale, key_scale, key_scale_stride_r, key_scale_stride_c,
+                query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
+                rows, columns, n, k, first_key, ahead, width, modulus, WRAP, OWN,
+            )  # fmt: skip
+            highest = tl.maximum(highest, tl.where(keep, logit, float("-inf")))
+        new = tl.maximum(old, tl.max(highest, 1))
     total = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
     inter_total, kept, rank, logit_sum, weighted = total, total, total, total, total
     if ratio is not None:
@@ -94,18 +100,28 @@ def fold_kernel(
             query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
             rows, columns, n, k, first_key, ahead, width, modulus, WRAP, OWN,
         )  # fmt: skip
-        lower = tl.where(keep, logit - new[:, None], float("-inf"))
+        if COUNT_PAIRS:
+            kept += keep.to(tl.float32)
+        if threshold is not None:
+            rank += (keep & (logit > above)).to(tl.float32)
+            logit_sum += tl.where(keep, logit, 0.0)
+        logit = tl.where(keep, logit, float("-inf"))
+        if not TWICE:
+            higher = tl.maximum(new, tl.max(logit, 1))
+            fall = (new - higher)[:, None]
+            new = higher
+            if WEIGH:
+                weighted = (weighted + fall * total) * tl.exp2(fall)
+            if ratio is not None:
+                inter_total = inter_total * tl.exp2(fall * to_inter)
+            total = total * tl.exp2(fall)
+        lower = logit - new[:, None]
         weight = tl.exp2(lower)
         total += weight
         if ratio is not None:
             inter_total += tl.exp2(lower * to_inter)
         if WEIGH:
             weighted += weight * tl.maximum(lower, -2000.0)  # where weight is 0, and 0 * -inf is NaN
-        if COUNT_PAIRS:
-            kept += keep.to(tl.float32)
-        if threshold is not None:
-            rank += (keep & (logit > above)).to(tl.float32)
-            logit_sum += tl.where(keep, logit, 0.0)
         if weights is not None:
             at = weights + rows[:, None] * weights_stride + columns[None, :]
             value = tl.where(keep, weight * scale, 0.0)
@@ -249,7 +265,8 @@ def _launch_fold(tile, state, seek, weights, shrink):
     pairs, numbers, wrap = _arguments(tile)
     n, k = tile.x.shape
     if tile.x.stride(1) == 1:
-        block_keys = min(2048, triton.next_power_of_2(k))
+        at_once = weights is not None and 2048 < k <= 4096  # so that one visit will do
+        block_keys = 4096 if at_once else min(2048, triton.next_power_of_2(k))
         block_rows = max(1, min(triton.next_power_of_2(n), 2048 // block_keys))
     else:
         block_rows, block_keys = 32, 64
@@ -257,7 +274,7 @@ def _launch_fold(tile, state, seek, weights, shrink):
     fold_kernel[(triton.cdiv(n, block_rows),)](
         *pairs, state, state.stride(0), weights, stride, shrink, seek.ratio, seek.threshold, *numbers,
         WRAP=wrap, OWN=tile.key_scale.dim() == 2, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted,
-        BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=8,
+        TWICE=weights is not None and k > block_keys, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=8,
     )  # fmt: skip
 
 
