@@ -26,7 +26,19 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
 README_CASES = {  # workload, N, K, all at D = 128: of a CPU, and of a GPU
     "cpu": ("float32", (("M1", 256, 65536), ("S1", 4096, 4095), ("S1", 256, 255), ("S2", 4096, 8190), ("P1", 256, 16))),
-    "gpu": ("amp", (("M1", 256, 65536), ("S1", 4096, 4095), ("S1", 256, 255), ("S2", 4096, 8190), ("P1", 256, 16))),
+    "gpu": (
+        "bfloat16",
+        (
+            ("M1", 256, 65536),
+            ("M1", 1024, 65536),
+            ("T1", 256, 65536),
+            ("M2", 256, 65536),
+            ("S1", 4096, 4095),
+            ("S1", 16384, 16383),
+            ("S2", 4096, 8190),
+            ("S2", 32768, 65534),
+        ),
+    ),
 }
 COLORS = {"eqco_loss": "tab:orange"}  # ours; the others are grey
 

@@ -152,15 +152,13 @@ class Operator(Generic[Call, Out]):
             _release(ctx)
             return [found.get(name) for name in self.differentiable]
 
-        def forward(ctx: Any, call: Call, *differentiable: Tensor | None) -> Any:
+        def forward(ctx: Any, call: Call, flat: list[Any], *differentiable: Tensor | None) -> Any:
             outputs = tuple(self.run(call))
-            _keep(
-                ctx, call, flatten(self.record, call), outputs, self._needed(differentiable, ctx.needs_input_grad[1:])
-            )
+            _keep(ctx, call, flat, outputs, self._needed(differentiable, ctx.needs_input_grad[2:]))
             return outputs
 
         def function_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-            return (None, *gradients(ctx, *grads))
+            return (None, None, *gradients(ctx, *grads))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(function_backward)}
         self.function = type(name, (torch.autograd.Function,), methods)
@@ -199,7 +197,7 @@ class Operator(Generic[Call, Out]):
         elif self.function is None:
             return self.run(call)  # type: ignore[no-any-return]
         else:
-            answer = self.function.apply(call, *[flat[place] for place in self.places])
+            answer = self.function.apply(call, flat, *[flat[place] for place in self.places])
         return answer if self.outputs is Tensor else self.outputs(*answer)
 
 
