@@ -107,7 +107,7 @@ def fold_kernel(
             logit_sum += tl.where(keep, logit, 0.0)
         logit = tl.where(keep, logit, float("-inf"))
         if not TWICE:
-            higher = tl.maximum(new, tl.max(logit, 1))
+            higher = tl.maximum(new, tl.max(tl.maximum(logit, float("-inf")), 1))  # NaN is no maximum, and is summed
             fall = (new - higher)[:, None]
             new = higher
             if WEIGH:
