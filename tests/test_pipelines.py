@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.datasets  # type: ignore[import-untyped]
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision.amp import MixedPrecision
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ import train_simclr  # isort: skip
 import train_simco  # isort: skip
 import train_simmoco  # isort: skip
 import train_simo  # isort: skip
-from pretrain import arguments, data  # isort: skip
+from pretrain import arguments, data, training  # isort: skip
 from pretrain.encoders import make_encoder  # isort: skip
 from pretrain.probe import OnlineProbe  # isort: skip
 from pretrain.run import Run  # isort: skip
@@ -350,6 +352,18 @@ def test_moco_survives_a_batch_that_is_not_finite(
     for name, value in leaves(state).items():
         assert not isinstance(value, Tensor) or value.isfinite().all(), name
     assert state["queue"]["replaced"].item() == keys[2]
+
+
+def test_moco_survives_it_with_a_gradient_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that stayed NaN in the queue made it halve its scale in each step, until nothing was left of it."""
+    damage(monkeypatch, slice(2, 3), slice(3, 4), slice(1, 2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    monkeypatch.setattr(training, "launch", lambda args: Fabric(accelerator="cpu", devices=1, plugins=precision))
+    train_moco.main(moco_args(tmp_path, norm="group"))
+    assert scaler.get_scale() == 256
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == ["", "1", "2"]
+    assert [row["replaced_keys"] for row in rows(tmp_path / "run")] == ["", "1", "2"]
 
 
 def test_a_skipped_step_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

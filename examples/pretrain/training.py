@@ -214,7 +214,8 @@ class Training(Generic[Args]):
             gradients = [x.grad for x in self.query_encoder.parameters() if x.grad is not None]
             self.skipping = not bool(nn.utils.get_total_norm(gradients).isfinite())  # on every rank alike
             self.skipped += self.skipping
-            if not self.skipping or self.args.precision == "16-mixed":  # whose scaler skips, and lowers its scale
+            scales = getattr(self.fabric.strategy.precision, "scaler", None) is not None
+            if scales or not self.skipping:  # a gradient scaler skips for itself, and lowers its scale
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.statistics.mend() if self.skipping else self.statistics.keep()
