@@ -359,4 +359,5 @@ def cosine_momentum(step: int, total_steps: int, base: float = 0.996, final: flo
         (0.996, 1.0)
     """
     check.cosine_momentum(step, total_steps, base, final)
-    return final - (final - base) * (math.cos(math.pi * min(step, total_steps) / total_steps) + 1) / 2
+    base, final, done = float(base), float(final), min(float(step) / float(total_steps), 1.0)  # NumPy's may be narrow
+    return final - (final - base) * (math.cos(math.pi * done) + 1) / 2

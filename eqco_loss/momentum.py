@@ -130,7 +130,8 @@ def _check_apart(query_encoder: nn.Module, key_encoder: nn.Module) -> None:
 def _memory(x: Tensor) -> Any:
     """What two tensors have in common if and only if they are the same memory."""
     local = x.to_local() if _sharded(x) else x  # type: ignore[attr-defined]
-    return id(x) if local.is_meta else (local.device, local.data_ptr())
+    address = local.data_ptr()
+    return (local.device, address) if address else id(x)  # none: a meta tensor, or a subclass that wraps others
 
 
 def _pair(query: dict[str, Tensor], key: dict[str, Tensor], kind: str) -> list[tuple[Tensor, Tensor]]:

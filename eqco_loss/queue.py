@@ -32,9 +32,9 @@ class MomentumQueue(HoldsGroup):
     Rows are normalised to unit length, in float32 (float64 for rows stored so), when they enter. Contents, cursor,
     count and ids are buffers, so a ``state_dict`` resumes bit for bit.
 
-    A key that is not finite enters as a row of zeros, a negative whose similarity to everything is 0, because a NaN
-    would make every loss NaN until it is overwritten. ``replaced`` counts them; it is a buffer, and reading it waits
-    for the device.
+    A key that is not finite, or whose length is not, enters as a row of zeros, a negative whose similarity to
+    everything is 0, because a NaN would make every loss NaN until it is overwritten. ``replaced`` counts them; it is a
+    buffer, and reading it waits for the device. A key of zeros stays one, and is not counted.
 
     Enqueue after the loss; before ``backward()`` is safe too, without a clone, but not where the loss is computed again
     then: with ``create_graph=True``, an error, or inside ``torch.utils.checkpoint``, which would meet the newer keys.
@@ -205,8 +205,11 @@ class MomentumQueue(HoldsGroup):
         return unit.masked_fill(wrong[:, None], 0.0)
 
     def _unit(self, keys: Tensor) -> Tensor:
-        dtype = torch.float64 if self.contents.dtype == torch.float64 else torch.float32
-        return torch.nn.functional.normalize(keys.detach().to(dtype), dim=1)
+        """To unit length; NaN where there is no direction, because the length overflows."""
+        keys = keys.detach().to(torch.float64 if self.contents.dtype == torch.float64 else torch.float32)
+        length = keys.norm(dim=1, keepdim=True)
+        unit: Tensor = keys / length.clamp_min(1e-12).masked_fill(~length.isfinite(), torch.nan)
+        return unit
 
     def _agree(self, keys: Tensor, ids: Tensor | None) -> Ranks:
         """Whatever is wrong on one rank is an error on all, and none is left waiting."""
@@ -225,11 +228,16 @@ class MomentumQueue(HoldsGroup):
         count, size = int(self.count), len(self.contents)
         return (self.cursor - count + torch.arange(count, device=self.contents.device)) % size
 
+    def _apply(self, fn: Any, recurse: bool = True) -> MomentumQueue:
+        self._known_to_hold_keys = False  # to_empty() leaves anything in the buffers
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         name = f"{prefix}replaced"
         older = f"{prefix}count" in state_dict and name not in state_dict  # of a version that did not count them
         if older:
-            state_dict = {**state_dict, name: torch.zeros_like(self.replaced)}
+            state_dict = {**state_dict, name: torch.zeros_like(state_dict[f"{prefix}count"])}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._known_to_hold_keys = False
 

@@ -224,6 +224,10 @@ def test_momentum_may_be_numpys() -> None:
     steps: Any = np.int64(3), np.int64(10)
     momentum_update(query, key, half)
     momentum_update(query, key, functional.cosine_momentum(*steps))
+    narrow: Any = np.int8(3), 1000, np.float16(0.5)
+    found = functional.cosine_momentum(*narrow)
+    assert type(found) is float
+    assert found == functional.cosine_momentum(3, 1000, 0.5)
 
 
 @pytest.mark.parametrize("share", ["copy", "head", "moved in"])
@@ -237,6 +241,21 @@ def test_encoders_that_share_parameters_are_an_error(share: str) -> None:
     }[share]
     with pytest.raises(ValueError, match=r"'1.weight'.*in common with query_encoder.*deepcopy"):
         momentum_update(query, key)
+
+
+def test_parameters_without_an_address_are_not_taken_for_shared() -> None:
+    """Meta tensors, and subclasses that wrap others, as quantised weights are."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    query, key = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = key.weight.detach().lerp(query.weight.detach(), 0.5)
+    for module in (query, key):
+        x = module.weight.detach()
+        module.weight = nn.Parameter(TwoTensor(x.clone(), x.clone()))
+    momentum_update(query, key, 0.5)
+    assert isinstance(key.weight, TwoTensor)
+    torch.testing.assert_close(key.weight.a, expected)
+    momentum_update(query.to("meta"), nn.Linear(3, 2, device="meta"), 0.5)
 
 
 @pytest.mark.parametrize("side", ["query", "key"])

@@ -1,5 +1,6 @@
 """Every method's script: kills, ranks and damage change nothing; defaults are the papers'; bad input is told early."""
 
+import math
 import os
 import random
 import re
@@ -18,20 +19,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.datasets  # type: ignore[import-untyped]
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision.amp import MixedPrecision
 from PIL import Image
 from torch import Tensor, nn
 
 from eqco_loss import EqCoLoss
 from eqco_loss.functional import LossMetrics
 
-from .scripts import EXAMPLES, Script, assert_same_run, make_images, rows, wait_for
+from .scripts import EXAMPLES, Script, assert_same_run, leaves, make_images, rows, wait_for
 
 import train_moco  # isort: skip
 import train_simclr  # isort: skip
 import train_simco  # isort: skip
 import train_simmoco  # isort: skip
 import train_simo  # isort: skip
-from pretrain import arguments, data  # isort: skip
+from pretrain import arguments, data, training  # isort: skip
 from pretrain.encoders import make_encoder  # isort: skip
 from pretrain.probe import OnlineProbe  # isort: skip
 from pretrain.run import Run  # isort: skip
@@ -278,6 +281,132 @@ def test_accumulated_pieces_are_one_batch(tmp_path: Path) -> None:
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-6, msg=name)
     assert rows(tmp_path / "1")[-1]["lr"] == rows(tmp_path / "4")[-1]["lr"]
+
+
+# ------------------------------------------------------------------------------------------------ what is not finite
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, pieces: slice, images: slice, views: slice) -> None:
+    """NaN in these ``views`` of these ``images`` in these ``pieces`` of every epoch."""
+    whole = data.PlacedDigits.batches
+
+    def batches(self: data.PlacedDigits, epoch: int, share: data.Share, start: int = 0) -> Iterator[data.Views]:
+        for piece, batch in enumerate(list(whole(self, epoch, share, start))):
+            if piece in range(100)[pieces]:
+                for view in batch.views[views]:
+                    view[images] = float("nan")
+            yield batch
+
+    monkeypatch.setattr(data.PlacedDigits, "batches", batches)
+
+
+def moco_args(folder: Path, **more: Any) -> train_moco.Args:
+    small = {
+        "epochs": 2,
+        "limit": 96,
+        "batch_size": 16,
+        "queue_size": 80,
+        "knn_every": 1,
+        "probe": False,
+        "device": "cpu",
+    }
+    return train_moco.Args(**{**small, "norm": "split", "splits": 4, "run_dir": folder / "run", **more})
+
+
+@pytest.mark.parametrize("first", [0, 2], ids=["the first batch", "a later one"])
+@pytest.mark.parametrize(
+    ("images", "views", "own"),
+    [
+        (slice(None), slice(None), {}),  # all embeddings of both encoders
+        (slice(3, 4), slice(1, 2), {"norm": "group", "queue_ids": True}),  # one key
+        (slice(3, 4), slice(0, 1), {"norm": "group", "optimizer": "adamw", "base_lr": 1e-3}),  # one query
+        (slice(None), slice(None), {"accumulate": 2, "online_probe": True, "splits": 2}),  # one of two pieces
+    ],
+    ids=["all", "key", "query", "piece"],
+)
+def test_moco_survives_a_batch_that_is_not_finite(
+    images: slice,
+    views: slice,
+    own: dict[str, Any],
+    first: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its step is skipped; nothing that is kept holds a NaN; and a person is told."""
+    damage(monkeypatch, slice(first, first + 1), images, views)
+    args = moco_args(tmp_path, **own)
+    train_moco.main(args)
+    table, output = rows(tmp_path / "run"), capsys.readouterr().out
+    per_epoch = len(range(16 // args.accumulate)[images]) if views.stop != 1 else 0
+    primed = per_epoch if first == 0 else 0  # a new queue takes the first batch's keys before the loss, and after it
+    keys = [0, per_epoch + primed, 2 * per_epoch + primed]
+    assert [row["skipped_steps"] for row in table[1:]] == ["1", "2"]
+    assert [int(row["replaced_keys"]) for row in table[1:]] == keys[1:]
+    for epoch in (1, 2):
+        told = f", and {keys[epoch] - keys[epoch - 1]} keys that were not finite are zeros in the queue" * bool(keys[1])
+        note = f"note     epoch {epoch}: 1 of 6 steps skipped, whose gradients were not finite{told}.\n"
+        assert output.count(note) == 1, output
+    assert all(math.isfinite(float(row[name])) for row in table[1:] for name in ("loss", "top1", "feature_std", "knn"))
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
+    for name, value in leaves(state).items():
+        assert not isinstance(value, Tensor) or value.isfinite().all(), name
+    assert state["queue"]["replaced"].item() == keys[2]
+
+
+def test_moco_survives_it_with_a_gradient_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that stayed NaN in the queue made it halve its scale in each step, until nothing was left of it."""
+    damage(monkeypatch, slice(2, 3), slice(3, 4), slice(1, 2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    monkeypatch.setattr(training, "launch", lambda args: Fabric(accelerator="cpu", devices=1, plugins=precision))
+    train_moco.main(moco_args(tmp_path, norm="group"))
+    assert scaler.get_scale() == 256
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == ["", "1", "2"]
+    assert [row["replaced_keys"] for row in rows(tmp_path / "run")] == ["", "1", "2"]
+
+
+def test_a_skipped_step_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the weights, nor the running statistics, nor the online probe."""
+    damage(monkeypatch, slice(3, 6), slice(None), slice(None))
+    training = Training("moco", moco_args(tmp_path, epochs=1, online_probe=True), "")
+    encoder = training.encoder("mocov2")
+    model, criterion = training.start(encoder, EqCoLoss(), ""), EqCoLoss()
+    states: list[dict[str, Tensor]] = []
+    for batch in training.batches():
+        state = leaves({name: module.state_dict() for name, module in training.modules.items()})
+        states.append({name: x.clone() for name, x in state.items() if "num_batches_tracked" not in name})
+        queries = model(batch.query_view)
+        with training.loss_timer():
+            metrics = criterion.with_metrics(queries, torch.randn(len(queries), 64))
+        training.step(metrics, queries)
+    assert training.skipped == 3
+    moved = [[name for name in state if not torch.equal(state[name], states[5][name])] for state in states]
+    assert len(moved[0]) == len(moved[2]) == len(states[0])
+    assert moved[3:] == [[], [], []]
+
+
+def test_a_run_whose_batches_mostly_are_not_finite_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch, slice(1, 5), slice(None), slice(0, 1))
+    with pytest.raises(SystemExit, match=r"the loss of epoch 1 is not finite in 4 of 6 batches\. Start a new run"):
+        train_moco.main(moco_args(tmp_path))
+
+
+def test_a_checkpoint_of_before_skipped_steps_were_counted(tmp_path: Path) -> None:
+    """It has neither their number nor that of the pieces in its sums, and goes on all the same."""
+    words = [*SHORT, *OWN["moco"], "--save-minutes=0"]
+    script("moco", tmp_path).run(*words, f"--run-dir={tmp_path / 'unbroken'}")
+    words.append(f"--run-dir={tmp_path / 'run'}")
+    script("moco", tmp_path).run(*words, die=("replace", 7), code=-signal.SIGKILL)
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    assert "and step" in saved["at"]
+    progress = saved["state"]["progress"]
+    del progress["skipped"], saved["state"]["queue"]["replaced"]
+    progress["sums"] = progress["sums"][:3]
+    torch.save(saved, path)
+    script("moco", tmp_path).run(*words)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------------- data sets

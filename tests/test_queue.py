@@ -327,11 +327,47 @@ def test_a_key_that_is_not_finite_is_a_neutral_negative(value: float, dtype: tor
     assert torch.autograd.grad(loss, query)[0].isfinite().all()
 
 
-def test_a_row_too_long_for_the_queues_dtype_is_one_too() -> None:
-    """A float64 row whose length overflows has no direction in float32."""
+@pytest.mark.parametrize(
+    ("value", "given", "stored"),
+    [
+        (1e300, torch.float64, torch.float32),  # no float32
+        (1e30, torch.float32, torch.float32),  # its square is none
+        (1e30, torch.bfloat16, torch.float16),
+        (1e300, torch.float64, torch.float64),
+    ],
+)
+def test_a_row_too_long_to_have_a_direction_is_one_too(value: float, given: torch.dtype, stored: torch.dtype) -> None:
+    """Its length overflows: it became zeros that nobody had counted."""
+    queue = MomentumQueue(4, 2, dtype=stored)
+    queue.enqueue(torch.tensor([[value, value], [0.0, 2.0]], dtype=given))
+    assert queue.keys.tolist() == [[0, 0], [0, 1]]
+    assert int(queue.replaced) == 1
+    queue.load_moco(torch.tensor([[value, 0.0, 1.0, 1.0], [value, 2.0, 0.0, 0.0]], dtype=given))
+    assert queue.keys.tolist() == [[0, 0], [0, 1], [1, 0], [1, 0]]
+    assert int(queue.replaced) == 2
+
+
+def test_a_key_of_zeros_stays_one_and_is_not_counted() -> None:
     queue = MomentumQueue(4, 2)
-    queue.enqueue(torch.tensor([[1e300, 1e300], [1.0, 0.0]], dtype=torch.float64))
-    assert queue.keys.isfinite().all()
+    queue.enqueue(torch.zeros(1, 2))
+    assert queue.keys.tolist() == [[0, 0]]
+    assert int(queue.replaced) == 0
+
+
+@pytest.mark.parametrize("store_ids", [False, True])
+def test_a_compiled_enqueue_replaces_them_too(store_ids: bool, fresh_compiler: None) -> None:
+    queue, eager = (MomentumQueue(8, 3, store_ids=store_ids) for _ in range(2))
+    ids = torch.arange(5) if store_ids else None
+    compiled = torch.compile(queue.enqueue, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        keys = torch.randn(5, 3)
+        keys[step] = torch.nan
+        compiled(keys, ids)
+        eager.enqueue(keys, ids)
+    for name, value in eager.state_dict().items():
+        assert torch.equal(queue.state_dict()[name], value), name
+    assert int(queue.replaced) == 3
+    assert queue.primed
 
 
 def test_a_state_of_before_replaced_keys_were_counted_loads() -> None:
@@ -342,6 +378,49 @@ def test_a_state_of_before_replaced_keys_were_counted_loads() -> None:
     fresh = nn.ModuleDict({"queue": MomentumQueue(4, 2)})
     fresh.load_state_dict({f"queue.{name}": value for name, value in state.items()})
     torch.testing.assert_close(fresh["queue"].keys, queue.keys)
+    with torch.device("meta"):
+        assigned = MomentumQueue(4, 2)
+    assigned.load_state_dict(state, assign=True)
+    assigned.enqueue(torch.full((1, 2), torch.nan))
+    assert int(assigned.replaced) == 1
+    assert len(assigned) == 4
+
+
+def test_the_device_is_asked_once_whether_it_holds_keys() -> None:
+    """Not at all after an enqueue; once after a copy, a load, or to_empty, which change the buffers only."""
+    asked: list[int] = []
+
+    class Count(Tensor):
+        is_cpu = False
+
+        def __int__(self) -> int:
+            asked.append(1)
+            return int(self.as_subclass(Tensor))
+
+    def elsewhere(queue: MomentumQueue) -> MomentumQueue:
+        queue.count = queue.count.as_subclass(Count)
+        return queue
+
+    filled = elsewhere(MomentumQueue(4, 2))
+    assert not filled.primed
+    assert len(asked) == 1
+    filled.enqueue(torch.randn(3, 2))
+    assert filled.primed
+    assert len(asked) == 1
+    changes: dict[str, Any] = {
+        "copied": lambda queue: [a.copy_(b) for a, b in zip(queue.buffers(), filled.buffers(), strict=True)],
+        "loaded": lambda queue: queue.load_state_dict(filled.state_dict()),
+        "assigned": lambda queue: queue.load_state_dict(filled.state_dict(), assign=True),
+    }
+    for name, change in changes.items():
+        queue, before = elsewhere(MomentumQueue(4, 2)), len(asked)
+        change(queue)
+        elsewhere(queue)
+        assert [queue.primed, queue.primed] == [True, True], name
+        assert len(asked) == before + 1, name
+    emptied = elsewhere(filled.to_empty(device="cpu"))
+    emptied.count.zero_()
+    assert not emptied.primed
 
 
 def test_sizes_may_be_numpys() -> None:

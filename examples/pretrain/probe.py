@@ -41,9 +41,11 @@ class OnlineProbe(nn.Linear):
         loss = F.cross_entropy(self(features), labels, ignore_index=-1, reduction="sum")
         (loss / (labels >= 0).sum().clamp(min=1) / pieces).backward()
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, *, skip: bool = False) -> None:
+        """``skip`` what was gathered, because the features were not finite."""
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        if not skip:
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
     @torch.no_grad()

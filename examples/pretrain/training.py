@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,8 @@ from .run import Row, Run, check_device, clear_errors, command, fail, peak_memor
 from .schedule import learning_rate, set_learning_rate
 
 TIMED = ("images_per_s", "data_share", "loss_share", "seconds", "memory_mb")  # columns that no two runs share
-COLUMNS = ("epoch", "loss", "top1", "feature_std", "knn", "online_probe", "lr", *TIMED)
+NOT_FINITE = ("skipped_steps", "replaced_keys")  # since the run began
+COLUMNS = ("epoch", "loss", "top1", "feature_std", "knn", "online_probe", "lr", *NOT_FINITE, *TIMED)
 MEASURED = 50  # on a GPU, the loss's share is measured in every so many pieces
 COLLAPSED = 0.1  # feature std below which a run is called so
 
@@ -73,7 +74,9 @@ class Training(Generic[Args]):
             self.say(f"{self.run.directory} is finished. {summary(self.run.result)}")
             raise SystemExit(0)
         self.done = 0  # optimiser steps
-        self.sums = torch.zeros(3, device=self.fabric.device)  # loss, top-1 accuracy and feature std of this epoch
+        # Of this epoch's pieces where all are finite: loss, top-1 accuracy, feature std, and how many these pieces are
+        self.sums = torch.zeros(4, device=self.fabric.device)
+        self.skipping, self.skipped = False, 0  # the last step, and how many, whose gradients were not finite
         self.signal = 0  # that asked to stop
         self.writer: Any = None  # of TensorBoard
 
@@ -119,11 +122,15 @@ class Training(Generic[Args]):
             if self.probe is not None:
                 self.probe.optimizer.load_state_dict(self.state["online_probe_optimizer"])
             self.fabric.strategy.precision.load_state_dict(self.state["scaler"])
-            self.done = self.state["progress"]["step"]
-            self.sums = self.fabric.to_device(self.state["progress"]["sums"])
+            progress = self.state["progress"]
+            self.done, self.skipped = progress["step"], progress.get("skipped", 0)
+            counted = [float(self.done % self.steps * self.args.accumulate)] * (len(progress["sums"]) == 3)
+            sums = torch.cat([progress["sums"], torch.tensor(counted)])  # older checkpoints counted all pieces
+            self.sums = self.fabric.to_device(sums)
             self.state = None
-        queue = next((module for module in others.values() if isinstance(module, MomentumQueue)), None)
-        self._print_header(criterion, loss, queue)
+        self.queue = next((module for module in others.values() if isinstance(module, MomentumQueue)), None)
+        self.statistics = Statistics(module for module in self.modules.values() if isinstance(module, Encoder))
+        self._print_header(criterion, loss, self.queue)
         model: nn.Module = self.model
         return model
 
@@ -170,7 +177,7 @@ class Training(Generic[Args]):
                     self.clock.end_piece()
                     if self.last:
                         if self.probe is not None:
-                            self.probe.step(self.rate(BASE_LR))
+                            self.probe.step(self.rate(BASE_LR), skip=self.skipping)
                         self.done += 1
                         self.bar.update()
                         self._between_steps()
@@ -190,17 +197,28 @@ class Training(Generic[Args]):
         return self.clock.loss()
 
     def step(self, metrics: LossMetrics, *embeddings: Tensor) -> None:
-        """Backward, and with the last piece of a batch the optimiser's step. ``embeddings`` (N, D) are the model's."""
+        """Backward, and with the last piece of a batch the optimiser's step. ``embeddings`` (N, D) are the model's.
+
+        A step whose gradients are not finite is skipped, in float32 as a gradient scaler does it in float16, because
+        weights that are NaN stay so.
+        """
         self.clock.begin_backward(*embeddings)
         self.fabric.backward(metrics.loss / self.args.accumulate)
         queries = embeddings[0].detach()
         if self.ranks > 1:
             queries = self.fabric.all_gather(queries).flatten(0, 1)  # type: ignore[union-attr]
         std = feature_std(queries)
-        self.sums += torch.stack([metrics.loss.detach(), metrics.top1_accuracy, std])
+        figures = torch.stack([metrics.loss.detach(), metrics.top1_accuracy, std, torch.ones_like(std)])
+        self.sums += torch.where(figures.isfinite().all(), figures, 0.0)
         if self.last:
-            self.optimizer.step()
+            gradients = [x.grad for x in self.query_encoder.parameters() if x.grad is not None]
+            self.skipping = not bool(nn.utils.get_total_norm(gradients).isfinite())  # on every rank alike
+            self.skipped += self.skipping
+            scales = getattr(self.fabric.strategy.precision, "scaler", None) is not None
+            if scales or not self.skipping:  # a gradient scaler skips for itself, and lowers its scale
+                self.optimizer.step()
             self.optimizer.zero_grad()
+            self.statistics.mend() if self.skipping else self.statistics.keep()
 
     # ------------------------------------------------------------------------------------- between steps and epochs
 
@@ -221,13 +239,21 @@ class Training(Generic[Args]):
 
     def _end_epoch(self, epoch: int, steps: int) -> None:
         args = self.args
-        loss, top1, std = (self._mean_over_ranks(self.sums) / self.steps / args.accumulate).tolist()
-        if not math.isfinite(loss):
-            fail(f"the loss of epoch {epoch} is {loss}. Start a new run with a smaller --base-lr.")
+        *sums, counted = self._mean_over_ranks(self.sums).tolist()
+        pieces = self.steps * args.accumulate
+        if counted < pieces / 2:
+            fail(
+                f"the loss of epoch {epoch} is not finite in {pieces - counted:.0f} of {pieces} batches. "
+                "Start a new run with a smaller --base-lr."
+            )
+        loss, top1, std = (value / counted for value in sums)
         times = self.clock.stop()
         measure = epoch == args.epochs or epoch % args.knn_every == 0
         row: Row = {"epoch": epoch, "loss": loss, "top1": 100 * top1, "feature_std": std}
         row["lr"] = self.plain_optimizer.param_groups[0]["lr"]
+        row["skipped_steps"] = self.skipped
+        row["replaced_keys"] = None if self.queue is None else int(self.queue.replaced)
+        self._note_what_was_not_finite(row)
         row["images_per_s"] = round(steps * args.batch_size / times.seconds, 1)
         row["data_share"], row["loss_share"] = round(times.data_share, 4), round(times.loss_share, 4)
         row["seconds"], row["memory_mb"] = round(times.seconds, 3), peak_memory_mb(self.fabric.device)
@@ -261,7 +287,7 @@ class Training(Generic[Args]):
         if self.probe is not None:
             state["online_probe_optimizer"] = self.probe.optimizer.state_dict()
         state["scaler"] = self.fabric.strategy.precision.state_dict()
-        state["progress"] = {"step": self.done, "sums": self.sums}
+        state["progress"] = {"step": self.done, "skipped": self.skipped, "sums": self.sums}
         self.run.save(epoch, state, step)
         self.saved_at = time.monotonic()
 
@@ -369,6 +395,17 @@ class Training(Generic[Args]):
 
     # ------------------------------------------------------------------------------------------------ for a person
 
+    def _note_what_was_not_finite(self, row: Row) -> None:
+        """Of this epoch; the rows count from the run's beginning."""
+        before = self.run.rows[-1]
+        steps, keys = (int(row[name] or 0) - int(before.get(name) or 0) for name in NOT_FINITE)
+        if steps or keys:
+            entered = f", and {keys} keys that were not finite are zeros in the queue" if keys else ""
+            self.say(
+                f"note     epoch {row['epoch']}: {steps} of {self.steps} steps skipped, whose gradients were not finite"
+                f"{entered}."
+            )
+
     def _print_epoch(self, row: Row) -> None:
         measured = "" if row["knn"] is None else f"  kNN {row['knn']:.1f} %"
         measured += f"  online probe {row['online_probe']:.1f} %" if "online_probe" in row else ""
@@ -394,6 +431,25 @@ class Training(Generic[Args]):
             if value is not None:
                 self.writer.add_scalar(name, value, row["epoch"])
         self.writer.flush()
+
+
+class Statistics:
+    """Running statistics of batch norm, which one batch that is not finite would make NaN for ever."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.running = [x for module in modules for x in module.buffers() if x.is_floating_point()]
+        self.kept = [x.clone() for x in self.running]
+
+    def keep(self) -> None:
+        """After a step that was taken."""
+        if self.running:
+            torch._foreach_copy_(self.kept, self.running)
+
+    def mend(self) -> None:
+        """After one that was skipped: those that are not finite are as they were kept."""
+        for now, before in zip(self.running, self.kept, strict=True):
+            if not now.isfinite().all():
+                now.copy_(before)
 
 
 def launch(args: Common) -> Fabric:
