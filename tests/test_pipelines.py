@@ -356,14 +356,14 @@ def test_moco_survives_a_batch_that_is_not_finite(
 
 def test_moco_survives_it_with_a_gradient_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that stayed NaN in the queue made it halve its scale in each step, until nothing was left of it."""
-    damage(monkeypatch, slice(2, 3), slice(3, 4), slice(1, 2))
+    damage(monkeypatch, slice(1, 2), slice(3, 4), slice(1, 2))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     monkeypatch.setattr(training, "launch", lambda args: Fabric(accelerator="cpu", devices=1, plugins=precision))
-    train_moco.main(moco_args(tmp_path, norm="group"))
-    assert scaler.get_scale() == 256
-    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == ["", "1", "2"]
-    assert [row["replaced_keys"] for row in rows(tmp_path / "run")] == ["", "1", "2"]
+    train_moco.main(moco_args(tmp_path, norm="group", epochs=1, limit=32, batch_size=8))
+    assert scaler.get_scale() == 512
+    (_, row) = rows(tmp_path / "run")
+    assert (row["skipped_steps"], row["replaced_keys"]) == ("1", "1")
 
 
 def test_a_skipped_step_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
