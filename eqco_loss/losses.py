@@ -32,7 +32,7 @@ class _Criterion(HoldsGroup):
         check.keywords(positional)
         check.settings(settings)
         check.lasting_temperature(settings.temperature)
-        for name, value in settings._asdict().items():  # a temperature that is an nn.Parameter registers itself
+        for name, value in zip(Settings._fields, settings, strict=True):  # an nn.Parameter registers itself
             setattr(self, name, value)
 
     @property

@@ -73,11 +73,11 @@ def _batch_pairs(
     offset, total = (0, rows) if ranks is None else (ranks.offset, ranks.total)
     others = views * (total - 1)
     k = others if settings.num_negatives is None else min(int(settings.num_negatives), others)
-    pairs = Pairs(query_ids=inputs.query_ids, key_ids=key_ids)
     if settings.sampling == "random" and k < others:
         device = inputs.query.device
-        return pairs._replace(picked=random_negatives(rows, k, device, total=total, offset=offset, views=views))
-    return pairs._replace(band=[offset, k // views, total])
+        picked = random_negatives(rows, k, device, total=total, offset=offset, views=views)
+        return Pairs(query_ids=inputs.query_ids, key_ids=key_ids, picked=picked)
+    return Pairs(query_ids=inputs.query_ids, key_ids=key_ids, band=[offset, k // views, total])
 
 
 def has_float64(device: torch.device) -> bool:
