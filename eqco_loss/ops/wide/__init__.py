@@ -158,7 +158,10 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             pointwise.through_unit(keys.raw, gradient.flatten(0, 1), largest.repeat(len(of_raw)), None, None, of_raw)
         return out
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
-    width, step = steps(len(one.keys), len(call.query), like, products)
+    if call.normalize:
+        width, step = steps(len(one.keys), len(call.query), like, products)
+    else:
+        step, width = steps(len(call.query), len(one.keys), like, products, True)
     for columns in slices(len(one.keys), width):
         part = keys.part(columns)
         gradient = like.new_zeros(part.multiplied.shape)

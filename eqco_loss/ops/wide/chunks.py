@@ -34,7 +34,8 @@ class Passes:
         self.logit_scale = query.scale * scale
         self.workspace = Workspace(like, products)
         self.keys = [self._prepared(one, one.keys) if one.keys.dim() == 2 else None for one in self.sets]
-        sizes = [steps(n, one.keys.shape[-2], like, products) for one in self.sets]
+        repeated = not query.raw.normalize
+        sizes = [steps(n, one.keys.shape[-2], like, products, repeated) for one in self.sets]
         self.widths = [width for _, width in sizes]
         self.rows = slices(n, min([n, *(step for step, _ in sizes), *(own_rows(one.keys) for one in self.sets)]))
 
@@ -211,12 +212,17 @@ def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
     return pull / largest, largest
 
 
-def steps(n: int, k: int, like: Tensor, products: torch.dtype) -> tuple[int, int]:
-    """How many rows and how many keys a chunk has."""
+def steps(n: int, k: int, like: Tensor, products: torch.dtype, repeated: bool = False) -> tuple[int, int]:
+    """How many rows and how many keys a chunk has.
+
+    ``repeated``: the number of rows depends on n alone, so that forward and backward, which do not see the same sets
+    of keys, multiply matrices of the same shapes. A BLAS library sums in another order for another shape, and a large
+    logit that backward rounds otherwise than forward did gives a wrong softmax. Unit rows have no large logits.
+    """
     pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
     width = max(128, pairs // min(n, ROWS_AT_ONCE))
     width = _equal(k, width)
-    return _equal(n, max(1, pairs // width)), width
+    return _equal(n, ROWS_AT_ONCE if repeated else max(1, pairs // width)), width
 
 
 def _equal(length: int, most: int) -> int:
