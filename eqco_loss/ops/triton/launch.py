@@ -35,8 +35,8 @@ from .tables import (
     combine_tile,
     forward_tile,
     keys_tile,
+    pieces,
     power_of_two,
-    precision,
     small_tile,
     symmetric_tile,
 )
@@ -219,7 +219,16 @@ def _visit(call: RowLosses | LogSumExp, options: _Options, one: KeySet, tile: Ti
         tile = small_tile(dtype, _block_d(d))
     elif tile is None:
         turned = converts and keys.stride(1) != 1
-        tile = forward_tile(dtype, _block_d(d), n, arch, plain=plain, converts=converts, turned=turned)
+        tile = forward_tile(
+            dtype,
+            _block_d(d),
+            n,
+            arch,
+            plain=plain,
+            converts=converts,
+            turned=turned,
+            count=pieces(dtype, options.normalize),
+        )
     if arch in LITTLE_SHARED_MEMORY or _dims(pairs.mask) == 2 or (pairs.by_ids and _dims(pairs.key_ids) == 2):
         tile = tile._replace(stages=1)
     columns = width + (tile.resident - 1 if pairs.band else 0)
@@ -264,37 +273,48 @@ def _launch_shared(
 ) -> None:
     n, pairs, tile = len(call.query), visit.one.pairs, visit.tile
     dtype, row_blocks = dot_dtype(call.query, visit.one.keys, call.autocast), _blocks(n, tile.resident)
-    keys, factor, how = _prepared(visit.one, dtype, row_blocks, tile)
+    count = pieces(dtype, options.normalize)
+    keys, factor, how = _prepared(visit.one, dtype, count, row_blocks, tile)
     lowest = call.temperature if options.inter_temperature is None else min(call.temperature, options.inter_temperature)
     bounded = options.normalize and call.learned_temperature is None and lowest >= _lowest_bounded(dtype, how)
+    bounded = bounded and count == 1  # float16's pieces hold no weights above 2 ** 16
     offset, width, modulus = pairs.band or (0, 0, 1)
     kernels().forward.attend[(row_blocks, visit.splits)](
-        *queries, keys, *keys.stride(), factor, *_left_out(pairs), pairs.filled, call.learned_temperature, *answers,
-        n, half, len(keys), offset, width, modulus, visit.chunk, visit.splits // visit.views, *split, *numbers,
-        BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=_triton_dtype(dtype), PRECISION=precision(dtype),
-        STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed, **_dimensions(pairs), FACTOR=how,
-        CLEAN=_clean(visit.one), BOUNDED=bounded, WIDE=_wide(keys), num_warps=tile.warps, num_stages=tile.stages,
+        *queries, keys, *_strides(keys), factor, *_left_out(pairs), pairs.filled, call.learned_temperature, *answers,
+        n, half, keys.shape[-2], offset, width, modulus, visit.chunk, visit.splits // visit.views, *split, *numbers,
+        BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=_triton_dtype(dtype), PIECES=count,
+        IN_PIECES=keys.dim() == 3, STAGES=tile.stages, BAND=bool(pairs.band), SMALL=modulus < tile.streamed,
+        **_dimensions(pairs), FACTOR=how, CLEAN=_clean(visit.one), BOUNDED=bounded, WIDE=_wide(keys),
+        num_warps=tile.warps, num_stages=tile.stages,
         **constants,
     )  # fmt: skip
 
 
-def _prepared(one: KeySet, dtype: torch.dtype, row_blocks: int, tile: Tile) -> tuple[Tensor, Tensor | None, str]:
+def _prepared(
+    one: KeySet, dtype: torch.dtype, count: int, row_blocks: int, tile: Tile
+) -> tuple[Tensor, Tensor | None, str]:
     """Shared keys as ``attend`` streams them, the factors of their products, and where those come from."""
     keys, clean, converts = one.keys, _clean(one), one.keys.dtype != dtype
     (k, d), device = keys.shape, keys.device
     scaled = one.normalize and not converts and dtype == torch.float16  # 1 / norm might not fit float16
     converted = converts and (row_blocks > _CONVERSIONS or d > 256 or clean)
-    copy = clean or scaled or converted
+    few = tile.resident == 16 and (row_blocks <= 4 or k <= _COLUMNS_AT_ONCE)  # which cut the keys each for itself
+    copy = clean or scaled or converted or (count > 1 and not few)
     if not copy and not one.normalize:
         return keys, None, "none"
     if not copy and tile.resident == 16:
         return keys, None, "here"
-    out = torch.empty((k, d), dtype=dtype, device=device) if copy else None
+    out = None
+    if copy:
+        shape = (k, d) if count == 1 else (count, k, d)
+        out = torch.empty(shape, dtype=_piece_dtype(dtype, count), device=device)
     unit = converts or dtype == torch.float32
-    factor = None if converted and not clean else torch.empty(k, dtype=torch.float32, device=device)
+    factor = None  # where the copy is of unit rows
+    if clean or not (converted or (copy and count > 1)):
+        factor = torch.empty(k, dtype=torch.float32, device=device)
     kernels().forward.prepare_rows[(_blocks(k, 16),)](
         keys, *keys.stride(), out, factor, k, D=d, BLOCK_D=_block_d(d), BLOCK=16,
-        NORMALIZE=one.normalize, POWER=not unit, CLEAN=clean, enable_fp_fusion=True,
+        NORMALIZE=one.normalize, POWER=not unit, CLEAN=clean, PIECES=count, enable_fp_fusion=True,
     )  # fmt: skip
     return (keys if out is None else out), factor, "none" if factor is None else "loaded"
 
@@ -319,7 +339,8 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     weights, prepared = _row_weights(call, call.normalize, query.dtype if one.own else dtype, not one.own)
     out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
     options = {"D": d, "BLOCK_D": block_d, **_dimensions(pairs), "NORMALIZE_KEYS": one.normalize}
-    rows = (prepared, *prepared.stride(), keys, *keys.stride(), weights)
+    strides = prepared.stride() if one.own else _strides(prepared)
+    rows = (prepared, *strides, keys, *keys.stride(), weights)
     if keys.dim() == 3:
         k, block = keys.shape[1], 32
         kernels().keys.keys_gradient_own[(n * _blocks(k, block),)](
@@ -337,7 +358,8 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
         return out
     offset, width, modulus = pairs.band or (0, 0, 1)
     per_view = modulus if pairs.band else len(keys)
-    tile = tile or keys_tile(dtype, block_d, per_view, _arch(query))
+    count = pieces(dtype, call.normalize)
+    tile = tile or keys_tile(dtype, block_d, per_view, _arch(query), count)
     if _arch(query) in LITTLE_SHARED_MEMORY or options["IDS"] == 2 or options["MASKED"] == 2:
         tile = tile._replace(stages=1)
     band = ""
@@ -350,10 +372,10 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
     kernels().keys.keys_gradient[(blocks, splits)](
-        *rows, _largest(weights, dtype), call.grad, *_left_out(pairs), pairs.filled, parts,
+        *rows, _largest(weights, prepared.dtype), call.grad, *_left_out(pairs), pairs.filled, parts,
         n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed,
         BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BAND=band, WHOLE=n == modulus,
-        SMALL=modulus < tile.streamed, CLEAN=_clean(one), PRECISION=precision(dtype), STAGES=tile.stages,
+        SMALL=modulus < tile.streamed, CLEAN=_clean(one), PIECES=count, STAGES=tile.stages,
         FOLDED=call.normalize and dtype != torch.float32 and call.grad.dim() == 0, WIDE=_wide(prepared),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **options,
     )  # fmt: skip
@@ -368,13 +390,18 @@ def _row_weights(
     """``weights`` (len(Weight), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
     x, rows, t = call[0], call.rows, call.learned_temperature
     scaled = multiplied and normalize and dtype == torch.float16 and x.dtype == dtype
-    (n, d), convert = x.shape, x.dtype != dtype or scaled
+    (n, d), count = x.shape, pieces(dtype, normalize) if multiplied else 1
     weights = torch.empty((len(Weight), n), dtype=torch.float32, device=x.device)
-    prepared = torch.empty((n, d), dtype=dtype, device=x.device) if convert else None
+    prepared = None
+    if count > 1:
+        prepared = torch.empty((count, n, d), dtype=_piece_dtype(dtype, count), device=x.device)
+    elif scaled or x.dtype != dtype:
+        prepared = torch.empty((n, d), dtype=dtype, device=x.device)
     grad_stride = call.grad.stride(0) if call.grad.dim() else 0
     kernels().keys.row_weights[(_blocks(n, 16),)](
         x, *x.stride(), call.grad, grad_stride, rows.contiguous(), t, weights, prepared, n, float(call.temperature),
-        D=d, BLOCK_D=_block_d(d), BLOCK=16, NORMALIZE=normalize, POWER=scaled, enable_fp_fusion=True,
+        D=d, BLOCK_D=_block_d(d), BLOCK=16, NORMALIZE=normalize, POWER=scaled, PIECES=count,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return weights, x if prepared is None else prepared
 
@@ -460,10 +487,10 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
     parts = out if splits == 1 else new((splits, n, d), dtype=torch.float32, device=views.device)
     along = None if t is None else new((splits, n), dtype=torch.float32, device=views.device)
     kernels().symmetric.symmetric_rows[(blocks, splits)](
-        prepared, *prepared.stride(), views, *views.stride(), weights, _largest(weights, dtype), t, parts, along,
-        n, n // 2, per_split * tile.streamed, float(call.temperature), gradient_eps(views.dtype),
+        prepared, *_strides(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
+        t, parts, along, n, n // 2, per_split * tile.streamed, float(call.temperature), gradient_eps(views.dtype),
         D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=_block_d(d), ACROSS=across,
-        ONE_EXP=t is None and call.temperature >= 0.05, SMALL=n // 2 < tile.streamed, PRECISION=precision(dtype),
+        ONE_EXP=t is None and call.temperature >= 0.05, SMALL=n // 2 < tile.streamed, PIECES=pieces(dtype, True),
         STAGES=tile.stages, WIDE=_wide(prepared), WHOLE_GRADIENT=splits == 1,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -501,6 +528,15 @@ def _two_strides(x: Tensor | None) -> tuple[int, int]:
     if x is None:
         return 0, 0
     return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
+
+
+def _piece_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
+    return {1: dtype, 2: torch.float16, 3: torch.bfloat16}[count]
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of (PIECES, R, D); of (R, D) a piece's is 0."""
+    return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
 def _dimensions(pairs: Pairs) -> dict[str, int]:
