@@ -13,7 +13,8 @@ the products, at the multiprocessors and the clock of ``GPUS``. Masks of the end
 It calls the launchers themselves with tensors that hold no memory, so a kernel here is the kernel of a run. What is
 judged is the main loop: exit status 1 if a kernel needs more shared memory than its GPU has, or if one of half
 precision with D <= 256, or of float32 in pieces with D <= 128, spills inside its loop, waits there for each product,
-or, on sm_90, multiplies 64 rows or more by the older HMMA. A spill outside of the loop is printed and costs next to nothing.
+or, on sm_90, multiplies 64 rows or more by the older HMMA. A spill outside of the loop is printed and costs next to
+nothing.
 """
 
 import contextlib

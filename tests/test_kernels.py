@@ -503,9 +503,8 @@ def test_float32_is_as_exact_as_eager(temperature: float, normalize: bool, symme
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            for name, *three in zip(
-                ("loss", "query", "keys", "negatives"), answers("triton", torch.float32), eager, truth
-            ):
+            got = answers("triton", torch.float32)
+            for name, *three in zip(("loss", "query", "keys", "negatives")[: len(got)], got, eager, truth, strict=True):
                 ours, plain, exact = (x.double() for x in three)
                 error, allowed = ((x - exact).norm() / exact.norm() for x in (ours, plain))
                 assert error <= max(5e-7, 2 * float(allowed)), f"{name}, {precision}: {error:.1e}, eager {allowed:.1e}"
