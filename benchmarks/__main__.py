@@ -22,7 +22,8 @@ import torch
 import tyro
 
 from .measure import RESULTS
-from .peers import PEERS, Peer
+from .peers import PEERS
+from .registry import Peer
 from .runner import check_device, run_all
 from .workloads import DTYPES, WORKLOADS, cases, quick_cases
 

@@ -144,7 +144,7 @@ def case_of(args: Args, case: Case, rows: list[Row], out: Path) -> None:
     origin = provenance("cuda")
     baseline = WORKLOADS[case.workload].baseline
     names = ["eqco_loss", baseline] + (["torch.compile"] if args.compiled else [])
-    wanted = [one for one in PEERS if case.workload in one.workloads and one.name in names]
+    wanted = [one for one in PEERS if one.wanted(case) and one.name in names]
     found = run(case, wanted, "cuda", args.rounds, 5.0, limits("cuda", case.dtype))
     for row in found:
         rows.append({**row, **origin})

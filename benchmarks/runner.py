@@ -34,7 +34,8 @@ from .measure import (
     wall_clock,
     write_csv,
 )
-from .peers import PEERS, Peer, UnavailableError
+from .peers import PEERS
+from .registry import Peer, UnavailableError
 from .workloads import DTYPES, WORKLOADS, Case, Problem
 
 # Relative, of loss and gradients, in the norm: who is further from float64 is not timed. Packages that sum in bfloat16
@@ -72,7 +73,7 @@ def run_all(
         for case in tqdm(chosen, desc="cases", unit="case", disable=not sys.stderr.isatty()):
             if case.dtype not in machine:
                 machine[case.dtype] = limits(device, case.dtype)
-            wanted = [one for one in PEERS if case.workload in one.workloads and wants(one)]
+            wanted = [one for one in PEERS if one.wanted(case) and wants(one)]
             rows = run(case, wanted, device, rounds, step_limit, machine[case.dtype])
             show(case, rows)
             new = {(place(row), row["peer"]): {**row, **origin} for row in rows}
