@@ -63,7 +63,7 @@ class Kind:
     title: str
     queue: bool  # negatives are K given keys; otherwise they are of the batch
     keys_learn: bool
-    products: int  # of N x K x D
+    products: float  # of N x K x D that are needed: 1.5 where half of a symmetric matrix of logits is enough
     baseline: str  # the peer that ratios are over
 
 
@@ -74,7 +74,7 @@ WORKLOADS = {
     "T1": Kind("dual temperature against a queue of K detached keys", True, False, 2, "eager dual temperature"),
     "S1": Kind("in-batch InfoNCE, gradients to both sides", False, True, 3, "eager cross entropy"),
     "C1": Kind("CLIP: both directions of S1", False, True, 3, "eager CLIP"),
-    "S2": Kind("NT-Xent over 2N embeddings", False, True, 2, "eager NT-Xent"),
+    "S2": Kind("NT-Xent over 2N embeddings", False, True, 1.5, "eager NT-Xent"),
     "P1": Kind("SiMo: K negatives of the batch, detached, and EqCo's margin", False, False, 2, "eager masked"),
 }
 
