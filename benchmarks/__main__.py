@@ -64,7 +64,7 @@ def main(args: Args) -> None:
     if not chosen:
         raise SystemExit(f"error: workloads, dtypes: there is no such case in {', '.join(dtypes)}.")
     plan = Plan(device=device, rounds=rounds, step_limit=step_limit, out=out, deadline=args.deadline)
-    run_all(chosen, lambda one: wants(args, one), plan)
+    run_all(chosen, lambda case, one: wants(args, one), plan)
 
 
 def check(args: Args, device: str) -> None:

@@ -12,6 +12,7 @@ case, so that a run that is stopped loses nothing. It ends with the goals met, m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -45,8 +46,7 @@ from .measure import (
     write_csv,
 )
 from .peers import PEERS
-from .registry import Peer
-from .runner import CASE, FIRST, Plan, check_device, run_all, step_of
+from .runner import CASE, Plan, Wants, check_device, is_first, run_all, step_of
 from .workloads import DTYPES, WORKLOADS, Case, Problem, cases
 
 TESTS = ("tests/test_kernels.py", "tests/test_cuda.py", "tests/test_world.py", "tests/test_wide.py")
@@ -109,10 +109,10 @@ def main(args: Args) -> int:
         failed = tests(args, out)
     plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
     for name, action in {
-        "cases": lambda: ways(matrix, lambda one: one.name in FIRST, plan, min(args.first, end - time.monotonic())),
+        "cases": lambda: ways(matrix, is_first, plan, min(args.first, end - time.monotonic())),
         "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
         "step": lambda: step.main(step.Args(out=out / "step-gpu.csv")),
-        "ways": lambda: ways(goals, lambda one: one.name not in FIRST, plan, end - 40 - time.monotonic()),
+        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, end - 40 - time.monotonic()),
         "engines": lambda: engines(end, out),
     }.items():
         if name not in args.skip and time.monotonic() < end - 15:
@@ -138,10 +138,11 @@ def guarded(name: str, action: Callable[[], object]) -> None:
         action()
     except (Exception, SystemExit):
         print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a GPU that is lost
+            torch.cuda.empty_cache()
 
 
-def ways(chosen: list[Case], wants: Callable[[Peer], bool], plan: Plan, seconds: float) -> None:
+def ways(chosen: list[Case], wants: Wants, plan: Plan, seconds: float) -> None:
     run_all(chosen, wants, plan._replace(deadline=max(1.0, seconds)))
 
 

@@ -213,17 +213,19 @@ def faster_than_ours(case: list[Row]) -> str:
     ours = next((row for row in case if row["peer"] == "eqco_loss" and row["status"] == "timed"), None)
     if ours is None:
         return "ours has not been measured"
-    found = []
+    found: dict[str, float] = {}
     for row in case:
-        ratios = [
-            f"{float(ours[key]) / float(row[key]):.2f} x {unit}"
-            for key, unit in (("graph_us", "on the GPU"), ("ms", "in wall-clock"))
-            if row[key] and ours[key] and round(float(ours[key]) / float(row[key]), 2) > 1
-        ]
-        if ratios and row["status"] == "timed" and not is_ours(row):
-            found.append(f"{row['peer']} ({', '.join(ratios)})")
-    return f"faster than ours: {'; '.join(found)}" if found else "nobody is faster than ours"
+        if row["status"] != "timed" or is_ours(row):
+            continue
+        ratios = {unit: float(ours[key] or 0) / float(row[key] or "inf") for key, unit in FASTER.items()}
+        better = [f"{ratio:.2f} x {unit}" for unit, ratio in ratios.items() if round(ratio, 2) > 1]
+        if better:
+            found[f"{row['peer']} ({', '.join(better)})"] = max(ratios.values())
+    order = sorted(found, key=lambda name: -found[name])
+    return f"faster than ours: {'; '.join(order)}" if order else "nobody is faster than ours"
 
+
+FASTER = {"graph_us": "on the GPU", "ms": "in wall-clock"}
 
 # ------------------------------------------------------------------------------------------- steps, engines, scaling
 

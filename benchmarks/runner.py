@@ -72,7 +72,12 @@ FIGURES = (
     "limit_operations",  # a second: the most that products, or a way, reached here
     "limit_bytes",
 )
-FIRST = ("eqco_loss", "torch.compile", *dict.fromkeys(kind.baseline for kind in WORKLOADS.values()))
+Wants = Callable[[Case, Peer], bool]
+
+
+def is_first(case: Case, one: Peer) -> bool:
+    """Ours and what it stands against."""
+    return one.name in ("eqco_loss", "torch.compile", WORKLOADS[case.workload].baseline)
 
 
 class Plan(NamedTuple):
@@ -85,7 +90,7 @@ class Plan(NamedTuple):
     deadline: float | None = None  # seconds for everything
 
 
-def run_all(chosen: list[Case], wants: Callable[[Peer], bool], plan: Plan) -> None:
+def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
     """Case by case into the CSV; what it has of other cases stays."""
     end = None if plan.deadline is None else time.monotonic() + plan.deadline
     origin = provenance(plan.device)
@@ -96,7 +101,7 @@ def run_all(chosen: list[Case], wants: Callable[[Peer], bool], plan: Plan) -> No
     started, done = time.monotonic(), 0
     try:
         for case, part in tqdm(queue, desc="cases", unit="case", disable=not sys.stderr.isatty()):
-            wanted = [one for one in PEERS if one.wanted(case) and wants(one) and part(one)]
+            wanted = [one for one in PEERS if one.wanted(case) and wants(case, one) and part(case, one)]
             if not wanted:
                 continue
             now = time.monotonic()
@@ -117,14 +122,14 @@ def run_all(chosen: list[Case], wants: Callable[[Peer], bool], plan: Plan) -> No
     print(f"\nwritten to {plan.out}")
 
 
-def parts(by_worth: bool) -> list[Callable[[Peer], bool]]:
+def parts(by_worth: bool) -> list[Wants]:
     """All ways of a case at once; or those that matter most of all cases, then ours otherwise, then the others'."""
     if not by_worth:
-        return [lambda one: True]
+        return [lambda case, one: True]
     return [
-        lambda one: one.name in FIRST,
-        lambda one: one.name not in FIRST and one.name.startswith("eqco_loss"),
-        lambda one: one.name not in FIRST and not one.name.startswith("eqco_loss"),
+        is_first,
+        lambda case, one: not is_first(case, one) and one.name.startswith("eqco_loss"),
+        lambda case, one: not is_first(case, one) and not one.name.startswith("eqco_loss"),
     ]
 
 
@@ -379,6 +384,8 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
             step = partial(step_of, problem, loss)
             got = step()
             error = relative_error([x.detach() for x in got], truth)
+            if one.replays:
+                step()  # torch.compile warms up, records, and only then replays
             seconds = wall_clock(step, device)
     except UnavailableError as reason:
         return str(reason)

@@ -54,7 +54,7 @@ def main(args: Args) -> None:
     run_all(queues + batches + widths, wants, plan)
 
 
-def wants(one: Peer) -> bool:
+def wants(case: Case, one: Peer) -> bool:
     return one.name in ("eqco_loss", "torch.compile") or one.name.startswith("eager")
 
 

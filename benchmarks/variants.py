@@ -28,7 +28,13 @@ def reduced_overhead(prepare: Prepare) -> Prepare:
 
     def prepare_reduced(problem: Problem) -> Loss:
         gpu_only(problem, "its programs are CUDA graphs")
-        return compiled(prepare, "reduce-overhead")(problem)
+        loss = compiled(prepare, "reduce-overhead")(problem)
+
+        def step() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()  # or a forward without its backward would leave the fast path
+            return loss()
+
+        return step
 
     return prepare_reduced
 

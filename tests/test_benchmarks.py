@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import peers, ranks, registry, report, runner, tune, workloads
+from benchmarks import gpu_check, peers, ranks, registry, runner, scaling, step, tune, workloads
 from benchmarks.measure import RESULTS, Limits, peak_extra_bytes, read_csv
 from benchmarks.peers import PEERS
 from benchmarks.registry import Loss, Peer
@@ -158,8 +158,8 @@ def test_too_slow_and_too_large_are_rows() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Parts of the matrix, one after the other, in one CSV; a second time, its rows are replaced."""
     monkeypatch.setattr(command, "quick_cases", lambda dtypes: [SMALL["P1"], SMALL["T1"]])
-    monkeypatch.setattr(runner, "limits", lambda device, dtype: Limits(1e9, 1e9))  # the real ones take seconds
-    args = command.Args(quick=True, peers=("eqco",), out=tmp_path / "out.csv", rounds=1)
+    monkeypatch.setattr(runner, "limits", lambda device, dtype, size: Limits(1e9, 1e9))  # the real ones take seconds
+    args = command.Args(quick=True, peers=("eager dual",), out=tmp_path / "out.csv", rounds=1)
     for part in (("T1",), ("P1",), ("P1",)):
         command.main(dataclasses.replace(args, workloads=part))
     rows = read_csv(tmp_path / "out.csv")
@@ -180,6 +180,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ({"peers": ("nccl",)}, "peers: unknown nccl; known: eager MoCo, "),
         ({"dtypes": ("int8",)}, "dtypes: unknown int8; known: float32, high, bfloat16, float16, amp"),
         ({"rounds": 0}, "rounds: expected more than 0, got 0"),
+        ({"deadline": 0.0}, "deadline: expected more than 0, got 0.0"),
         ({"quick": True, "workloads": ()}, "there is no such case in float32"),
         ({"device": "cuda"}, "device: torch sees no GPU. Leave --device out"),
     ],
@@ -188,6 +189,24 @@ def test_bad_input(change: dict[str, Any], message: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=message.replace("(", r"\(")):
         command.main(command.Args(**change))
+
+
+def test_bad_input_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for run, message in (
+        (lambda: step.main(step.Args(models=("vgg",))), "models: unknown vgg; known: resnet18, resnet50"),
+        (lambda: step.main(step.Args(batch_size=1)), "batch_size: expected 2 or more, got 1"),
+        (lambda: scaling.main(scaling.Args(deadline=-1.0)), "deadline: expected more than 0, got -1.0"),
+        (lambda: scaling.main(scaling.Args(largest_k=1, largest_n=1, largest_d=1)), "largest_k, largest_n, largest_d"),
+        (
+            lambda: gpu_check.main(gpu_check.Args(skip=("all",))),
+            "skip: unknown all; known: tests, cases, kernels, step",
+        ),
+        (lambda: gpu_check.main(gpu_check.Args(workloads=("M7",))), "workloads: unknown M7; known: M1, R"),
+        (lambda: gpu_check.main(gpu_check.Args()), "torch sees no GPU"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run()
 
 
 def test_every_workload_has_its_baseline_and_ours() -> None:
@@ -203,19 +222,7 @@ def test_memory_is_counted() -> None:
     assert 8e5 <= peak_extra_bytes(lambda: (x + 1) + 1, "cpu") < 8.1e5
 
 
-# ------------------------------------------------------------------------------------------------- what is published
-
-
-def test_the_pages_and_figures_are_the_csvs() -> None:
-    report.main(report.Args(check=True))
-
-
-def test_a_changed_csv_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for path in RESULTS.glob("*.csv"):
-        (tmp_path / path.name).write_text(path.read_text().replace(",timed,", ",timed ,"))
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    with pytest.raises(SystemExit, match="not what the CSVs say"):
-        report.main(report.Args(check=True))
+# ------------------------------------------------------------------------------------------------------------- ranks
 
 
 def test_ranks_moved_what_the_arithmetic_says() -> None:
