@@ -5,8 +5,8 @@
 
 First the tests that need a GPU, in parallel processes. Then, in one process, cases in order of worth, each with ours,
 the baseline and torch.compile; our kernels' own times; the loss inside a training step; our other ways (compiled, in
-CUDA graphs, by engine) and the other peers; and the engines against each other. What is finished is written after each
-case, so that a run that is stopped loses nothing. It ends with the goals met, missed, and not run.
+CUDA graphs, by engine) and the other peers; how time grows; and the engines against each other. What is finished is
+written after each case, so that a run that is stopped loses nothing. It ends with the goals met, missed, and not run.
 ``python -m benchmarks.report --add FOLDER`` takes what it wrote into the pages.
 """
 
@@ -31,7 +31,7 @@ import tyro
 from eqco_loss import EqCoLoss
 from eqco_loss.ops.backends import BACKENDS
 
-from . import step
+from . import scaling, step
 from .measure import (
     RESULTS,
     Row,
@@ -81,7 +81,7 @@ GOALS = [  # in order of worth
 ]
 
 
-PARTS = ("tests", "cases", "kernels", "step", "ways", "engines")
+PARTS = ("tests", "cases", "kernels", "step", "ways", "scaling", "engines")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Args:
     deadline: float = 540.0  # seconds for everything
     tests: float = 150.0  # of them, at most, for the tests
     first: float = 200.0  # and for the first look at every case
-    skip: tuple[str, ...] = ()  # of tests, cases, kernels, step, ways, engines
+    skip: tuple[str, ...] = ()  # of tests, cases, kernels, step, ways, scaling, engines
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     processes: int = 14  # for the tests
     rounds: int = 15
@@ -109,14 +109,15 @@ def main(args: Args) -> int:
         failed = tests(args, out)
     plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
     for name, action in {
-        "cases": lambda: ways(matrix, is_first, plan, min(args.first, end - time.monotonic())),
+        "cases": lambda: ways(matrix, is_first, plan, min(args.first, left(end))),
         "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
         "step": lambda: step.main(step.Args(out=out / "step-gpu.csv")),
-        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, end - 40 - time.monotonic()),
+        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - 100),
+        "scaling": lambda: scaling.main(scaling.Args(deadline=max(15, left(end) - 40), out=out / "scaling-gpu.csv")),
         "engines": lambda: engines(end, out),
     }.items():
-        if name not in args.skip and time.monotonic() < end - 15:
-            print(f"\n{name}, {end - time.monotonic():.0f} s left", flush=True)
+        if name not in args.skip and left(end) > 15:
+            print(f"\n{name}, {left(end):.0f} s left", flush=True)
             guarded(name, action)
     show(read_csv(plan.out) if plan.out.exists() else [])
     return failed
@@ -142,8 +143,13 @@ def guarded(name: str, action: Callable[[], object]) -> None:
             torch.cuda.empty_cache()
 
 
+def left(end: float) -> float:
+    return end - time.monotonic()
+
+
 def ways(chosen: list[Case], wants: Wants, plan: Plan, seconds: float) -> None:
-    run_all(chosen, wants, plan._replace(deadline=max(1.0, seconds)))
+    if seconds > 15:  # what a case may take
+        run_all(chosen, wants, plan._replace(deadline=seconds))
 
 
 def tests(args: Args, out: Path) -> int:

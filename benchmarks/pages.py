@@ -269,6 +269,8 @@ def scaling() -> str:
         ):
             sweep = swept if column in ("k", "n") else rows
             parts += sweeps([row for row in sweep if row["workload"] == workload], column, fixed)
+        if swept:
+            parts.append(f"![Time and memory against K, N and D: {device}](benchmarks-scaling-{device}.png)")
     return "\n\n".join(parts)
 
 

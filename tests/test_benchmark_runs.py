@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, peers, runner, step, variants, workloads
+from benchmarks import gpu_check, measure, peers, runner, scaling, step, variants, workloads
 from benchmarks.measure import Limits, Timing, read_csv
 from benchmarks.peers import PEERS
 from benchmarks.registry import Loss, Peer, UnavailableError
@@ -139,7 +139,7 @@ def test_a_case_that_does_not_fit_is_rows(plan: Plan, monkeypatch: pytest.Monkey
     monkeypatch.setattr(runner, "Problem", too_large)
     runner.run_all([S1, C1], lambda case, one: one.name.startswith("eager") or one.name == "eqco_loss", plan)
     rows = {(row["workload"], row["peer"]): row["status"] for row in read_csv(plan.out)}
-    assert rows["S1", "eqco_loss"] == "the case's inputs: out of memory"
+    assert rows["S1", "eqco_loss"] == "the case as a whole: out of memory"
     assert rows["C1", "eqco_loss"] == "timed"
 
 
@@ -320,6 +320,36 @@ def test_engines_refuse_by_name() -> None:
         peer = the(f"eqco_loss, {name}", case)
         with pytest.raises(UnavailableError, match="no CPU path"):
             peer.prepare(Problem(case, "cpu"))
+
+
+def test_what_a_gpu_owes_comes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part with the time that is left, one that fails stops no other, and the end comes before the deadline."""
+    clock, ran = [0.0], []
+
+    def part(name: str, seconds: float) -> Callable[..., int]:
+        def spend(*arguments: Any) -> int:
+            plans = [x.deadline for x in arguments if isinstance(x, Plan)] or [None]
+            ran.append((name, plans[0]))
+            clock[0] += seconds
+            if name == "kernels":
+                raise RuntimeError("broken")
+            return 3
+
+        return spend
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_check, "check_device", lambda device: None)
+    for name, seconds in (("tests", 100.0), ("run_all", 150.0), ("kernels", 10.0), ("engines", 5.0)):
+        monkeypatch.setattr(gpu_check, name, part(name, seconds))
+    monkeypatch.setattr(step, "main", part("step", 60.0))
+    monkeypatch.setattr(scaling, "main", part("scaling", 20.0))
+    assert gpu_check.main(gpu_check.Args(out=tmp_path)) == 3
+    names = ["tests", "run_all", "kernels", "step", "run_all", "scaling", "engines"]
+    assert [name for name, _ in ran] == names
+    assert [seconds for name, seconds in ran if name == "run_all"] == [200.0, 540.0 - 320.0 - 100.0]
+    ran.clear()
+    gpu_check.main(gpu_check.Args(out=tmp_path, skip=("tests", "kernels", "scaling"), deadline=230.0))
+    assert [name for name, _ in ran] == ["run_all", "step", "engines"]  # nothing is left for other ways
 
 
 # -------------------------------------------------------------------------------------------------- a training step
