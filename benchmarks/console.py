@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from tqdm import tqdm
 
 from .measure import Row
@@ -24,6 +26,7 @@ def show(case: Case, rows: list[Row]) -> None:
             line += f"{row['graph_us']:>10}{shorter(row['times_faster_graph']):>7}{row['kernels']:>9}"
         line += f"{row['peak_extra_mb']:>9}{percent(row['limit_share']):>10}{row['relative_error']:>10}"
         tqdm.write(f"{line}   {row['no_graph']}".rstrip())
+    sys.stdout.flush()  # a run that is killed has shown what was finished
 
 
 def shorter(ratio: str) -> str:

@@ -106,7 +106,7 @@ def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
                 continue
             now = time.monotonic()
             if end is not None and now + (now - started) / max(done, 1) > end:
-                print(f"\nno time for {len(queue) - done} more: what is finished is written", flush=True)
+                print(f"\nno time for {len(queue) - done} more cases: what is finished is written", flush=True)
                 break
             rows = attempt(case, wanted, plan, operations, end)
             done += 1

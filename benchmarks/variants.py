@@ -72,7 +72,8 @@ def engine(name: Backend, symmetric: bool) -> Prepare:
         gpu_only(problem)
         criterion = EqCoLoss(T, alpha=None, symmetric=symmetric, backend=name)
         try:
-            criterion(problem.query, problem.key)
+            with torch.autocast("cuda", torch.bfloat16, enabled=problem.case.dtype == "amp"):
+                criterion(problem.query, problem.key)
         except ValueError as refusal:
             raise UnavailableError(str(refusal)) from None
         return lambda: criterion(problem.query, problem.key)

@@ -79,7 +79,7 @@ def test_a_deadline_keeps_what_is_finished(
     assert {row["workload"] for row in read_csv(plan.out)} == {"S1", "C1"}
     firsts = {"eqco_loss", "torch.compile", "eager cross entropy", "eager CLIP"}
     assert {row["peer"] for row in read_csv(plan.out)} == firsts
-    assert "no time for 7 more: what is finished is written" in capsys.readouterr().out
+    assert "no time for 7 more cases: what is finished is written" in capsys.readouterr().out
 
 
 def test_a_way_that_had_not_begun_at_the_end_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
