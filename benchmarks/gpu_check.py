@@ -167,7 +167,17 @@ def tests(args: Args, out: Path) -> int:
     lines = (out / "tests.txt").read_text().splitlines()
     wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
     print("\n".join(wanted[-30:]) or f"tests: status {status}", flush=True)
+    write_csv(out / "tests-gpu.csv", [counted(wanted[-1] if wanted else "", status) | provenance("cuda")])
     return status
+
+
+def counted(line: str, status: int) -> Row:
+    """Of pytest's last line; blank where it was stopped before."""
+    found = {what: re.search(rf"(\d+) {what}", line) for what in ("passed", "failed", "skipped")}
+    ended = found["passed"] or found["failed"]
+    return {"status": str(status)} | {
+        what: match[1] if match else "0" if ended else "" for what, match in found.items()
+    }
 
 
 def kernels(chosen: list[Case], end: float) -> None:

@@ -19,6 +19,7 @@ KEYS = {  # by the beginning of a CSV's name: what a row is a row of
     "scaling": (*CASE, "peer", "device"),
     "step": ("model", "n", "image_size", "dtype", "what", "device"),
     "engines": ("engine", "n", "d", "symmetric", "device"),
+    "tests": ("device",),
 }
 
 
@@ -123,8 +124,10 @@ def shown(path: Path) -> list[Row]:
 
 
 def case_key(row: Row) -> tuple[str, ...]:
-    names = CASE if "workload" in row else ("model",) if "model" in row else ("n", "d", "symmetric")
-    return tuple(row[name] for name in names)
+    for names in (CASE, ("model",), ("n", "d", "symmetric")):
+        if names[0] in row and names[-1] in row:
+            return tuple(row[name] for name in names)
+    return (row["device"],)  # of tests
 
 
 def key_of(path: Path) -> tuple[str, ...]:

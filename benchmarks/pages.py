@@ -185,9 +185,19 @@ def every_case(device: str) -> Callable[[], str]:
             for case in dict.fromkeys(map(case_of, mine)):
                 lines += case_lines([row for row in mine if case_of(row) == case], len(head), graph)
             parts.append("\n".join([f"### {name}: {kind.title}", "", *table(head, lines)]))
-        return "\n\n".join([*parts, "\n".join(footnotes(rows)).strip()])
+        return "\n\n".join([*parts, "\n".join(footnotes(rows)).strip(), *tests(device)])
 
     return write
+
+
+def tests(device: str) -> list[str]:
+    """What the tests that need the device showed there."""
+    found = []
+    for row in shown(RESULTS / f"tests-{device}.csv"):
+        told = f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
+        counts = told if row["passed"] else f"stopped before they ended, status {row['status']}"
+        found.append(" ".join([f"Tests of the kernels on it: {counts}{mark(row)};", made_by([row]), *notes([row])]))
+    return found
 
 
 def case_lines(case: list[Row], width: int, graph: bool) -> list[list[str]]:

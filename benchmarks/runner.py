@@ -151,7 +151,7 @@ def attempt(
         free(plan.device)
         rows = [row_of(case, one, f"the case as a whole: {reason}") for one in ways]
     reached = [float(row["limit_operations"]) for row in rows if row["limit_operations"]]
-    operations[case.dtype] = max(reached, default=0.0)
+    operations[case.dtype] = max([*reached, operations.get(case.dtype, 0.0)])
     return [row for row in rows if row["peer"] not in {one.name for one in extra}]
 
 

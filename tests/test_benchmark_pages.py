@@ -176,6 +176,20 @@ def test_what_cannot_be_added(results: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what a page says
 
 
+def test_what_the_tests_showed_on_a_gpu(results: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    origin = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": "0000000", "date": "2026-01-02"}
+    write_csv(run / "tests-gpu.csv", [{"status": "0", "passed": "343", "failed": "0", "skipped": "2"} | origin])
+    history.add(run, place)
+    text = "Tests of the kernels on it: 343 passed, 0 failed, 2 skipped ‡; a GPU, torch 2.11, commits 0000000"
+    assert text in pages.every_case("gpu")()
+    stopped = {"status": "124", "passed": "", "failed": "", "skipped": ""}
+    write_csv(run / "tests-gpu.csv", [stopped | origin | {"date": "2026-01-03"}])
+    history.add(run, place)
+    assert "stopped before they ended, status 124 ‡; a GPU" in pages.every_case("gpu")()
+
+
 def test_those_that_beat_us_come_first_and_what_is_missing_is_blank() -> None:
     ours = gpu_row(graph_us="20", ms="2")
     rows = [

@@ -182,6 +182,22 @@ def test_nothing_is_above_the_limit() -> None:
     assert float(fastest["limit_operations"]) == pytest.approx(1e3 * S1.operations / float(fastest["ms"]), rel=1e-3)
 
 
+def test_a_limit_that_was_reached_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For later cases, also after one that has no row."""
+    given = []
+
+    def record(
+        case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: float, machine: Limits, *of: Any
+    ) -> Any:
+        given.append(machine.operations)
+        known = {"limit_operations": "5e18"} if case is S1 else {}
+        return [runner.row_of(case, one, "out of memory", known) for one in wanted]
+
+    monkeypatch.setattr(runner, "run", record)
+    runner.run_all([S1, C1, SMALL[0]], lambda case, one: one.name == "eqco_loss", plan)
+    assert given == [1e18, 5e18, 5e18]
+
+
 def test_the_limit_counts_what_a_way_may_convert_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that is slow in bfloat16, and a GPU whose float32 can be six products in bfloat16."""
     rates = {torch.float32: 60.0, torch.bfloat16: 6.0, torch.float16: 3.0}
@@ -350,6 +366,20 @@ def test_what_a_gpu_owes_comes_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     ran.clear()
     gpu_check.main(gpu_check.Args(out=tmp_path, skip=("tests", "kernels", "scaling"), deadline=230.0))
     assert [name for name, _ in ran] == ["run_all", "step", "engines"]  # nothing is left for other ways
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("343 passed, 2 skipped in 61.02s", ("343", "0", "2")),
+        ("1 failed, 342 passed in 61.02s (0:01:01)", ("342", "1", "0")),
+        ("ERROR tests/test_cuda.py", ("", "", "")),
+    ],
+)
+def test_a_gpus_tests_are_counted(line: str, expected: tuple[str, ...]) -> None:
+    row = gpu_check.counted(line, 1)
+    assert tuple(row[name] for name in ("passed", "failed", "skipped")) == expected
+    assert row["status"] == "1"
 
 
 # -------------------------------------------------------------------------------------------------- a training step
