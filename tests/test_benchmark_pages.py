@@ -245,3 +245,19 @@ def test_no_row_is_above_the_limit() -> None:
     case = pages.case_of(row)
     kept = {"limit_operations": str(4 * case.operations), "limit_bytes": "1e30", "graph_us": "1e6"}
     assert pages.limit_share(row | kept | {"operations": "1e+09"}) == "25 %"
+
+
+def test_scaling_in_d_is_a_table_and_a_column_of_the_figure() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = [row for row in read_csv(RESULTS / "scaling-cpu.csv") if row["peer"] == "eqco_loss"]
+    one = next(row for row in rows if row["workload"] == "S1" and row["n"] == "1024")
+    widths = [one | {"d": d, "ms": ms} for d, ms in (("32", "3"), ("64", "4"), ("256", "5"))]
+    assert report.draw_scaling(rows).axes[0].get_subplotspec().get_gridspec().ncols == 2
+    figure = report.draw_scaling(rows + widths)
+    assert figure.axes[0].get_subplotspec().get_gridspec().ncols == 3
+    assert list(figure.axes[2].lines[0].get_xdata()) == [32, 64, 128, 256]
+    (table,) = pages.sweeps([row for row in rows + widths if row["workload"] == "S1"], "d", ("n",))
+    assert "S1 against D: N = 1024, float32" in table
+    assert "| 32 | 3" in table
