@@ -19,8 +19,11 @@ def case_of(row: Row) -> Case:
 
 
 def number(text: str, form: str, unit: str = "") -> str:
-    """Blank where there is none."""
-    return f"{float(text):{form}}{unit}" if text else ""
+    """Blank where there is none; thousands in full, for a person to read."""
+    if not text:
+        return ""
+    value = f"{float(text):{form}}"
+    return f"{float(value):,.0f}{unit}" if "e+" in value else f"{value}{unit}"
 
 
 def table(head: list[str], lines: list[list[str]]) -> list[str]:

@@ -217,6 +217,16 @@ def test_those_that_beat_us_come_first_and_what_is_missing_is_blank() -> None:
     assert pages.faster_than_ours(rows[1:]) == "ours has not been measured"
 
 
+def test_figures_are_for_a_person() -> None:
+    assert [pages.number(x, ".4g") for x in ("", "0.8743", "84.21", "33142.7", "1021")] == [
+        "",
+        "0.8743",
+        "84.21",
+        "33,140",
+        "1021",
+    ]
+
+
 @pytest.mark.parametrize(
     ("plain", "expected"),
     [
