@@ -24,7 +24,8 @@ from eqco_loss.ops.triton import launch
 
 from .compile_report import NoGpu
 from .measure import Timing
-from .peers import PEERS, Peer
+from .peers import PEERS
+from .registry import Peer
 from .runner import step_of
 from .workloads import WORKLOADS, Case, Problem
 

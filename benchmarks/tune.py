@@ -28,7 +28,7 @@ from eqco_loss.ops.triton import launch
 from eqco_loss.ops.triton.tables import Tile
 
 from . import records
-from .measure import RESULTS, Row, Timing, captured, interleave, interleave_graphs, provenance, set_precision, write_csv
+from .measure import RESULTS, Row, Timing, captured, interleave, interleave_gpu, provenance, set_precision, write_csv
 from .runner import check_device
 
 Outputs = tuple[Tensor, ...]
@@ -153,7 +153,7 @@ def timed(
     """Cold and warm; on a CPU, where only the interpreter runs kernels, wall-clock twice."""
     named = {str(place): step for place, step in steps.items()}
     if device == "cuda":
-        measured = interleave_graphs({name: captured(step) for name, step in named.items()}, rounds)
+        measured = interleave_gpu({name: captured(step).replay for name, step in named.items()}, rounds)
     else:
         measured = {name: (one, one) for name, one in interleave(named, rounds, "steps").items()}
     return {int(name): both for name, both in measured.items()}
