@@ -247,12 +247,15 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
-    state, s = new_state(n, like), like.new_empty(n)
-    for some, chunks in _mutual(n, views, call.across, like):
-        for columns in chunks:
-            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-            own = _own(some, columns)
-            pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
+    state, s, mutual = new_state(n, like), like.new_empty(n), pointwise.mutual(views.multiplied)
+    if mutual is not None:
+        mutual.statistics(views, logit_scale, state, seek, call.across)
+    else:
+        for some, chunks in _mutual(n, views, call.across, like):
+            for columns in chunks:
+                tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+                own = _own(some, columns)
+                pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
     here, there = views.raw.rows.tensor_split(2)
     pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
     s[half:] = s[:half]
@@ -293,12 +296,18 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
         rest = views.raw.rows[partner], weight, out[some]
         pointwise.through_unit(views.part(some).raw, gradient, largest / views.scale[some], *rest)
 
-    for some, chunks in _mutual(n, views, call.across, like):
+    mutual = pointwise.mutual(views.multiplied)
+    for some, chunks in _mutual(n, views, call.across, like, stored=mutual is None):
         gradient = like.new_zeros((some.stop - some.start, d)) if call.across else sums[some]
         for columns in chunks:
-            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-            weights, own = workspace.weights(tile.x), _own(some, columns)
-            pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
+            own = _own(some, columns)
+            if mutual is not None:
+                weights = workspace.matrix(products, some.stop - some.start, columns.stop - columns.start)
+                mutual.weights(views, logit_scale, anchors, some, columns, weights)
+            else:
+                tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+                weights = workspace.weights(tile.x)
+                pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
             product(weights, views.multiplied[columns], gradient, add=True)
             if own < weights.shape[1]:
                 of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
@@ -312,13 +321,15 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     return SymmetricGradients(out, of_temperature)
 
 
-def _mutual(n: int, views: Rows, across: bool, like: Tensor) -> Iterator[tuple[slice, Iterator[slice]]]:
+def _mutual(
+    n: int, views: Rows, across: bool, like: Tensor, stored: bool = True
+) -> Iterator[tuple[slice, Iterator[slice]]]:
     """Chunks of rows, and of the keys that each of them meets, such that every pair of rows comes once.
 
     Where both views' rows are keys, a row's keys begin with its own chunk, which has both of (i, j) and (j, i).
     """
     anchors = n // 2 if across else n
-    step, width = steps(anchors, anchors, like, views.multiplied.dtype)
+    step, width = steps(anchors, anchors, like, views.multiplied.dtype, False, stored)
     for first in range(0, anchors, n // 2):  # no chunk has rows of both views
         for some in slices(first + n // 2, step, first):
             yield some, slices(n, width, anchors if across else some.start)

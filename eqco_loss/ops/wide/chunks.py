@@ -73,7 +73,7 @@ class Workspace:
     def tile(self, query: Rows, keys: Rows, row_scale: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
         """Queries (R, D) against keys (C, D), or against each query's own, (R * C, D)."""
         r, c = rows.stop - rows.start, columns.stop - columns.start
-        x = self._matrix(None, r, c)
+        x = self.matrix(None, r, c)
         if len(keys.multiplied) == c:
             product(query.multiplied, keys.multiplied.T, x)
         else:
@@ -82,9 +82,9 @@ class Workspace:
         return Tile(x, row_scale, scale, _cut(pairs, rows, columns), rows.start, columns.start)
 
     def weights(self, x: Tensor) -> Tensor:
-        return self._matrix(self.products, *x.shape)
+        return self.matrix(self.products, *x.shape)
 
-    def _matrix(self, weights: torch.dtype | None, r: int, c: int) -> Tensor:
+    def matrix(self, weights: torch.dtype | None, r: int, c: int) -> Tensor:
         """(r, c), of ``weights`` or of products; its rows are 8 elements aligned, as a fast product asks."""
         stride = c + 7 & -8
         buffer = self.buffers.get(weights)
@@ -212,14 +212,17 @@ def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
     return pull / largest, largest
 
 
-def steps(n: int, k: int, like: Tensor, products: torch.dtype, repeated: bool = False) -> tuple[int, int]:
+def steps(
+    n: int, k: int, like: Tensor, products: torch.dtype, repeated: bool = False, stored: bool = True
+) -> tuple[int, int]:
     """How many rows and how many keys a chunk has.
 
     ``repeated``: the number of rows depends on n alone, so that forward and backward, which do not see the same sets
     of keys, multiply matrices of the same shapes. A BLAS library sums in another order for another shape, and a large
     logit that backward rounds otherwise than forward did gives a wrong softmax. Unit rows have no large logits.
+    ``stored``: the similarities are; else only weights.
     """
-    pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
+    pairs = WORKSPACE // (pointwise.bytes_a_pair(like, products) if stored else products.itemsize)
     width = max(128, pairs // min(n, ROWS_AT_ONCE))
     width = _equal(k, width)
     return _equal(n, ROWS_AT_ONCE if repeated else max(1, pairs // width)), width

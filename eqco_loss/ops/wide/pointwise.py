@@ -269,6 +269,17 @@ def _module(index: int | None) -> Any:
     return kernels
 
 
+def mutual(multiplied: Tensor) -> Any:
+    """The module whose kernels multiply rows of two views and store no similarity, or None; they take halves."""
+    if multiplied.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if _kernels(multiplied.new_empty(0, dtype=torch.float32)) is None:
+        return None
+    from . import mutual
+
+    return mutual
+
+
 def bytes_a_pair(x: Tensor, products: torch.dtype) -> int:
     """What the workspace holds of a pair: its logit, its weight and, without kernels, what torch's operations need."""
     if x.dtype != torch.float64 and _kernels(x.new_empty(0, dtype=torch.float32)) is not None:
