@@ -249,7 +249,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
     state, s, mutual = new_state(n, like), like.new_empty(n), pointwise.mutual(views.multiplied)
     if mutual is not None:
-        mutual.statistics(views, logit_scale, state, seek, call.across)
+        mutual.statistics(views, logit_scale, call, state, seek)
     else:
         for some, chunks in _mutual(n, views, call.across, like):
             for columns in chunks:
@@ -303,7 +303,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
             own = _own(some, columns)
             if mutual is not None:
                 weights = workspace.matrix(products, some.stop - some.start, columns.stop - columns.start)
-                mutual.weights(views, logit_scale, anchors, some, columns, weights)
+                mutual.weights(views, logit_scale, call, anchors, some, columns, weights)
             else:
                 tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
                 weights = workspace.weights(tile.x)
