@@ -38,10 +38,12 @@ def exact_bfloat16() -> Iterator[None]:
         return None
 
     def cast_impl(self: Any, src: Any, to: Any) -> Any:
-        return between(src, to) or cast(self, src, to)
+        found = between(src, to)  # which is false where it holds a zero
+        return cast(self, src, to) if found is None else found
 
     def create_fp_to_fp(self: Any, src: Any, to: Any, *rounding: Any) -> Any:
-        return between(src, to) or convert(self, src, to, *rounding)
+        found = between(src, to)
+        return convert(self, src, to, *rounding) if found is None else found
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         wide = [TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]

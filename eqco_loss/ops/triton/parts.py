@@ -15,6 +15,7 @@ from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import TIE as _TIE
 from ..calls import Metric, Row
+from ..gap_kernels import values
 from .tables import UNIT as _UNIT
 from .tables import Part
 
@@ -226,30 +227,7 @@ def wrapped(place, modulus, SMALL: tl.constexpr):
         return tl.where(place >= modulus, place - modulus, place)
 
 
-# --------------------------------------------------------------------------------------------------- functions of a gap
-
-
-@triton.jit
-def softplus(x):
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
-
-
-@triton.jit
-def sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
-def softplus_over_sigmoid(x):
-    """softplus(-x) / sigmoid(-x) without the overflow of either."""
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    ratio = tl.where(u == 1.0, 1.0, tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))  # log1p(e) / e
-    return tl.where(x < 0, (tl.maximum(-x, 0.0) + ratio * e) * u, tl.where(u == 1.0, 1.0 + 0.5 * e, ratio * u))
+# ------------------------------------------------------------------------------------------------------- running sums
 
 
 @triton.jit
@@ -312,15 +290,12 @@ def finish(
     if ALPHA:
         shift = tl.log(alpha / tl.maximum(count, 1.0))
     total = something(total)
-    # The maximum goes first: its difference to another large logit is exact, its sum with log2 is not.
-    gap = ((s * (LOG2E / t) - maximum) - tl.log2(total)) * LN2 - shift
-    intra_loss = softplus(-gap)
-    weight, log_weight, row_loss = sigmoid(-gap), zero, intra_loss
+    inter_above = zero
     if DUAL:
-        inter_gap = ((s * (LOG2E / inter_t) - inter_maximum) - tl.log2(something(inter_total))) * LN2 - shift
-        weight = sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
-        log_weight = softplus(gap) - softplus(inter_gap)
-        row_loss = weight * softplus_over_sigmoid(gap)
+        inter_above, inter_total = s * (LOG2E / inter_t) - inter_maximum, something(inter_total)
+    row_loss, intra_loss, weight, log_weight = values(
+        s * (LOG2E / t) - maximum, total, inter_above, inter_total, shift, DUAL
+    )
     tl.store(loss + rows, row_loss * share, mask=rows < n)
     rest = store_softmax(out_rows, rows, n, maximum, total)
     factor = weight * share / t

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ from .chunks import (
     slices,
     steps,
 )
-from .pointwise import Plane, Seek, Side, mean_logit, new_state
+from .pointwise import Plane, Seek, Side, new_state
 
 
 def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
@@ -96,27 +95,17 @@ def row_losses(call: RowLosses) -> RowOutputs:
     seek = Seek(_to_inter(call, like), threshold if call.need_metrics else None, known is None, learned)
     for some in passes.rows:
         passes.attend(some, state[:, some], seek.part(some), query_gradient[some] if call.need_query_gradient else None)
-    maximum = _checked(state, known, call.may_raise)
-    values = _values(positive_logit, maximum, state, known, call)
-    factor = values.weight * (call.ratio / t)  # the derivative of a row's share by its negatives' similarities
-    rows = like.new_zeros((len(Row), n))
-    _write_rows(rows, state, maximum, factor, s)
-    if learned:
-        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
+    if not known:
+        state[Plane.MAXIMUM] = _checked(state, call.may_raise)
+    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    losses, rows, factor = pointwise.finish(call, s, state, known, metrics if call.need_metrics else None)
     if call.need_query_gradient:
         toward = positive.raw.rows, factor * positive.raw.inverse
         pointwise.through_unit(query.raw, query_gradient, factor, *toward, query_gradient)
     if call.need_positive_gradient:
         toward = query.raw.rows, factor * query.raw.inverse
         pointwise.through_unit(positive.raw, None, None, *toward, positive_gradient)
-    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
-    if call.need_metrics:
-        count = state[Plane.COUNT] if known is None else known
-        metrics[Metric.WEIGHT], metrics[Metric.INTRA_LOSS] = values.weight, values.intra_loss
-        metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
-        metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
-        metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
-    loss = values.loss.sum() * call.ratio if call.reduced else values.loss * call.ratio
+    loss = losses.sum() if call.reduced else losses
     return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
 
 
@@ -130,8 +119,9 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     for some in passes.rows:
         out = mean_key[some] if call.need_query_gradient else None
         passes.attend(some, state[:, some], Seek(negatives=passes.known is None), out)
-    maximum = _checked(state, passes.known, True)
-    _write_rows(rows, state, maximum, torch.ones_like(maximum) / t, torch.zeros_like(maximum))
+    maximum = state[Plane.MAXIMUM] if passes.known else _checked(state, True)
+    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
+    rows[Row.PULL] = 1 / (t * rows[Row.TOTAL])
     return LogSumExpOutputs((maximum + state[Plane.TOTAL].log2()) * LN2, mean_key, rows)
 
 
@@ -174,11 +164,6 @@ def keys_gradient(call: KeysGradient) -> Tensor:
     return out
 
 
-def _write_rows(rows: Tensor, state: Tensor, maximum: Tensor, factor: Tensor, similarity: Tensor) -> None:
-    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
-    rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
-
-
 def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
     """t / T, from the first temperature's logits to the second's, ()."""
     if call.inter_temperature is None:
@@ -187,45 +172,8 @@ def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
     return ratio if isinstance(ratio, Tensor) else like.new_full((), ratio)
 
 
-class _Values(NamedTuple):
-    """What the losses are made of, (R,) each."""
-
-    loss: Tensor
-    intra_loss: Tensor
-    weight: Tensor  # -d loss / d gap
-    log_weight: Tensor | None  # the logarithm of the dual temperature's weight
-
-
-def _values(
-    positive_logit: Tensor, maximum: Tensor, state: Tensor, known: int | None, call: RowLosses | SymmetricLosses
-) -> _Values:
-    shift: float | Tensor = 0.0
-    if call.alpha is not None:
-        shift = math.log(call.alpha / known) if known else torch.log(call.alpha / state[Plane.COUNT])
-    # The maximum goes first, because its difference to another large logit is exact and its sum with log2 is not.
-    gap = (positive_logit - maximum - state[Plane.TOTAL].log2()) * LN2 - shift
-    zero = torch.zeros_like(gap)
-    intra_loss = torch.logaddexp(zero, -gap)
-    if call.inter_temperature is None:
-        return _Values(intra_loss, intra_loss, torch.sigmoid(-gap), None)
-    to_inter = temperature_of(call) / call.inter_temperature
-    inter_gap = ((positive_logit - maximum) * to_inter - state[Plane.INTER_TOTAL].log2()) * LN2 - shift
-    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
-    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
-    return _Values(weight * _softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
-
-
-def _softplus_over_sigmoid(x: Tensor) -> Tensor:
-    """softplus(-x) / sigmoid(-x) without the overflow of either: 1 + exp(-x)/2 as x grows, -x as it falls."""
-    e = torch.exp(-x.abs())
-    at_positive = torch.where(e < 1e-10, 1.0 + 0.5 * e, torch.log1p(e) / e.clamp_min(1e-30) * (1.0 + e))
-    return torch.where(x < 0, (torch.relu(-x) + torch.log1p(e)) * (1.0 + e), at_positive)
-
-
-def _checked(state: Tensor, known: int | None, may_raise: bool) -> Tensor:
+def _checked(state: Tensor, may_raise: bool) -> Tensor:
     """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
-    if known:
-        return state[Plane.MAXIMUM]
     empty = state[Plane.COUNT] == 0
     if empty.is_cpu and may_raise and bool(empty.any()):
         raise ValueError(
@@ -259,14 +207,8 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     here, there = views.raw.rows.tensor_split(2)
     pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
     s[half:] = s[:half]
-    positive_logit = s * (LOG2E / t)
-    values = _values(positive_logit, state[Plane.MAXIMUM], state, (half - 1) * (1 if call.across else 2), call)
-    rows = like.new_zeros((len(Row), n))
-    factor = values.weight * (call.ratio / t)
-    _write_rows(rows, state, state[Plane.MAXIMUM], factor, s)
-    if call.learned_temperature is not None:
-        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
-    return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
+    losses, rows, _ = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
+    return SymmetricOutputs(losses.sum(), rows)
 
 
 @plainly

@@ -170,8 +170,11 @@ def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, cle
         lowest, highest = x.aminmax(dim=1)
         finite = lowest.isfinite() & highest.isfinite()
         x = torch.where(finite[:, None], x, 0.0)
+    measured = pointwise.measured(x, products, like) if normalize else None
     if not normalize:
         multiplied = x.to(products)
+    elif measured is not None:
+        multiplied, inverse, gradient_inverse, scale = measured
     else:
         norm = torch.linalg.vector_norm(x, dim=1, dtype=like.dtype)
         inverse, gradient_inverse = 1 / norm.clamp_min(NORM_EPS), 1 / norm.clamp_min(gradient_eps(x.dtype))
