@@ -35,6 +35,12 @@ def softplus_over_sigmoid(x):
 
 
 @triton.jit
+def something(total):
+    """``total``, NaN where nothing was added."""
+    return tl.where(total == 0.0, float("nan"), total)
+
+
+@triton.jit
 def values(above, total, inter_above, inter_total, shift, DUAL: tl.constexpr):
     """Loss, intra loss, weight = -d loss / d gap, and the logarithm of the dual temperature's weight."""
     gap = (above - tl.log2(total)) * LN2 - shift  # ``above``: the positive's logit less the maximum, which is exact

@@ -15,7 +15,7 @@ from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import TIE as _TIE
 from ..calls import Metric, Row
-from ..gap_kernels import values
+from ..gap_kernels import something, values
 from .tables import UNIT as _UNIT
 from .tables import Part
 
@@ -250,12 +250,6 @@ def tie_broken(positive_logit):
 
 
 # ----------------------------------------------------------------------------------- from what a pass saw to the answer
-
-
-@triton.jit
-def something(total):
-    """``total``, NaN where nothing was added."""
-    return tl.where(total == 0.0, float("nan"), total)
 
 
 @triton.jit

@@ -228,7 +228,10 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     anchors, a = Side(call.rows[Row.BASE], pull), all_pull * call.rows[Row.TOTAL]
     out = torch.empty_like(call.views, memory_format=torch.contiguous_format)
     first_key = half if call.across else 0
-    sums = like.new_zeros((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
+    new = like.new_empty if call.across else like.new_zeros
+    sums = new((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
+        (n - first_key, d)
+    )  # of the rows that are keys of other rows, while these are visited
 
     def finish(some: slice, gradient: Tensor) -> None:
         """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
@@ -240,7 +243,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
 
     mutual = pointwise.mutual(views.multiplied)
     for some, chunks in _mutual(n, views, call.across, like, stored=mutual is None):
-        gradient = like.new_zeros((some.stop - some.start, d)) if call.across else sums[some]
+        gradient = like.new_empty((some.stop - some.start, d)) if call.across else sums[some]
         for columns in chunks:
             own = _own(some, columns)
             if mutual is not None:
@@ -250,10 +253,10 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
                 tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
                 weights = workspace.weights(tile.x)
                 pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
-            product(weights, views.multiplied[columns], gradient, add=True)
+            product(weights, views.multiplied[columns], gradient, add=not call.across or columns.start > first_key)
             if own < weights.shape[1]:
                 of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
-                product(weights[:, own:].T, views.multiplied[some], of_keys, add=True)
+                product(weights[:, own:].T, views.multiplied[some], of_keys, add=not call.across or some.start > 0)
         finish(some, gradient)
     if call.across:
         finish(slice(half, n), sums)

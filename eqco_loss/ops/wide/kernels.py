@@ -14,7 +14,7 @@ from ..calls import LN2 as _LN2
 from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import Metric, Row, gradient_eps
-from ..gap_kernels import values
+from ..gap_kernels import something, values
 from .pointwise import Finished, Plane
 
 LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
@@ -209,7 +209,7 @@ def finish_kernel(
         t = tl.where(t > 0.0, t, float("nan"))
     s = tl.load(similarity + rows, mask=inside, other=0.0)
     maximum = load_plane(state, state_stride, MAXIMUM, rows, inside, 0.0)
-    total = load_plane(state, state_stride, TOTAL, rows, inside, 1.0)
+    total = something(load_plane(state, state_stride, TOTAL, rows, inside, 1.0))
     count = tl.zeros((BLOCK,), tl.float32) + known
     if not KNOWN:
         count = load_plane(state, state_stride, COUNT, rows, inside, 1.0)
@@ -219,7 +219,7 @@ def finish_kernel(
     above = s * (LOG2E / t) - maximum
     inter_total = total
     if DUAL:
-        inter_total = load_plane(state, state_stride, INTER_TOTAL, rows, inside, 1.0)
+        inter_total = something(load_plane(state, state_stride, INTER_TOTAL, rows, inside, 1.0))
     loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, DUAL)
     tl.store(losses + rows, loss * share, mask=inside)
     pull = weight * (share / t)
@@ -239,10 +239,10 @@ def finish_kernel(
         tl.store(metrics + METRIC_COUNT * n + rows, count, mask=inside)
         tl.store(metrics + METRIC_LOG_WEIGHT * n + rows, log_weight, mask=inside)
         tl.store(metrics + METRIC_INTRA * n + rows, intra_loss, mask=inside)
-        tl.store(
-            metrics + METRIC_RANK * n + rows, load_plane(state, state_stride, RANK, rows, inside, 0.0), mask=inside
-        )
-        of_negatives = load_plane(state, state_stride, LOGIT_SUM, rows, inside, 0.0) * (t * LN2) / tl.maximum(count, 1.0)
+        rank = load_plane(state, state_stride, RANK, rows, inside, 0.0)
+        tl.store(metrics + METRIC_RANK * n + rows, rank, mask=inside)
+        logit_sum = load_plane(state, state_stride, LOGIT_SUM, rows, inside, 0.0)
+        of_negatives = logit_sum * (t * LN2) / tl.maximum(count, 1.0)
         tl.store(metrics + METRIC_NEGATIVE * n + rows, of_negatives, mask=inside)
 
 
