@@ -230,8 +230,6 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     first_key = half if call.across else 0
     new = like.new_empty if call.across else like.new_zeros
     sums = new((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
-        (n - first_key, d)
-    )  # of the rows that are keys of other rows, while these are visited
 
     def finish(some: slice, gradient: Tensor) -> None:
         """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
