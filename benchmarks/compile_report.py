@@ -40,7 +40,7 @@ from torch import Tensor
 from eqco_loss import functional
 from eqco_loss.ops import Pairs, operator, triton
 from eqco_loss.ops.calls import Row
-from eqco_loss.ops.triton import launch as launches
+from eqco_loss.ops.triton import arguments
 
 from . import records, workloads
 from .peers import PEERS
@@ -334,8 +334,8 @@ def compiling(target: int, built: Callable[[str, str, Any, tuple[int, int], floa
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
     with (
-        mock.patch.object(launches, "_arch", return_value=target),
-        mock.patch.object(launches, "_parallel", return_value=132),
+        mock.patch.object(arguments, "arch", return_value=target),
+        mock.patch.object(arguments, "parallel", return_value=132),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         yield

@@ -20,7 +20,7 @@ from eqco_loss import functional
 
 PACKAGE = Path(eqco_loss.__file__).parent
 
-MOST_LINES = 540
+MOST_LINES = 530
 
 # The one direction of imports. A module that is not here is a decision that nobody wrote down.
 MAY_IMPORT = {
@@ -136,7 +136,7 @@ def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() ->
             if any(name.split(".")[0] == "triton" for name in outside) or kernels & set(names):
                 assert id(node) in inside, f"{path.name}:{node.lineno} imports Triton at import time"
                 places.append(path.name)
-    assert set(places) == {"launch.py", "pointwise.py"}
+    assert set(places) == {"arguments.py", "pointwise.py"}
 
 
 def test_no_file_has_outgrown_a_reader() -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, ops
 from eqco_loss.ops import KeySet, LogSumExp, Pairs, Row, RowLosses, definition, tiles, triton
 from eqco_loss.ops.calls import LN2, KeysGradient, RowOutputs
-from eqco_loss.ops.triton import launch, tables
+from eqco_loss.ops.triton import arguments, backward, launch, tables
 from tests import cases, test_negatives
 from tests.cases import DEVICE, LOSSES, MODES_AND_IDS, Answer, Case, Sample
 from tests.strategies import LAYOUTS
@@ -345,8 +345,8 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
         if config is not None:
             monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
             monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: config)
-            monkeypatch.setattr(launch, "keys_tile", lambda *_, **__: config)
-            monkeypatch.setattr(launch, "_parallel", lambda _: parallel)
+            monkeypatch.setattr(backward, "keys_tile", lambda *_, **__: config)
+            monkeypatch.setattr(arguments, "parallel", lambda _: parallel)
         return cases.ours(replace(case, backend="triton"), moved(sample))
 
     usual = under(None, 1)
@@ -474,7 +474,7 @@ def test_refusals_name_the_reason_and_the_way_out(query: Tensor, keys: Tensor, r
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of torch 2.6 could not be compiled."""
     monkeypatch.setattr(triton, "capability", lambda index: (9, 0))
-    kernels = launch.kernels()
+    kernels = arguments.kernels()
     monkeypatch.setattr(triton, "kernels", lambda: kernels._replace(version="3.2.0"))
     assert "Triton 3.2.0: the kernels need 3.3" in str(triton._refusal_of("cuda", 0))
     monkeypatch.setattr(triton, "kernels", lambda: kernels._replace(version="3.10.0"))
@@ -515,7 +515,7 @@ def test_float32_is_as_exact_as_eager(temperature: float, normalize: bool, symme
 @pytest.mark.parametrize("count", [2, 3])
 def test_pieces_hold_float32(count: int) -> None:
     """Of rows whose elements differ by a factor of 10^4: 22 bits of the largest, or 24 of each."""
-    kernels, device = launch.kernels(), DEVICE
+    kernels, device = arguments.kernels(), DEVICE
     x = torch.randn(7, 19, device=device) * torch.logspace(-4, 0, 19, device=device)
     unit = x / x.norm(dim=1, keepdim=True)
     out = torch.empty(count, 7, 19, dtype=torch.float16 if count == 2 else torch.bfloat16, device=device)
@@ -556,7 +556,7 @@ class Operations(TorchDispatchMode):
 def test_a_simo_step_is_three_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward with detached keys: in the operator our kernel and a sum, and then one multiplication."""
     launches: list[str] = []
-    kernels = launch.kernels().forward
+    kernels = arguments.kernels().forward
     for name in ("attend", "combine", "prepare_rows", "attend_own"):
         kernel = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, counting(kernel, name, launches))
