@@ -58,8 +58,8 @@ def brightest(image: Image.Image, path: Path) -> int:
     if image.mode in ("I", "F"):
         numbers = "32-bit floats" if image.mode == "F" else "signed or 32-bit integers"
         raise DataError(
-            f"data_dir: {path} holds {numbers}, and which of them are black and white is not known. Convert it "
-            "to gray of 8 or 16 bits, for example by Image.fromarray((255 * (x - low) / (high - low)).clip(0, 255).astype('uint8')), "
-            "with the same low and high for all images."
+            f"data_dir: {path} holds {numbers}, and which of them are black and white is not known. Convert it to gray "
+            "of 8 or 16 bits, for example by Image.fromarray((255 * (x - low) / (high - low)).clip(0, 255).astype("
+            "'uint8')), with the same low and high for all images."
         )
     return 255
