@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from .scripts import EXAMPLES, Script, assert_same_run, make_images, picture_width, rows, wait_for
 
 import train_simo  # isort: skip
-from pretrain import arguments, augment, data, encoders, evaluate, schedule  # isort: skip
+from pretrain import arguments, augment, data, encoders, evaluate, pictures, schedule  # isort: skip
 from pretrain.run import Run  # isort: skip
 
 SHORT = ["--epochs=3", "--limit=128", "--batch-size=64", "--knn-every=2"]
@@ -275,7 +275,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cat" / "0.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(data.DataError, match=r"0\.png cannot be decoded"):
-        data.read_image(path)
+        pictures.read_image(path)
     run = Run(tmp_path / "run", (), {}, {})
     with (
         pytest.raises(

@@ -21,16 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
+from .pictures import DataError as DataError
+from .pictures import has_header, read_image
 
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
 UNREADABLE = 0.1  # share of images above which there is something wrong with the folder
-
-
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises of a broken file
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says why, and what to do."""
 
 
 class Share(NamedTuple):
@@ -326,14 +321,6 @@ def centre_crop(image_size: int) -> Callable[[Any], Tensor]:
     return transform
 
 
-def read_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except BROKEN as error:
-        raise DataError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
-
-
 # ---------------------------------------------------------------------------------------------- where images come from
 
 
@@ -471,13 +458,6 @@ def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 def broken_files(samples: list[Sample]) -> list[Path]:
     """Those whose header cannot be read. A truncated image is found when it is used."""
-
-    def opens(sample: Sample) -> bool:
-        try:
-            with Image.open(sample[0]):
-                return True
-        except BROKEN:
-            return False
-
     with ThreadPoolExecutor(16) as pool:
-        return [path for (path, _), good in zip(samples, pool.map(opens, samples), strict=True) if not good]
+        good = pool.map(has_header, (path for path, _ in samples))
+        return [path for (path, _), whole in zip(samples, good, strict=True) if not whole]
