@@ -156,10 +156,18 @@ def tests(args: Args, out: Path) -> int:
     root = Path(__file__).parents[1]
     files = [name for name in TESTS if (root / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.processes), "--no-header", "-p", "no:cacheprovider"]
+    command += ["-p", "xdist.plugin"]  # and no other, which might warn of this one
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with (out / "tests.txt").open("w") as log:
         try:
             done = subprocess.run(
-                [*command, *files], cwd=root, stdout=log, stderr=subprocess.STDOUT, timeout=args.tests, check=False
+                [*command, *files],
+                cwd=root,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=args.tests,
+                check=False,
+                env=environment,
             )
             status = done.returncode
         except subprocess.TimeoutExpired:

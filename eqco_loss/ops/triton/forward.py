@@ -26,6 +26,7 @@ from .parts import (
     PART_RANK,
     PART_TOTAL,
     UNIT,
+    add_product,
     cut,
     finish,
     finish_logsumexp,
@@ -163,10 +164,7 @@ def visit(
                 x = x * factor[None, :]
             if not BOUNDED:
                 mean_key = mean_key * shrink[:, None]
-            if PIECES == 1:
-                x = x.to(q.dtype)
-            x, x_low, x_rest = cut(x, PIECES)
-            mean_key = product(x, x_low, x_rest, k, k_low, k_rest, mean_key, False, PIECES)
+            mean_key = add_product(mean_key, x, k, k_low, k_rest, PIECES)
     if COMPARE == "ends":  # columns r .. r + width - 1 are row r's
         r = tl.arange(0, BLOCK_ROWS)
         count += tl.maximum(tl.minimum(hi, r + width) - tl.maximum(lo, r), 0).to(tl.float32)

@@ -10,6 +10,7 @@ from ..calls import Row
 from .parts import (
     LOG2E,
     UNIT,
+    add_product,
     cut,
     finite_rows,
     inverse_norm,
@@ -145,10 +146,7 @@ def collect(
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
         if k.dtype == tl.float16:  # of rows and keys that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        if PIECES == 1:
-            x = x.to(k.dtype)
-        x, x_low, x_rest = cut(x, PIECES)
-        acc = product(x, x_low, x_rest, q, q_low, q_rest, acc, False, PIECES)
+        acc = add_product(acc, x, q, q_low, q_rest, PIECES)
     return acc
 
 

@@ -133,6 +133,22 @@ def store_rows(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def add_product(acc, a, b, b_low, b_rest, PIECES: tl.constexpr):
+    """acc + a @ b, where a (R, C) is not yet in pieces.
+
+    A matrix unit cuts its sums off instead of rounding them. Over a whole pass that would be a bias of 1e-5, so that
+    float32's products are summed tile by tile, and the tiles by an addition that rounds.
+    """
+    if PIECES == 1:
+        a = a.to(b.dtype)
+    high, low, rest = cut(a, PIECES)
+    if PIECES == 1:
+        return product(high, low, rest, b, b_low, b_rest, acc, False, PIECES)
+    else:
+        return acc + product(high, low, rest, b, b_low, b_rest, tl.zeros(acc.shape, tl.float32), False, PIECES)
+
+
+@triton.jit
 def store_pieces(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
     """Rows (R, BLOCK_D), float32, into a contiguous (PIECES, n, D); a single piece is in the dtype of ``out``."""
     high, low, rest = cut(value, PIECES)

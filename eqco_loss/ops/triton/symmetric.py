@@ -9,7 +9,7 @@ import triton.language as tl
 from .keys import BASE, BOUNDED_PULL, INVERSE, POSITIVE, PULL, SCALE
 from .parts import (
     LOG2E,
-    cut,
+    add_product,
     inverse_norm,
     load_pieces,
     load_rows,
@@ -89,10 +89,7 @@ def symmetric_rows(
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
         if half:  # of rows that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        if PIECES == 1:
-            x = x.to(k.dtype)
-        x, x_low, x_rest = cut(x, PIECES)
-        acc = product(x, x_low, x_rest, k, k_low, k_rest, acc, False, PIECES)
+        acc = add_product(acc, x, k, k_low, k_rest, PIECES)
     acc = acc / prescale
     if along is not None:
         z = q.to(tl.float32)

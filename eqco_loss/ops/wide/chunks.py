@@ -16,6 +16,7 @@ from .pointwise import Plane, Raw, Seek, Tile
 
 WORKSPACE = 2**25  # bytes that the similarities and weights of a chunk may take: they stay in the L2 of an H100
 ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
+ROWS_OF_WEIGHTS = 4096  # the same where no similarity is stored: square chunks add to the gradients the fewest times
 
 
 # ---------------------------------------------------------------------------------------------------------- the passes
@@ -226,7 +227,7 @@ def steps(
     ``stored``: the similarities are; else only weights.
     """
     pairs = WORKSPACE // (pointwise.bytes_a_pair(like, products) if stored else products.itemsize)
-    width = max(128, pairs // min(n, ROWS_AT_ONCE))
+    width = max(128, pairs // min(n, ROWS_AT_ONCE if stored else ROWS_OF_WEIGHTS))
     width = _equal(k, width)
     return _equal(n, ROWS_AT_ONCE if repeated else max(1, pairs // width)), width
 
