@@ -213,9 +213,15 @@ def check_data(args: Args, data: Data, encoder: Encoder, spec: dict[str, Any], f
         fail(f"data_dir: {data.name} has {data.channels} channels, and the encoder takes {spec['channels']}.")
     images = len(train_labels(data))
     if args.batch_size > images:
-        fail(f"batch_size: expected at most the number of training images, {images}, got {args.batch_size}.")
+        fail(
+            f"batch_size: expected at most the number of training images, {images}, got {args.batch_size}. Give "
+            f"--batch-size {images} or less."
+        )
     if args.batch_size % fabric.world_size:
-        fail(f"batch_size: {args.batch_size} cannot be shared by {fabric.world_size} processes. Give a multiple.")
+        fail(
+            f"batch_size: {args.batch_size} cannot be shared by {fabric.world_size} processes. Give --batch-size "
+            f"{math.ceil(args.batch_size / fabric.world_size) * fabric.world_size}, or other --nproc-per-node."
+        )
 
 
 def train_labels(data: Data) -> Tensor:

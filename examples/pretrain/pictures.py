@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 
 BITS_PER_SAMPLE = 258  # TIFF's tag
 DAMAGED = 0.1  # share of images above which there is something wrong with the folder
@@ -47,7 +47,7 @@ class Files:
         return read_image(self.samples[sample][0])
 
     def name(self, sample: int) -> str:
-        return str(self.samples[sample][0])
+        return legible(self.samples[sample][0])
 
 
 class Arrays:
@@ -113,16 +113,22 @@ class Damage:
 # ---------------------------------------------------------------------------------------------- one file
 
 
+def legible(text: object) -> str:
+    """Of a file's name, which may hold bytes that are no UTF-8: with these as escapes, so that it can be printed."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def read_image(path: Path) -> Image.Image:
     """RGB. A file that cannot be decoded is a DamagedImageError, one of numbers of an unknown range a DataError."""
     try:
         with Image.open(path) as image:
             image.load()
-            return eight_bits(image, path).convert("RGB")
+            return ImageOps.exif_transpose(eight_bits(image, path)).convert("RGB")
     except (DataError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise whatever its reader stumbles over
-        raise DamagedImageError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
+        reason = f"data_dir: {legible(path)} cannot be decoded ({legible(error)})"
+        raise DamagedImageError(f"{reason}. Replace it by a whole copy.") from None
 
 
 def has_header(path: Path) -> bool:
@@ -159,8 +165,8 @@ def brightest(image: Image.Image, path: Path) -> int:
     if image.mode in ("I", "F"):
         numbers = "32-bit floats" if image.mode == "F" else "signed or 32-bit integers"
         raise DataError(
-            f"data_dir: {path} holds {numbers}, and which of them are black and white is not known. Convert it to gray "
-            "of 8 or 16 bits, for example by Image.fromarray((255 * (x - low) / (high - low)).clip(0, 255).astype("
-            "'uint8')), with the same low and high for all images."
+            f"data_dir: {legible(path)} holds {numbers}, and which of them are black and white is not known. Convert "
+            "it to gray of 8 or 16 bits, for example by Image.fromarray((255 * (x - low) / (high - low)).clip(0, 255)."
+            "astype('uint8')), with the same low and high for all images."
         )
     return 255

@@ -249,11 +249,14 @@ class Run:
             return
         table = [("argument", "saved", "given"), *differing]
         width = [max(len(row[column]) for row in table) for column in range(3)]
+        advice = ""
+        if [row[0] for row in differing] == ["epochs"]:
+            advice = "--epochs decides the learning rate of every step, so that other epochs are another run. "
         lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
         fail(
             f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
-            "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
-            f"{self.directory}."
+            f"{advice}Give the saved values to resume it or another --run-dir to start a new run; or, to start over, "
+            f"delete {self.directory}."
         )
 
     def save(self, epoch: int, state: dict[str, Any], step: int = 0) -> None:
