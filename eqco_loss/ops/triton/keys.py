@@ -68,7 +68,8 @@ def row_weights(
     store_plane(out, BASE, rows, n, base)
     store_plane(out, PULL, rows, n, pull * inverse)
     store_plane(out, INVERSE, rows, n, inverse)
-    store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(base - LOG2E / t))
+    above = tl.minimum(base - LOG2E / t, 126.0)  # more only where raw rows have larger logits, and nobody asks for it
+    store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(above))
     size = tl.abs(pull * inverse)
     shift = tl.where(size == 0.0, float("-inf"), tl.log2(tl.where(size == 0.0, 1.0, size)) - base)
     store_plane(out, SHIFT, rows, n, shift)
