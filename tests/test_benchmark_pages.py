@@ -251,7 +251,7 @@ def test_no_row_is_above_the_limit() -> None:
         shares = [pages.limit_share(row) for row in history.shown(path) if row["status"] == "timed"]
         assert any(shares)
         assert all(float(share.removesuffix(" %")) <= 100 for share in shares if share)
-    row = gpu_row(limit_share="0.5")
+    row = gpu_row(limit_share="0.5", limit_operations="")
     assert pages.limit_share(row) == "50 %"
     assert pages.limit_share(row | {"operations": "1e+09"}) == ""
     case = pages.case_of(row)
