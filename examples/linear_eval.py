@@ -20,7 +20,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -35,23 +35,22 @@ from pretrain.checkpoint import CheckpointError, checkpoint_file, restore_encode
 from pretrain.data import (
     Data,
     DataError,
+    Decoded,
     EpochBatches,
     ImageData,
     PlacedDigits,
     Share,
     TwoViews,
-    decoded,
     open_data,
-    outlive_signals,
     sample_order,
     seed_of,
 )
 from pretrain.encoders import Encoder
 from pretrain.evaluate import features_of
+from pretrain.pictures import show
 from pretrain.run import check_device, command, fail, written_whole
 from pretrain.schedule import set_learning_rate
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 DATASETS = ("digits", "cifar10", "cifar100", "stl10")  # any other name is that of a folder of images
@@ -117,7 +116,7 @@ def main(args: Args) -> None:
     encoder.requires_grad_(False).to(fabric.device)
     fabric.print(header(args, data, fabric, epochs, peak, results), flush=True)
 
-    with results.interruptible():
+    with results.interruptible(), closing(data):
         test = list(test_features(encoder, data, fabric))  # nothing about them changes
         training = Training(args, data, encoder, fabric)
         quiet = not (fabric.is_global_zero and sys.stderr.isatty())
@@ -138,6 +137,8 @@ def main(args: Args) -> None:
             top1, top5 = accuracy(classifier, test, fabric)
             row = {"epoch": epoch + 1, "loss": mean, "lr": rate, "top1": top1, "top5": top5}
             results.add(row, classifier, optimizer)
+            for note in data.damage.news():
+                fabric.print(f"note     {note}", flush=True)
             bar.update()
             bar.set_postfix_str(f"loss {mean:.3f} top-1 {top1:.2f} %")
             if bar.disable:
@@ -236,15 +237,23 @@ class Training:
         self.share = Share(args.batch_size, 1, fabric.global_rank, fabric.world_size)
         self.steps = len(self.labels) // args.batch_size  # of an epoch
         self.cached: list[Tensor] = []  # of each placement, (M, width)
+        self.decoded: Decoded | None = None
         if args.cache_features:
             with torch.no_grad(), fabric.autocast():
-                self.cached = [features_of(encoder, data, "train", p)[0] for p in range(data.placements)]
+                found = [features_of(encoder, data, "train", placement) for placement in range(data.placements)]
+            self.cached, self.labels = [features for features, _ in found], found[0][1].cpu()
+            self.steps = len(self.labels) // args.batch_size  # fewer where an image is damaged
+            if not self.steps:
+                raise DataError(
+                    f"batch_size: {len(self.labels)} training images can be decoded. Give a --batch-size up to it."
+                )
         elif isinstance(data, ImageData):
             if args.augment == "device":
-                self.pixels = decoded(data.splits["train"], fabric.device)
+                self.decoded = data.decode("train", fabric.device)
             else:
                 self.sampler = EpochBatches(args.seed, len(self.labels), self.share)
-                self.loader = loader(data, args, self.sampler)
+                views = OneView(data.splits["train"], args.seed, per_image(CROP_AND_FLIP, data.image_size))
+                self.loader = data.loader(views, persistent_workers=args.workers > 0, batch_sampler=self.sampler)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self.cached:
@@ -264,35 +273,27 @@ class Training:
             placed = self.data.view(epoch, 0)
             for rows in self.rows(epoch):
                 yield placed[rows.to(placed.device)], self.labels[rows]
-        elif self.args.augment == "device":
+        elif self.decoded is not None:
             augment = OnDevice(CROP_AND_FLIP, self.data.image_size)
             for rows in self.rows(epoch):
-                samples = rows.to(self.pixels.device)
-                view = augment(self.pixels[samples], seed=self.args.seed, epoch=epoch, samples=samples, view=0)
-                yield view, self.labels[rows]
+                samples = rows.to(self.decoded.pixels.device)
+                view = augment(self.decoded.pixels[samples], seed=self.args.seed, epoch=epoch, samples=samples, view=0)
+                yield view, self.labels[self.decoded.shown[samples].cpu()]
         else:
+            assert isinstance(self.data, ImageData)
             self.sampler.epoch = epoch
-            yield from self.loader
+            for view, asked, shown in self.data.load(self.loader):
+                self.data.found_damaged("train", asked[asked != shown])
+                yield view, self.labels[shown]
 
 
 class OneView(TwoViews):
-    """A random crop, perhaps mirrored, and its label."""
+    """A random crop, perhaps mirrored, the number of the sample, and whose image it is."""
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:  # type: ignore[override]
         epoch, sample = key
-        return self.view(self.pictures.open(sample), epoch, sample, 0), self.pictures.labels[sample]
-
-
-def loader(data: ImageData, args: Args, sampler: EpochBatches) -> DataLoader[Any]:
-    return DataLoader(
-        OneView(data.splits["train"], args.seed, per_image(CROP_AND_FLIP, data.image_size)),
-        batch_sampler=sampler,
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # leaves the default generator alone
-        worker_init_fn=outlive_signals,
-    )
+        image, shown = show(self.pictures, sample)
+        return self.view(image, epoch, sample, 0), sample, shown
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .scripts import EXAMPLES, Script, assert_same_run, make_images, picture_width, rows, wait_for
 
@@ -274,16 +273,8 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
     make_images(tmp_path / "cat", 1, 0)
     path = tmp_path / "cat" / "0.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(data.DataError, match=r"0\.png cannot be decoded"):
+    with pytest.raises(pictures.DamagedImageError, match=r"0\.png cannot be decoded"):
         pictures.read_image(path)
-    run = Run(tmp_path / "run", (), {}, {})
-    with (
-        pytest.raises(
-            SystemExit, match=r"error: data_dir: \S+0\.png cannot be decoded .* There is no checkpoint yet\."
-        ),
-        run.interruptible(),
-    ):
-        list(DataLoader(data.CentreCrops(data.Files([(path, 0)]), data.centre_crop(16)), num_workers=1))
 
 
 def open_folder(root: Path, seed: int = 0, image_size: int | None = None, limit: int | None = None) -> data.ImageData:
@@ -293,10 +284,10 @@ def open_folder(root: Path, seed: int = 0, image_size: int | None = None, limit:
     return folder
 
 
-def files(folder: data.ImageData, split: str) -> list[data.Sample]:
-    pictures = folder.splits[split]
-    assert isinstance(pictures, data.Files)
-    return pictures.samples
+def files(folder: data.ImageData, split: str) -> list[pictures.Sample]:
+    found = folder.splits[split]
+    assert isinstance(found, pictures.Files)
+    return found.samples
 
 
 def test_classes_without_splits_hold_out_every_tenth(tmp_path: Path) -> None:
@@ -317,16 +308,17 @@ def test_classes_without_splits_hold_out_every_tenth(tmp_path: Path) -> None:
 
 def test_views_of_an_image_are_a_pure_function(images: Path) -> None:
     folder, transform = open_folder(images, seed=3, image_size=16), augment.per_image(augment.RECIPES["mocov2"], 16)
-    pictures = data.Files(files(folder, "train"))
-    views = data.TwoViews(pictures, 3, transform)
-    *first, number = views[(5, 2)]
-    assert number == 2
+    trained = pictures.Files(files(folder, "train"))
+    views = data.TwoViews(trained, 3, transform)
+    pair = views[(5, 2)]
+    first = pair.first, pair.second
+    assert pair.asked == pair.shown == 2
     torch.manual_seed(1)
     views[(0, 0)]
     state = torch.get_rng_state()
     assert all(torch.equal(a, b) for a, b in zip(first, views[(5, 2)][:2], strict=True))
     assert torch.equal(state, torch.get_rng_state())  # and leaves the default generator alone
-    others = [first[1], views[(6, 2)][0], views[(5, 3)][0], data.TwoViews(pictures, 4, transform)[(5, 2)][0]]
+    others = [first[1], views[(6, 2)][0], views[(5, 3)][0], data.TwoViews(trained, 4, transform)[(5, 2)][0]]
     assert not any(torch.equal(first[0], other) for other in others)
     order = data.sample_order(3, 7, 12).tolist()
     batches = list(folder.batches(7, data.Share(5)))

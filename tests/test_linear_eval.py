@@ -3,15 +3,18 @@
 import csv
 import json
 import math
+import multiprocessing
 import re
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from .ranks import run_ranks
 
@@ -175,6 +178,37 @@ def test_a_folder_of_images(tmp_path: Path, images: Path, how: dict[str, Any]) -
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[-1]["top1"] >= 75
     assert rows[-1]["top5"] == 100  # two classes
+
+
+@pytest.mark.parametrize("how", [{"workers": 1}, {"augment": "device"}, {"cache_features": True}])
+def test_truncated_images(
+    tmp_path: Path,
+    images: Path,
+    how: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another image stands in for a training image, with its own label; cached features, and tests, leave it out."""
+    shutil.copytree(images, tmp_path / "images")
+    truncated = [tmp_path / "images" / name for name in ("train/red/4.png", "test/blue/1.png")]
+    for path in truncated:
+        path.write_bytes(path.read_bytes()[:2000])
+    data = {"name": "images", "data_dir": str(tmp_path / "images"), "image_size": 32, "channels": 3}
+    run, seen = make_run(tmp_path / "run", {"channels": 3}, data), list[int]()
+    batches = linear_eval.Training.batches
+
+    def noting(self: linear_eval.Training, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for features, labels in batches(self, epoch):
+            seen.extend(labels.tolist())
+            yield features, labels
+
+    monkeypatch.setattr(linear_eval.Training, "batches", noting)
+    linear_eval.main(Args(run, **{**SHORT, "limit": None, "batch_size": 1, **how}))
+    output = capsys.readouterr().out
+    assert [output.count(f"note     {path} cannot be decoded") for path in truncated] == [1, 1], output
+    blue, red = (16, 15) if "cache_features" in how else (17, 15)  # the image after red 4 is blue
+    assert (seen.count(0), seen.count(1)) == (3 * blue, 3 * red)
+    assert multiprocessing.active_children() == []
 
 
 def probe_on_a_rank(rank: int, world: int, run: str, out: str) -> None:

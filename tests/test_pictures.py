@@ -1,5 +1,8 @@
 """Files as people have them: depths, damage, names and folders that a training script must take, or refuse by name."""
 
+import itertools
+import multiprocessing
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from PIL import Image
 from . import scripts
 
 from pretrain import data, pictures  # isort: skip
+from pretrain.run import Run  # isort: skip
 
 GRADIENT = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
 
@@ -73,3 +77,106 @@ def test_a_folder_of_floats_is_an_error_before_training(tmp_path: Path) -> None:
     save_gradient("F", tmp_path / "cat" / "depth.tif")
     with pytest.raises(data.DataError, match=r"depth\.tif holds 32-bit floats"):
         data.open_data("imagefolder", tmp_path, seed=0, device=torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------ truncated ones
+
+
+def truncate(path: Path) -> None:
+    """The header is whole, so that nothing is wrong with it before its pixels are used."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """40 images, of which a training and a test image are truncated."""
+    root = tmp_path / "images"
+    for seed, (split, name) in enumerate(itertools.product(("train", "test"), ("cat", "dog"))):
+        scripts.make_images(root / split / name, 16 if split == "train" else 4, seed)
+    truncate(root / "train" / "cat" / "3.png")
+    truncate(root / "test" / "dog" / "2.png")
+    return root
+
+
+def open_images(root: Path, augment: str = "workers", workers: int = 0) -> data.ImageData:
+    cpu = torch.device("cpu")
+    found = data.open_data("imagefolder", root, seed=0, device=cpu, augment=augment, workers=workers)
+    assert isinstance(found, data.ImageData)
+    return found
+
+
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_another_image_stands_in_for_a_truncated_one(damaged: Path, augment: str) -> None:
+    """With the label and the number of its own; the evaluation leaves the truncated one out."""
+    found = open_images(damaged, augment)
+    files = found.splits["views"]
+    assert isinstance(files, pictures.Files)
+    (lost,) = (i for i, (path, _) in enumerate(files.samples) if path.parts[-2:] == ("cat", "3.png"))
+    (batch,) = found.batches(5, data.Share(32))
+    (plain,) = (view.samples for view in open_images(damaged, augment).batches(5, data.Share(32)))
+    assert torch.equal(batch.samples, plain)
+    assert sorted(batch.samples.tolist()) == sorted([*(i for i in range(32) if i != lost), lost + 1])
+    images, labels = (torch.cat(x) for x in zip(*found.labelled("test", 0), strict=True))
+    assert (len(images), sorted(labels.tolist())) == (7, [0] * 4 + [1] * 3)
+    notes = [f"{damaged}/{name} cannot be decoded: " for name in ("test/dog/2.png", "train/cat/3.png")]
+    assert [note[: len(start)] for note, start in zip(found.damage.news(), notes, strict=True)] == notes
+    list(found.batches(6, data.Share(32)))
+    assert found.damage.news() == []
+
+
+@pytest.mark.parametrize("augment", ["workers", "device"])
+def test_a_run_with_truncated_images_ends_and_resumes_bit_for_bit(damaged: Path, tmp_path: Path, augment: str) -> None:
+    script = scripts.Script(tmp_path)
+    words = [f"--data-dir={damaged}", "--arch=small", "--image-size=16", "--epochs=3", "--batch-size=8", "--no-probe"]
+    words += ["--knn-every=1", f"--augment={augment}"]
+    output = script.run(*words, "--workers=0", f"--run-dir={tmp_path / 'whole'}")
+    for name in ("train/cat/3.png", "test/dog/2.png"):
+        assert output.count(f"note     {damaged}/{name} cannot be decoded") == output.count(name) == 1, output
+    assert "Traceback" not in output
+    script.run(*words, "--workers=1", f"--run-dir={tmp_path / 'run'}", die=("replace", 4), code=-signal.SIGKILL)
+    script.run(*words, "--workers=2", f"--run-dir={tmp_path / 'run'}")
+    scripts.assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_two_ranks_tell_of_a_truncated_image_once(damaged: Path, tmp_path: Path) -> None:
+    words = [f"--data-dir={damaged}", "--arch=small", "--image-size=16", "--epochs=3", "--batch-size=8", "--no-probe"]
+    output = scripts.Script(tmp_path).run_ranks(
+        2, *words, "--norm=group", "--workers=1", f"--run-dir={tmp_path / 'run'}"
+    )
+    for name in ("train/cat/3.png", "test/dog/2.png"):
+        assert output.count(name) == 1, output
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_that_is_gone_ends_a_run_at_once(damaged: Path, tmp_path: Path, workers: int) -> None:
+    """One line says so, and no worker is left for Python's end to wait for."""
+    found, run = open_images(damaged, workers=workers), Run(tmp_path / "run", (), {}, {})
+    files = found.splits["views"]
+    assert isinstance(files, pictures.Files)
+    files.samples = [(path.with_suffix(".gone"), label) for path, label in files.samples]
+    with (
+        pytest.raises(SystemExit, match=r"error: data_dir: \S+\.gone cannot be decoded .* is the disk still there\?"),
+        run.interruptible(),
+    ):
+        list(found.batches(0, data.Share(8)))
+    assert multiprocessing.active_children() == []
+
+
+def test_whatever_ends_a_run_ends_its_workers(damaged: Path) -> None:
+    found = open_images(damaged, workers=2)
+    views, tests = found.batches(0, data.Share(8)), found.labelled("test", 0)
+    next(views)
+    next(tests)
+    assert len(multiprocessing.active_children()) >= 2
+    found.close()
+    assert multiprocessing.active_children() == []
+    assert len(list(found.batches(0, data.Share(8)))) == 4
+
+
+def test_more_than_a_tenth_of_truncated_images_is_an_error(damaged: Path) -> None:
+    for name in ("5", "6", "7"):
+        truncate(damaged / "train" / "dog" / f"{name}.png")
+    found = open_images(damaged)
+    list(found.labelled("train", 0))  # four of 40
+    with pytest.raises(data.DataError, match=r"5 of 40 images cannot be decoded, .* More than 10% is no accident"):
+        list(found.labelled("test", 0))

@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
+from .pictures import DAMAGED, Arrays, Damage, DamagedImageError, Files, Pictures, Sample, has_header, show
 from .pictures import DataError as DataError
-from .pictures import has_header, read_image
 
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
-UNREADABLE = 0.1  # share of images above which there is something wrong with the folder
 
 
 class Share(NamedTuple):
@@ -63,6 +62,7 @@ class Data(Protocol):
     test_size: int
     placements: int  # how many versions of each image the evaluation averages over
     note: str  # what a person should know about it
+    damage: Damage
 
     def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         """This rank's pieces of every shuffled batch from the ``start``-th on; an incomplete last one is left out."""
@@ -71,7 +71,10 @@ class Data(Protocol):
         """(M,) by the numbers of the samples; -1 where an image has none."""
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of "train" or "test" in order, with labels, for the evaluation."""
+        """This rank's part of "train" or "test" in order, with labels, for the evaluation, without damaged images."""
+
+    def close(self) -> None:
+        """End whatever works for it; it can be used again."""
 
 
 def seed_of(purpose: int, *numbers: int) -> int:
@@ -124,6 +127,10 @@ class PlacedDigits:
         self.seed = seed
         self.train_size, self.test_size = len(self.labels["train"]), len(self.labels["test"])
         self.fingerprint = f"{self.train_size} train and {self.test_size} test images"
+        self.damage = Damage(self.train_size + self.test_size)
+
+    def close(self) -> None:
+        pass
 
     def view(self, epoch: int, view: int) -> Tensor:
         """Every training image as one epoch sees it."""
@@ -147,33 +154,8 @@ class PlacedDigits:
 
 # ---------------------------------------------------------------------------------------------- images
 
-Sample = tuple[Path, int]
 Once = Callable[[Callable[[], Any]], Any]
-Splits = dict[str, "Pictures"]
-
-
-class Pictures(Protocol):
-    """Images to open one by one; ``views`` are trained on, ``train`` and ``test`` have the labels of the evaluation."""
-
-    labels: list[int]
-
-    def open(self, sample: int) -> Image.Image: ...
-
-
-class Files:
-    def __init__(self, samples: list[Sample]) -> None:
-        self.samples, self.labels = samples, [label for _, label in samples]
-
-    def open(self, sample: int) -> Image.Image:
-        return read_image(self.samples[sample][0])
-
-
-class Arrays:
-    def __init__(self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", labels: list[int]) -> None:
-        self.pixels, self.labels = pixels, labels  # (M, H, W, 3)
-
-    def open(self, sample: int) -> Image.Image:
-        return Image.fromarray(self.pixels[sample])
+Splits = dict[str, Pictures]
 
 
 class ImageData:
@@ -197,46 +179,83 @@ class ImageData:
         self.name, self.splits, self.classes, self.note = name, splits, classes, note
         self.seed, self.recipe = seed, recipe
         if image_size is None:  # that of the first image, 224 at most
-            image_size = min(224, *splits["views"].open(0).size)
+            image_size = min(224, *show(splits["views"], 0).image.size)
         self.image_size, self.workers, self.device = image_size, workers, on_device
         self.train_size, self.test_size = len(splits["views"].labels), len(splits["test"].labels)
         self.fingerprint = f"{self.train_size} train and {self.test_size} test images" + fingerprint
-        self._loader: DataLoader[tuple[Tensor, Tensor, int]] | None = None
-        self._pixels = {split: decoded(pictures, on_device) for split, pictures in splits.items()} if on_device else {}
+        self.damage = Damage(self.train_size + self.test_size)
+        self._loader: DataLoader[Pair] | None = None
+        self._working = set[Any]()  # iterators that have workers
+        self._decoded = {split: self.decode(split, on_device) for split in splits} if on_device else {}
 
     def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         if self.device is not None:
             augment = OnDevice(self.recipe, self.image_size)
             for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(self.device):
-                images = self._pixels["views"][rows]
+                images = self._decoded["views"].pixels[rows]
                 first, second = (
                     augment(images, seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1)
                 )
-                yield Views((first, second), rows)
+                yield Views((first, second), self._decoded["views"].shown[rows])
             return
         if self._loader is None:  # one set of workers for the whole run
             views = TwoViews(self.splits["views"], self.seed, per_image(self.recipe, self.image_size))
             self._sampler = EpochBatches(self.seed, self.train_size, share)
-            self._loader = self._load(views, persistent_workers=self.workers > 0, batch_sampler=self._sampler)
+            self._loader = self.loader(views, persistent_workers=self.workers > 0, batch_sampler=self._sampler)
         self._sampler.epoch, self._sampler.start = epoch, start
-        for first, second, samples in self._loader:
-            yield Views((first, second), samples)
+        for first, second, asked, shown in self.load(self._loader):
+            self.found_damaged("views", asked[asked != shown])
+            yield Views((first, second), shown)
 
     def view_labels(self) -> Tensor:
         return torch.tensor(self.splits["views"].labels)
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         mine = part(len(self.splits[split].labels), rank, ranks)
-        transform = centre_crop(self.image_size)
+        transform, labels = centre_crop(self.image_size), torch.tensor(self.splits[split].labels)
         if self.device is None:
-            images = Subset(CentreCrops(self.splits[split], transform), mine)
-            yield from self._load(images, batch_size=256)
+            for images, samples, whole in self.load(
+                self.loader(Subset(CentreCrops(self.splits[split], transform), mine), batch_size=256)
+            ):
+                self.found_damaged(split, samples[~whole])
+                yield images[whole], labels[samples[whole]]
             return
-        labels = torch.tensor(self.splits[split].labels)
+        decoded = self._decoded[split]
         for rows in torch.split(torch.arange(mine.start, mine.stop), 1024):
-            yield transform(self._pixels[split][rows.to(self.device)]), labels[rows]
+            whole = rows[(decoded.shown[rows.to(self.device)].cpu() == rows)]
+            yield transform(decoded.pixels[whole.to(self.device)]), labels[whole]
 
-    def _load(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
+    def decode(self, split: str, device: torch.device) -> "Decoded":
+        """All images of a split, in the device's memory."""
+        decoded = Decoded.of(self.splits[split], device)
+        asked = torch.arange(len(decoded.shown), device=device)
+        self.found_damaged(split, asked[asked != decoded.shown])
+        return decoded
+
+    def found_damaged(self, split: str, samples: Tensor) -> None:
+        """These images turned out to be damaged."""
+        self.damage.add(self.splits[split].name(sample) for sample in samples.tolist())
+
+    def load(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """The loader's batches. What ends them before their end ends its workers, too."""
+        iterator = iter(loader)
+        self._working.add(iterator)
+        try:
+            yield from iterator
+        except BaseException:
+            self.close()
+            raise
+        if not loader.persistent_workers:
+            self._working.remove(iterator)
+
+    def close(self) -> None:
+        """End all workers at once. Left alone, they are told so when Python ends, and take their time."""
+        for iterator in self._working:
+            end_workers(iterator)
+        self._working.clear()
+        self._loader = None
+
+    def loader(self, dataset: Dataset[Any], **how: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             num_workers=self.workers,
@@ -254,16 +273,33 @@ def outlive_signals(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-def decoded(pictures: Pictures, device: torch.device) -> Tensor:
-    """All of them, uint8 (M, 3, H, W)."""
-    with ThreadPoolExecutor(16) as pool:
-        images = list(pool.map(lambda sample: np.asarray(pictures.open(sample)), range(len(pictures.labels))))
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise DataError(
-            f"augment: on the device needs images of one size, these have {len(sizes)}. Give --augment workers."
+def end_workers(iterator: Any) -> None:
+    """Of a loader's iterator; torch has no public way to it. Workers of which one has died are ended alike."""
+    if hasattr(iterator, "_shutdown_workers"):  # with 0 workers there are none
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+class Decoded(NamedTuple):
+    pixels: Tensor  # uint8 (M, 3, H, W)
+    shown: Tensor  # (M,), whose pixels they are: another image's where one is damaged
+
+    @classmethod
+    def of(cls, pictures: Pictures, device: torch.device) -> "Decoded":
+        """All of them."""
+        with ThreadPoolExecutor(16) as pool:
+            shown = list(pool.map(lambda sample: show(pictures, sample), range(len(pictures.labels))))
+        sizes = {one.image.size for one in shown}
+        if len(sizes) > 1:
+            raise DataError(
+                f"augment: on the device needs images of one size, these have {len(sizes)}. Give --augment workers."
+            )
+        pixels = torch.from_numpy(np.stack([np.asarray(one.image) for one in shown]))
+        return cls(
+            pixels.permute(0, 3, 1, 2).contiguous().to(device), torch.tensor([one.sample for one in shown]).to(device)
         )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -280,8 +316,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, sample) for sample in rows]
 
 
-class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
-    """Two views of a sample, drawn per image, and its number."""
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+    asked: int  # the number of the sample
+    shown: int  # whose image it is
+
+
+class TwoViews(Dataset[Pair]):
+    """Two views of a sample, drawn per image."""
 
     def __init__(self, pictures: Pictures, seed: int, augment: Callable[[Image.Image], Tensor]) -> None:
         self.pictures, self.seed, self.augment = pictures, seed, augment
@@ -289,10 +332,10 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.pictures.labels)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> Pair:
         epoch, sample = key
-        image = self.pictures.open(sample)
-        return self.view(image, epoch, sample, 0), self.view(image, epoch, sample, 1), sample
+        image, shown = show(self.pictures, sample)
+        return Pair(self.view(image, epoch, sample, 0), self.view(image, epoch, sample, 1), sample, shown)
 
     def view(self, image: Image.Image, epoch: int, sample: int, view: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the default generator only
@@ -300,15 +343,20 @@ class TwoViews(Dataset[tuple[Tensor, Tensor, int]]):
             return self.augment(image)
 
 
-class CentreCrops(Dataset[tuple[Tensor, int]]):
+class CentreCrops(Dataset[tuple[Tensor, int, bool]]):
+    """The middle of a sample, its number, and whether it could be decoded; if not, the middle is black."""
+
     def __init__(self, pictures: Pictures, transform: Callable[[Image.Image], Tensor]) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
         return len(self.pictures.labels)
 
-    def __getitem__(self, sample: int) -> tuple[Tensor, int]:
-        return self.transform(self.pictures.open(sample)), self.pictures.labels[sample]
+    def __getitem__(self, sample: int) -> tuple[Tensor, int, bool]:
+        try:
+            return self.transform(self.pictures.open(sample)), sample, True
+        except DamagedImageError:
+            return self.transform(Image.new("RGB", (1, 1))), sample, False
 
 
 def centre_crop(image_size: int) -> Callable[[Any], Tensor]:
@@ -397,8 +445,8 @@ def image_files(root: Path, limit: int | None, once: Once) -> tuple[Splits, int,
     for split in samples:
         if not samples[split]:
             raise DataError(f"data_dir: {root} has no readable {split} image ({note or 'too few in all'}).")
-    if len(broken) > UNREADABLE * every:
-        raise DataError(f"data_dir: {note}. More than {UNREADABLE:.0%} is no accident: replace them by whole copies.")
+    if len(broken) > DAMAGED * every:
+        raise DataError(f"data_dir: {note}. More than {DAMAGED:.0%} is no accident: replace them by whole copies.")
     names = [f"{split}/{label}/{path.name}" for split in asked for path, label in samples[split]]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     files = {split: Files(found) for split, found in samples.items()}

@@ -1,19 +1,120 @@
-"""One image file, whatever depth it is stored in, as 8-bit RGB."""
+"""Images one by one: whatever depth they are stored in, as 8-bit RGB; and what to do about one that is damaged."""
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image
 
 BITS_PER_SAMPLE = 258  # TIFF's tag
+DAMAGED = 0.1  # share of images above which there is something wrong with the folder
+STAND_INS = 10  # images in a row that are tried before it is called an error
+
+Sample = tuple[Path, int]  # a file and its label
+
+warnings.filterwarnings("ignore", module="PIL")  # each worker would warn of the same files again
 
 
 class DataError(ValueError):
     """The data cannot be used; the message says why, and what to do."""
 
 
+class DamagedImageError(DataError):
+    """One image cannot be decoded."""
+
+
+# ---------------------------------------------------------------------------------------------- many images
+
+
+class Pictures(Protocol):
+    """Images to open one by one; ``views`` are trained on, ``train`` and ``test`` have the labels of the evaluation."""
+
+    labels: list[int]
+
+    def open(self, sample: int) -> Image.Image: ...
+
+    def name(self, sample: int) -> str: ...
+
+
+class Files:
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples, self.labels = samples, [label for _, label in samples]
+
+    def open(self, sample: int) -> Image.Image:
+        return read_image(self.samples[sample][0])
+
+    def name(self, sample: int) -> str:
+        return str(self.samples[sample][0])
+
+
+class Arrays:
+    def __init__(self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", labels: list[int]) -> None:
+        self.pixels, self.labels = pixels, labels  # (M, H, W, 3)
+
+    def open(self, sample: int) -> Image.Image:
+        return Image.fromarray(self.pixels[sample])
+
+    def name(self, sample: int) -> str:
+        return f"image {sample}"
+
+
+class Shown(NamedTuple):
+    image: Image.Image
+    sample: int  # whose image it is: another's, where the one that was asked for is damaged
+
+
+def show(pictures: Pictures, sample: int) -> Shown:
+    """The image of a sample, or in its stead the next one that can be decoded, so that a damaged file ends no run.
+
+    Which one that is depends on the files alone: neither workers nor a resumed run can make it another.
+    """
+    for ahead in range(STAND_INS):
+        other = (sample + ahead) % len(pictures.labels)
+        try:
+            return Shown(pictures.open(other), other)
+        except DamagedImageError as error:
+            reason = error
+    raise DataError(f"{reason} The {STAND_INS - 1} images before it cannot be decoded either: is the disk still there?")
+
+
+class Damage:
+    """Which of the images turned out to be damaged when they were used, so that each is told once in a run."""
+
+    def __init__(self, images: int) -> None:
+        self.images, self.found, self.told = images, set[str](), set[str]()
+
+    def add(self, names: Iterable[str]) -> None:
+        self.found.update(names)
+        self._check(self.found)
+
+    def news(self) -> list[str]:
+        """A line for each image that any rank found since the last call; every rank has to call it."""
+        of_ranks: list[Any] = [self.found]
+        if dist.is_available() and dist.is_initialized():
+            of_ranks = [None] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, self.found)
+        every = set[str]().union(*of_ranks)
+        self._check(every)
+        new = sorted(every - self.told)
+        self.told |= every
+        return [f"{name} cannot be decoded: training takes another image, and the evaluation none." for name in new]
+
+    def _check(self, found: set[str]) -> None:
+        if len(found) > max(1, DAMAGED * self.images):
+            raise DataError(
+                f"data_dir: {len(found)} of {self.images} images cannot be decoded, the first is {min(found)}. More "
+                f"than {DAMAGED:.0%} is no accident: replace them by whole copies."
+            )
+
+
+# ---------------------------------------------------------------------------------------------- one file
+
+
 def read_image(path: Path) -> Image.Image:
-    """RGB. Raises DataError where the file cannot be decoded, or holds numbers whose range nobody knows."""
+    """RGB. A file that cannot be decoded is a DamagedImageError, one of numbers of an unknown range a DataError."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -21,7 +122,7 @@ def read_image(path: Path) -> Image.Image:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise whatever its reader stumbles over
-        raise DataError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
+        raise DamagedImageError(f"data_dir: {path} cannot be decoded ({error}). Replace it by a whole copy.") from None
 
 
 def has_header(path: Path) -> bool:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple
@@ -150,10 +150,11 @@ class Training(Generic[Args]):
             disable=not (sys.stderr.isatty() and fabric.is_global_zero),
         )
         self.saved_at = time.monotonic()
-        with self.run.interruptible(), self._signals():
+        with self.run.interruptible(), self._signals(), closing(self.data):
             if not self.run.rows:
                 self.run.rows = [{"epoch": 0, "knn": self._knn()}]
                 self.say(f"kNN {self.run.rows[0]['knn']:.1f} % before training")
+                self._note_damage()
             while self.done < args.epochs * self.steps:
                 epoch, start = divmod(self.done, self.steps)
                 self.clock.start()
@@ -263,6 +264,7 @@ class Training(Generic[Args]):
         self.run.rows.append(row)
         self.sums.zero_()
         self._save(epoch, 0)
+        self._note_damage()
         if measure:
             self.run.draw_curves()
         self._print_epoch(row)
@@ -405,6 +407,10 @@ class Training(Generic[Args]):
                 f"note     epoch {row['epoch']}: {steps} of {self.steps} steps skipped, whose gradients were not finite"
                 f"{entered}."
             )
+
+    def _note_damage(self) -> None:
+        for note in self.data.damage.news():
+            self.say(f"note     {note}")
 
     def _print_epoch(self, row: Row) -> None:
         measured = "" if row["knn"] is None else f"  kNN {row['knn']:.1f} %"
