@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pretrain.run import MEASURED, PANELS, fail, written_whole
+from pretrain.run import MEASURED, PANELS, fail, print_any_name, written_whole
 
 # Of config.json's arguments, what makes no other curve: where the run is, how it is computed, what is measured of it
 IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "tensorboard", "compile", "channels_last"}
@@ -37,6 +37,7 @@ class Record:
 
 
 def main(args: Args) -> None:
+    print_any_name()
     if not args.runs:
         fail("runs: expected one run directory or more, got none.")
     records = [read(directory) for directory in args.runs]

@@ -4,10 +4,8 @@ Sample order and augmentation are pure functions of (seed, epoch, sample, view):
 run sees what it would have seen.
 """
 
-import hashlib
 import math
 import signal
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
-from .pictures import DAMAGED, Arrays, Damage, DamagedImageError, Files, Pictures, Sample, has_header, show
+from .folder import Once, Splits, image_files, split_folders
+from .pictures import Arrays, Damage, DamagedImageError, Pictures, show
 from .pictures import DataError as DataError
 
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
@@ -153,9 +152,6 @@ class PlacedDigits:
 
 
 # ---------------------------------------------------------------------------------------------- images
-
-Once = Callable[[Callable[[], Any]], Any]
-Splits = dict[str, Pictures]
 
 
 class ImageData:
@@ -394,7 +390,7 @@ def open_data(
     if dataset == "imagefolder" and data_dir is None:
         raise DataError("data_dir: imagefolder needs one. Give --data-dir DIR, with DIR/train/<class>/* in it.")
     root = Path("data") if data_dir is None else data_dir
-    if dataset == "imagefolder" or (root / "train").is_dir():
+    if dataset == "imagefolder" or (root.is_dir() and "train" in split_folders(root)):
         splits, classes, note, digest = image_files(root, limit, once)
         name = root.resolve().name if dataset == "imagefolder" else dataset
     else:
@@ -429,83 +425,3 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None, once: Once) 
         labels = one.labels if stl10 else one.targets
         splits[split] = Arrays(pixels[:limit], [int(label) for label in labels[:limit]])
     return splits, len(found["train"].classes)
-
-
-def image_files(root: Path, limit: int | None, once: Once) -> tuple[Splits, int, str, str]:
-    """``root/train/<class>/*`` and ``root/test/<class>/*`` (or ``val``); or ``root/<class>/*``, every tenth to test."""
-    train, test, class_names = find_images(root)
-    asked = {"train": train[:limit], "test": test[:limit]}
-    unreadable = once(lambda: {split: set(broken_files(found)) for split, found in asked.items()})
-    samples = {split: [sample for sample in asked[split] if sample[0] not in unreadable[split]] for split in asked}
-    broken = [path for split in asked for path in unreadable[split]]
-    every = sum(map(len, asked.values()))
-    note = (
-        f"{len(broken)} of {every} images cannot be read and are left out, the first is {min(broken)}" if broken else ""
-    )
-    for split in samples:
-        if not samples[split]:
-            raise DataError(f"data_dir: {root} has no readable {split} image ({note or 'too few in all'}).")
-    if len(broken) > DAMAGED * every:
-        raise DataError(f"data_dir: {note}. More than {DAMAGED:.0%} is no accident: replace them by whole copies.")
-    names = [f"{split}/{label}/{path.name}" for split in asked for path, label in samples[split]]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    files = {split: Files(found) for split, found in samples.items()}
-    return {"views": files["train"], **files}, len(class_names), note, f", {digest[:12]}"
-
-
-def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Training samples, test samples, class names. Any prefix of either list is balanced over the classes."""
-    if not root.is_dir():
-        raise DataError(f"data_dir: {root} is {'a file' if root.exists() else 'not there'}. Give a folder of images.")
-    if not (root / "train").is_dir():
-        samples, classes = image_folder(root)
-        return *hold_out(samples), classes
-    samples, classes = image_folder(root / "train")
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if held_out is None:
-        return *hold_out(samples), classes
-    test, test_classes = image_folder(held_out)
-    if test_classes != classes:
-        differing = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
-        raise DataError(f"data_dir: {root}: train and {held_out.name} differ in their classes ({differing}).")
-    return samples, test, classes
-
-
-def image_folder(folder: Path) -> tuple[list[Sample], list[str]]:
-    from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-
-    try:
-        found = ImageFolder(folder)
-    except FileNotFoundError as error:  # no class, or a class without an image
-        layout = "train/<class>/* and test/<class>/*, or <class>/*"
-        reason = str(error).split(" Supported")[0].rstrip(".")
-        raise DataError(f"data_dir: expected images as {layout}; {reason}.") from None
-    nth: dict[int, int] = defaultdict(int)
-    order = []
-    for path, label in found.samples:
-        order.append((nth[label], label, Path(path)))
-        nth[label] += 1
-    return [(path, label) for _, label, path in sorted(order)], found.classes
-
-
-def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Every tenth image of each class is for testing, of smaller classes the last."""
-    count: dict[int, int] = defaultdict(int)
-    for _, label in samples:
-        count[label] += 1
-    seen: dict[int, int] = defaultdict(int)
-    train, test = [], []
-    for path, label in samples:
-        seen[label] += 1
-        if seen[label] % 10 == 0 or seen[label] == count[label] < 10:
-            test.append((path, label))
-        else:
-            train.append((path, label))
-    return train, test
-
-
-def broken_files(samples: list[Sample]) -> list[Path]:
-    """Those whose header cannot be read. A truncated image is found when it is used."""
-    with ThreadPoolExecutor(16) as pool:
-        good = pool.map(has_header, (path for path, _ in samples))
-        return [path for (path, _), whole in zip(samples, good, strict=True) if not whole]
