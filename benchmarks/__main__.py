@@ -3,9 +3,11 @@
     python -m benchmarks --quick                      # two minutes on two CPU cores
     python -m benchmarks                              # the whole matrix of this machine: a GPU's, where there is one
     python -m benchmarks --workloads M1 S1            # parts of it, one by one; the other rows of the CSV stay
+    python -m benchmarks --deadline 180               # what matters most first, for so many seconds
 
-A GPU's matrix can be run in three parts: --dtypes amp, --dtypes bfloat16, and --dtypes float32 high float16. What is
-finished is in the CSV, also when the rest is killed. In a copy without git, the variable COMMIT names the commit.
+Up to a deadline, every case has ours, the baseline and torch.compile first; then come our other ways, then the other
+peers. What is finished is in the CSV, also when the rest is killed, and newer rows replace older ones of the same case,
+way and device. In a copy without git, the variable COMMIT names the commit.
 
 Workloads: M1 (MoCo's queue), R (M1 at ragged sizes), M2 (the positive is one of the keys), T1 (dual temperature), S1
 (in-batch), C1 (CLIP), S2 (NT-Xent), P1 (SiMo). Every way to the loss is checked against float64, value and gradients,
@@ -22,8 +24,9 @@ import torch
 import tyro
 
 from .measure import RESULTS
-from .peers import PEERS, Peer
-from .runner import check_device, run_all
+from .peers import PEERS
+from .registry import Peer
+from .runner import Plan, check_device, run_all
 from .workloads import DTYPES, WORKLOADS, cases, quick_cases
 
 
@@ -36,9 +39,10 @@ class Args:
     device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
     quick: bool = False  # smaller sizes, fewer rounds, and a CSV of its own
     rounds: int | None = (
-        None  # at least; each way runs once a round, medians are reported. None: 7, on a GPU 50, quick 3
+        None  # at least; each way runs once a round, medians are reported. None: 7, on a GPU 15, quick 3
     )
     step_limit: float | None = None  # seconds a step may take to be timed. None: 5, quick 2
+    deadline: float | None = None  # seconds for everything, cases and ways by worth. None: all, in the matrix's order
     threads: int | None = None  # of torch, on a CPU. None: torch's own choice
     out: Path | None = None  # None: benchmarks/results/{cpu,gpu,quick}.csv
 
@@ -49,7 +53,7 @@ def main(args: Args) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     out = args.out or RESULTS / ("quick.csv" if args.quick else "gpu.csv" if device == "cuda" else "cpu.csv")
-    rounds = args.rounds or (3 if args.quick else 50 if device == "cuda" else 7)
+    rounds = args.rounds or (3 if args.quick else 15 if device == "cuda" else 7)
     step_limit = args.step_limit or (2.0 if args.quick else 5.0)
     dtypes = args.dtypes or (DTYPES if device == "cuda" else ("float32",))
     chosen = [
@@ -59,7 +63,8 @@ def main(args: Args) -> None:
     ]
     if not chosen:
         raise SystemExit(f"error: workloads, dtypes: there is no such case in {', '.join(dtypes)}.")
-    run_all(chosen, lambda one: wants(args, one), device, rounds, step_limit, out)
+    plan = Plan(device=device, rounds=rounds, step_limit=step_limit, out=out, deadline=args.deadline)
+    run_all(chosen, lambda case, one: wants(args, one), plan)
 
 
 def check(args: Args, device: str) -> None:
@@ -71,7 +76,7 @@ def check(args: Args, device: str) -> None:
     among("workloads", args.workloads, list(WORKLOADS))
     among("dtypes", args.dtypes or (), list(DTYPES))
     among("peers", args.peers, list(dict.fromkeys(one.name for one in PEERS)), begins=True)
-    for name in ("rounds", "threads", "step_limit"):
+    for name in ("rounds", "threads", "step_limit", "deadline"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise SystemExit(f"error: {name}: expected more than 0, got {value}.")

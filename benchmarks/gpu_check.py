@@ -3,15 +3,16 @@
     python -m benchmarks.gpu_check                          # writes into benchmarks/results/gpu_check
     python -m benchmarks.gpu_check --deadline 300 --skip tests
 
-First the tests that need a GPU, in parallel processes. Then cases in order of worth, each with ours, the baseline and
-torch.compile: time in a CUDA graph with a cold and a warm L2, eager wall-clock, error against float64, memory, and our
-kernels' own times. Then the engines against each other. What is finished is written after each case, so that a run that
-is stopped loses nothing. It ends with the goals met, missed, and not run.
+First the tests that need a GPU, in parallel processes. Then, in one process, cases in order of worth, each with ours,
+the baseline and torch.compile; our kernels' own times; the loss inside a training step; our other ways (compiled, in
+CUDA graphs, by engine) and the other peers; how time grows; and the engines against each other. What is finished is
+written after each case, so that a run that is stopped loses nothing. It ends with the goals met, missed, and not run.
+``python -m benchmarks.report --add FOLDER`` takes what it wrote into the pages.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import os
 import re
 import subprocess
@@ -30,21 +31,23 @@ import tyro
 from eqco_loss import EqCoLoss
 from eqco_loss.ops.backends import BACKENDS
 
+from . import scaling, step
 from .measure import (
     RESULTS,
     Row,
+    Step,
     captured,
-    interleave_graphs,
-    limits,
+    interleave_gpu,
     profiling,
     provenance,
+    read_csv,
     relative_error,
     wall_clock,
     write_csv,
 )
 from .peers import PEERS
-from .runner import CASE, check_device, place, run, step_of
-from .workloads import WORKLOADS, Case, Problem
+from .runner import CASE, Plan, Wants, check_device, is_first, run_all, step_of
+from .workloads import DTYPES, WORKLOADS, Case, Problem, cases
 
 TESTS = ("tests/test_kernels.py", "tests/test_cuda.py", "tests/test_world.py", "tests/test_wide.py")
 
@@ -78,57 +81,93 @@ GOALS = [  # in order of worth
 ]
 
 
+PARTS = ("tests", "cases", "kernels", "step", "ways", "scaling", "engines")
+
+
 @dataclass(frozen=True)
 class Args:
     deadline: float = 540.0  # seconds for everything
     tests: float = 150.0  # of them, at most, for the tests
-    skip: tuple[str, ...] = ()  # of tests, cases, engines
-    cases: tuple[str, ...] = ()  # only these workloads
-    compiled: bool = True  # torch.compile beside ours and the baseline
+    first: float = 200.0  # and for the first look at every case
+    skip: tuple[str, ...] = ()  # of tests, cases, kernels, step, ways, scaling, engines
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
     processes: int = 14  # for the tests
-    rounds: int = 30
+    rounds: int = 15
     out: Path | None = None  # None: $OUT, or benchmarks/results/gpu_check
 
 
 def main(args: Args) -> int:
+    check(args)
     check_device("cuda")
     end = time.monotonic() + args.deadline
     out = args.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS / "gpu_check")
     out.mkdir(parents=True, exist_ok=True)
     failed = 0
+    goals = [goal.case for goal in GOALS if goal.case.workload in args.workloads]
+    matrix = goals + [case for case in cases("cuda", DTYPES) if case.workload in args.workloads and case not in goals]
     if "tests" not in args.skip:
         failed = tests(args, out)
-    rows: list[Row] = []
-    if "cases" not in args.skip:
-        for goal in GOALS:
-            if args.cases and goal.case.workload not in args.cases:
-                continue
-            if time.monotonic() > end - 15:
-                break
-            attempt(goal.case.size, partial(case_of, args, goal.case, rows, out))
-    if "engines" not in args.skip:
-        attempt("engines", partial(engines, end, out))
-    show(rows)
+    plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
+    for name, action in {
+        "cases": lambda: ways(matrix, is_first, plan, min(args.first, left(end))),
+        "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
+        "step": lambda: step.main(step.Args(out=out / "step-gpu.csv")),
+        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - 100),
+        "scaling": lambda: scaling.main(scaling.Args(deadline=max(15, left(end) - 40), out=out / "scaling-gpu.csv")),
+        "engines": lambda: engines(end, out),
+    }.items():
+        if name not in args.skip and left(end) > 15:
+            print(f"\n{name}, {left(end):.0f} s left", flush=True)
+            guarded(name, action)
+    show(read_csv(plan.out) if plan.out.exists() else [])
     return failed
 
 
-def attempt(name: str, action: Callable[[], None]) -> None:
-    """One broken case stops no other."""
+def check(args: Args) -> None:
+    for name, given, known in (("skip", args.skip, PARTS), ("workloads", args.workloads, tuple(WORKLOADS))):
+        wrong = [one for one in given if one not in known]
+        if wrong:
+            raise SystemExit(f"error: {name}: unknown {', '.join(wrong)}; known: {', '.join(known)}.")
+    for name in ("deadline", "tests", "first", "processes", "rounds"):
+        if not getattr(args, name) > 0:
+            raise SystemExit(f"error: {name}: expected more than 0, got {getattr(args, name)}.")
+
+
+def guarded(name: str, action: Callable[[], object]) -> None:
+    """One broken part stops no other."""
     try:
         action()
-    except Exception:
+    except (Exception, SystemExit):
         print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a GPU that is lost
+            torch.cuda.empty_cache()
+
+
+def left(end: float) -> float:
+    return end - time.monotonic()
+
+
+def ways(chosen: list[Case], wants: Wants, plan: Plan, seconds: float) -> None:
+    if seconds > 15:  # what a case may take
+        run_all(chosen, wants, plan._replace(deadline=seconds))
 
 
 def tests(args: Args, out: Path) -> int:
     root = Path(__file__).parents[1]
     files = [name for name in TESTS if (root / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.processes), "--no-header", "-p", "no:cacheprovider"]
+    command += ["-p", "xdist.plugin"]  # and no other, which might warn of this one
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with (out / "tests.txt").open("w") as log:
         try:
             done = subprocess.run(
-                [*command, *files], cwd=root, stdout=log, stderr=subprocess.STDOUT, timeout=args.tests, check=False
+                [*command, *files],
+                cwd=root,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=args.tests,
+                check=False,
+                env=environment,
             )
             status = done.returncode
         except subprocess.TimeoutExpired:
@@ -136,49 +175,44 @@ def tests(args: Args, out: Path) -> int:
     lines = (out / "tests.txt").read_text().splitlines()
     wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
     print("\n".join(wanted[-30:]) or f"tests: status {status}", flush=True)
+    write_csv(out / "tests-gpu.csv", [counted(wanted[-1] if wanted else "", status) | provenance("cuda")])
     return status
 
 
-def case_of(args: Args, case: Case, rows: list[Row], out: Path) -> None:
-    """Ours and the baseline first, then torch.compile, written after each."""
-    origin = provenance("cuda")
-    baseline = WORKLOADS[case.workload].baseline
-    names = ["eqco_loss", baseline] + (["torch.compile"] if args.compiled else [])
-    wanted = [one for one in PEERS if case.workload in one.workloads and one.name in names]
-    found = run(case, wanted, "cuda", args.rounds, 5.0, limits("cuda", case.dtype))
-    for row in found:
-        rows.append({**row, **origin})
-        why = row["status"] if row["status"] != "timed" else ""
-        print(
-            f"{case.workload} {case.dtype} {case.size:24} {row['peer'][:22]:22} graph {row['graph_us']:>8} us "
-            f"warm {row['graph_warm_us']:>8} host {row['ms']:>8} ms  error {row['relative_error']:>8} "
-            f"{row['peak_extra_mb']:>9} MB {row['kernels']:>3} kernels {why}",
-            flush=True,
-        )
-    write_csv(out / "gpu.csv", sorted(rows, key=place))
-    print(kernels(case), flush=True)
+def counted(line: str, status: int) -> Row:
+    """Of pytest's last line; blank where it was stopped before."""
+    found = {what: re.search(rf"(\d+) {what}", line) for what in ("passed", "failed", "skipped")}
+    ended = found["passed"] or found["failed"]
+    return {"status": str(status)} | {
+        what: match[1] if match else "0" if ended else "" for what, match in found.items()
+    }
 
 
-def kernels(case: Case) -> str:
+def kernels(chosen: list[Case], end: float) -> None:
     """Our kernels' own times in one step, by their names."""
-    problem = Problem(case, "cuda")
-    ours = next(one for one in PEERS if one.name == "eqco_loss" and case.workload in one.workloads)
-    step = partial(step_of, problem, ours.prepare(problem))
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    with profiling(torch.profiler.ProfilerActivity.CUDA) as profile:
-        for _ in range(10):
-            step()
+    for case in chosen:
+        if time.monotonic() > end:
+            return
+        problem = Problem(case, "cuda")
+        ours = next(one for one in PEERS if one.name == "eqco_loss" and one.wanted(case))
+        one_step = partial(step_of, problem, ours.prepare(problem))
+        for _ in range(3):
+            one_step()
         torch.cuda.synchronize()
-    events = [e for e in profile.key_averages() if getattr(e, "self_device_time_total", 0) > 0]
-    times = sorted(((e.self_device_time_total / 10, e.key) for e in events), reverse=True)
-    return "    " + "; ".join(f"{name[:40]} {us:.1f}" for us, name in times[:9])
+        with profiling(torch.profiler.ProfilerActivity.CUDA) as profile:
+            for _ in range(10):
+                one_step()
+            torch.cuda.synchronize()
+        events = [e for e in profile.key_averages() if getattr(e, "self_device_time_total", 0) > 0]
+        times = sorted(((e.self_device_time_total / 10, e.key) for e in events), reverse=True)
+        line = "; ".join(f"{name[:40]} {us:.1f}" for us, name in times[:9])
+        print(f"{case.workload} {case.dtype} {case.size}: {line}", flush=True)
 
 
 def engines(end: float, out: Path) -> None:
     """The fused kernels against the wide engine, where both can serve."""
-    rows: list[dict[str, str]] = []
+    rows: list[Row] = []
+    origin = provenance("cuda")
     for n, d in ((4096, 128), (4096, 256), (4096, 512), (4096, 1024), (1024, 512), (16384, 512)):
         for symmetric in (True, False):
             if time.monotonic() > end - 10:
@@ -186,27 +220,25 @@ def engines(end: float, out: Path) -> None:
             query, key = (torch.randn(n, d, device="cuda").bfloat16().requires_grad_() for _ in range(2))
             exact = [x.detach().double().requires_grad_() for x in (query, key)]
             truth = gradients_of(EqCoLoss(symmetric=symmetric, backend="torch"), *exact) if n <= 4096 else None
-            graphs, errors, steps = {}, {}, {}
+            graphs: dict[str, Step] = {}
+            errors, steps = {}, {}
             for name in BACKENDS:
                 if name == "torch":
                     continue
-                step = steps[name] = partial(gradients_of, criterion(symmetric, name), query, key)
+                call = steps[name] = partial(gradients_of, criterion(symmetric, name), query, key)
                 try:
-                    got = step()
+                    got = call()
                     errors[name] = "" if truth is None else f"{relative_error(got, truth):.1e}"
-                    graphs[name] = captured(step)
+                    graphs[name] = captured(call).replay
                 except Exception as failure:
                     print(f"    {name} N={n} D={d}: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
-            for name, (cold, warm) in interleave_graphs(graphs, 20).items():
+            for name, (cold, warm) in interleave_gpu(graphs, 20).items():
                 host = wall_clock(steps[name], "cuda")
                 row = {"engine": name, "n": str(n), "d": str(d), "symmetric": str(symmetric), "error": errors[name]}
                 row |= {"us": f"{1e6 * cold.median:.4g}", "warm_us": f"{1e6 * warm.median:.4g}"}
-                rows.append(row | {"host_ms": f"{1e3 * host:.3g}"})
-                print("    engine " + "  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-            with (out / "engines.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+                rows.append(row | {"host_ms": f"{1e3 * host:.3g}"} | origin)
+                print("    engine " + "  ".join(rows[-1][key] for key in rows[-1] if key not in origin), flush=True)
+            write_csv(out / "engines.csv", rows)
 
 
 def criterion(symmetric: bool, backend: Any) -> torch.nn.Module:

@@ -20,11 +20,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from eqco_loss.ops.triton import launch
+from eqco_loss.ops.triton import arguments
 
 from .compile_report import NoGpu
 from .measure import Timing
-from .peers import PEERS, Peer
+from .peers import PEERS
+from .registry import Peer
 from .runner import step_of
 from .workloads import WORKLOADS, Case, Problem
 
@@ -96,7 +97,7 @@ def no_launches(target: int, launches: list[str]) -> Iterator[None]:
     triton.runtime.driver.set_active(NoGpu(target))
     with (
         mock.patch.multiple(CompiledKernel, run=property(run), create=True, **nothing),
-        mock.patch.multiple(launch, _arch=lambda x: target, _parallel=lambda x: 132),
+        mock.patch.multiple(arguments, arch=lambda x: target, parallel=lambda x: 132),
         mock.patch("eqco_loss.ops.triton._refusal_of", return_value=None),
         mock.patch("eqco_loss.ops.choose", auto),
     ):

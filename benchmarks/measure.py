@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import random
@@ -41,21 +42,55 @@ class Timing(NamedTuple):
 
 def interleave(steps: Mapping[str, Step], rounds: int, label: str, device: str = "cpu") -> dict[str, Timing]:
     """Wall-clock of every step once a round: all of them meet the same machine, and each other in every order."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    return {name: both.wall for name, both in interleave_both(steps, rounds, label, device).items()}
+
+
+class HostAndWall(NamedTuple):
+    """Until the call returns, and until its work is done: one and the same on a CPU."""
+
+    host: Timing
+    wall: Timing
+
+
+def interleave_both(steps: Mapping[str, Step], rounds: int, label: str, device: str = "cpu") -> dict[str, HostAndWall]:
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
     for _ in tqdm(range(rounds), desc=label, leave=False, disable=not sys.stderr.isatty()):
         shuffle(order)  # or the same one would always follow the one that leaves the caches coldest
         for name in order:
-            seconds[name].append(wall_clock(steps[name], device))
-    return {name: Timing.of(s) for name, s in seconds.items()}
+            with blamed(name):
+                seconds[name].append(host_and_wall(steps[name], device))
+    return {name: HostAndWall(*(Timing.of(list(s)) for s in zip(*both, strict=True))) for name, both in seconds.items()}
+
+
+def host_and_wall(step: Step, device: str) -> tuple[float, float]:
+    start = time.perf_counter()
+    step()
+    host = time.perf_counter() - start
+    if device != "cuda":
+        return host, host
+    torch.cuda.synchronize()
+    return host, time.perf_counter() - start
 
 
 def wall_clock(step: Step, device: str) -> float:
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return host_and_wall(step, device)[1]
+
+
+class BrokenWayError(Exception):
+    """A way failed after it had been checked; the cause is the failure."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@contextlib.contextmanager
+def blamed(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as failure:
+        raise BrokenWayError(name) from failure
 
 
 # --------------------------------------------------------------------------------------------------------------- CPU
@@ -135,23 +170,37 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def interleave_graphs(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, tuple[Timing, Timing]]:
-    """GPU seconds of each graph, in turn: with L2 flushed before, and without."""
+REPLAY, CALL = 500_000, 10_000_000  # cycles that the GPU sleeps until a replay, or a call from Python, is in its queue
+
+
+def interleave_gpu(calls: Mapping[str, Step], rounds: int, cycles: int = REPLAY) -> dict[str, tuple[Timing, Timing]]:
+    """GPU seconds of each call, in turn: with L2 flushed before, and without."""
     flush = torch.empty(128 * 2**20, dtype=torch.int8, device="cuda")
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in graphs}
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     for _ in range(rounds):
-        for name, graph in graphs.items():
+        for name, call in calls.items():
             for warm in (False, True):
                 if not warm:
                     flush.zero_()
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda._sleep(500_000)  # cycles, until the replay is in the queue
+                torch.cuda._sleep(cycles)
                 begin.record()
-                graph.replay()
+                with blamed(name):
+                    call()
                 end.record()
                 torch.cuda.synchronize()
                 seconds[name][warm].append(begin.elapsed_time(end) / 1e3)
     return {name: (Timing.of(cold), Timing.of(warm)) for name, (cold, warm) in seconds.items()}
+
+
+def no_graph_because(failure: Exception) -> str:
+    """Why a step could not be captured, in a few words."""
+    first = (str(failure).strip().splitlines() or ["no text"])[0]
+    if isinstance(failure, torch.OutOfMemoryError):
+        return "no memory for its graph"
+    if "synchroniz" in first or "not permitted when stream is capturing" in first:
+        return "waits for the host"
+    return f"no CUDA graph: {first[:80]}"
 
 
 def kernels_launched(step: Step) -> int:
@@ -168,14 +217,18 @@ def kernels_launched(step: Step) -> int:
 
 
 class Limits(NamedTuple):
-    """What this machine reached here: matrix products in a dtype, and memory."""
+    """The most that anything reached on this machine: matrix products, and memory."""
 
     operations: float  # a second
-    bytes: float  # a second
+    bytes: float
 
     def seconds(self, operations: float, size: float) -> float:
         """The least that so much work can take."""
         return max(operations / self.operations, size / self.bytes)
+
+    def reached(self, operations: float, size: float, seconds: float) -> Limits:
+        """A way that was faster than products and copies shows what the machine can do."""
+        return Limits(max(self.operations, operations / seconds), max(self.bytes, size / seconds))
 
 
 def set_precision(dtype: str) -> None:
@@ -183,20 +236,75 @@ def set_precision(dtype: str) -> None:
     torch.set_float32_matmul_precision("high" if dtype == "high" else "highest")
 
 
-def limits(device: str, dtype: str) -> Limits:
-    """Best of five: a large square product (as autocast multiplies for amp), and a copy far beyond the caches."""
+SHAPES = {  # rows, columns, summed: a square, and what the workloads have
+    "cuda": ((8192, 8192, 8192), (16384, 16384, 1024)),
+    "cpu": ((2048, 2048, 2048), (512, 512, 512), (256, 16384, 128), (1024, 128, 4096)),
+}
+
+
+def limits(device: str, dtype: str, size: float) -> Limits:
+    """The best of products, and of copies that move as many bytes: beyond the caches on a GPU, whose L2 is flushed."""
+    return Limits(
+        most_products(device, dtype), most_bytes(device, 2**31 if device == "cuda" else max(2**16, int(size)))
+    )
+
+
+@functools.cache
+def most_products(device: str, dtype: str) -> float:
+    """The best of several shapes, in every dtype that a way may convert to without losing accuracy.
+
+    So float32 counts a GPU's bfloat16 products too, six for one (three for "high"), which is how float32 can be had
+    from them; and a CPU's half precision counts float32, which many CPUs multiply faster.
+    """
     set_precision(dtype)
     kind = {"high": "float32", "amp": "bfloat16"}.get(dtype, dtype)
-    n, size = (8192, 2**30) if device == "cuda" else (2048 if kind == "float32" else 512, 2**28)
-    a, b = (torch.randn(n, n).to(device, getattr(torch, kind)) for _ in range(2))
-    source = torch.empty(size, dtype=torch.int8, device=device)
+    candidates = {kind: 1.0}
+    if device == "cpu":
+        candidates["float32"] = 1.0
+    elif kind == "float32":
+        candidates["bfloat16"] = 1 / 3 if dtype == "high" else 1 / 6
+    return max(
+        worth * products_a_second(device, getattr(torch, name), shape)
+        for name, worth in candidates.items()
+        for shape in SHAPES[device]
+        if device == "cuda" or name == "float32" or max(shape) <= 512  # some CPUs take seconds for large half products
+    )
+
+
+@functools.cache
+def most_bytes(device: str, size: int) -> float:
+    """Read and written by a copy that moves ``size`` bytes together; on a CPU by one thread, too.
+
+    Two threads meet at the end of every copy, and a busy machine may let one of them wait longer than the copy takes.
+    """
+    source = torch.zeros(size // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
 
-    def best(step: Step) -> float:
-        step()
-        return min(wall_clock(step, device) for _ in range(5))
+    def rate() -> float:
+        return size / best(lambda: target.copy_(source), device)
 
-    return Limits(2.0 * n**3 / best(lambda: a @ b), 2.0 * size / best(lambda: target.copy_(source)))
+    threads = torch.get_num_threads()
+    rates = [rate()]
+    if device == "cpu" and threads > 1:
+        torch.set_num_threads(1)
+        rates.append(rate())
+        torch.set_num_threads(threads)
+    return max(rates)
+
+
+def products_a_second(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> float:
+    rows, columns, summed = shape
+    a, b = (torch.randn(n, summed, device=device).to(dtype) for n in (rows, columns))
+    return 2.0 * rows * columns * summed / best(lambda: a @ b.T, device)
+
+
+def best(step: Step, device: str, least: int = 5, seconds: float = 0.05) -> float:
+    """Of five or more, as many as fit."""
+    step()
+    taken = [wall_clock(step, device) for _ in range(least)]
+    while sum(taken) < seconds:
+        taken.append(wall_clock(step, device))
+    return min(taken)
 
 
 # ------------------------------------------------------------------------------------------------------------- records

@@ -6,11 +6,8 @@ Where it cannot serve, it raises :class:`UnavailableError` with the reason, whic
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,87 +16,23 @@ from torch import Tensor
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
 
+from . import variants
+from .registry import (
+    PEERS,
+    Loss,
+    Peer,
+    Prepare,
+    UnavailableError,
+    amp_dtype,
+    gpu_only,
+    half_only,
+    load,
+    peer,
+    unit,
+)
 from .workloads import ALPHA, INTER_T, Problem, T, band
 
-Loss = Callable[[], Tensor]
-EXTRA = 'pip install -e ".[benchmarks]"'
-PACKAGES = {  # distribution, and the module to import
-    "lightly": ("lightly", "lightly.loss"),
-    "info-nce-pytorch": ("info-nce-pytorch", "info_nce"),
-    "pytorch-metric-learning": ("pytorch-metric-learning", "pytorch_metric_learning.losses"),
-    "open_clip": ("open_clip_torch", "open_clip.loss"),
-    "cut-cross-entropy": ("cut-cross-entropy", "cut_cross_entropy"),
-    "liger-kernel": ("liger_kernel", "liger_kernel.transformers"),
-    "inf-cl": ("inf-cl", "inf_cl"),
-}
-
-
-class UnavailableError(Exception):
-    """Why a peer cannot serve a case."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One way to the loss of some workloads."""
-
-    name: str
-    workloads: tuple[str, ...]
-    prepare: Callable[[Problem], Loss]
-    logits: float = 0.0  # how many float32 tensors of its logits' size it holds at once, forward and backward
-    pairs: bool = False  # its logits have a column for every pair of a positive and a negative of any row
-
-    @property
-    def package(self) -> str | None:
-        return next((package for package in PACKAGES if self.name.startswith(package)), None)
-
-    @property
-    def version(self) -> str:
-        return importlib.metadata.version(PACKAGES[self.package][0]) if self.package else ""
-
-    def bytes(self, problem: Problem) -> float:
-        """What it is expected to hold at once."""
-        case = problem.case
-        columns = case.k * (case.rows if self.pairs else 1)
-        return 4.0 * self.logits * case.rows * columns
-
-
-PEERS: list[Peer] = []
-
-
-def peer(name: str, *workloads: str, logits: float = 0.0, pairs: bool = False) -> Callable[[Any], Any]:
-    def add(prepare: Callable[[Problem], Loss]) -> Callable[[Problem], Loss]:
-        PEERS.append(Peer(name, workloads, prepare, logits, pairs))
-        return prepare
-
-    return add
-
-
-def load(package: str) -> Any:
-    """Its module, or the extra to install."""
-    distribution, module = PACKAGES[package]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UnavailableError(f"{distribution} is not installed ({error}): {EXTRA}") from error
-
-
-def gpu_only(problem: Problem) -> None:
-    if problem.device.type != "cuda":
-        raise UnavailableError("no CPU path: its kernels are Triton's")
-
-
-def half_only(problem: Problem) -> None:
-    if problem.device.type == "cuda" and problem.case.dtype in ("float32", "high"):
-        raise UnavailableError("flash attention is for half precision")
-
-
-def unit(x: Tensor) -> Tensor:
-    return F.normalize(x, dim=1)
-
-
-def amp_dtype(problem: Problem, x: Tensor) -> Tensor:
-    """Autocast does not reach a package's own kernels: their user converts."""
-    return x.bfloat16() if problem.case.dtype == "amp" else x
+__all__ = ["PEERS"]
 
 
 # ------------------------------------------------------------------------------------------- M1, R: a queue's K keys
@@ -363,6 +296,28 @@ def metric_learning(problem: Problem) -> Loss:
     return lambda: module(problem.query, problem.key)
 
 
+@peer("memeff InfoNCE", "S1")
+def memeff_batch(problem: Problem) -> Loss:
+    """Its margin of 2 switches its mask of false negatives off; ``stable`` would change the gradient's scale."""
+    return memeff(problem, "MemoryEfficientQwen3Loss", margin=2.0)
+
+
+@peer("memeff CLIP", "C1")
+def memeff_clip(problem: Problem) -> Loss:
+    return memeff(problem, "MemoryEfficientCLIPLoss")
+
+
+def memeff(problem: Problem, name: str, **options: Any) -> Loss:
+    gpu_only(problem)
+    module = getattr(load("memeff"), name)(T, normalized_inputs=True, stable=False, **options)
+
+    def loss() -> Tensor:
+        value: Tensor = module(amp_dtype(problem, unit(problem.query)), amp_dtype(problem, unit(problem.key)))
+        return value
+
+    return loss
+
+
 @peer("eqco_loss", "S1")
 def ours_batch(problem: Problem) -> Loss:
     criterion = EqCoLoss(T, alpha=None)
@@ -448,18 +403,10 @@ def ours_picked(problem: Problem) -> Loss:
     return lambda: criterion(problem.query, problem.key)
 
 
-# ---------------------------------------------------------------------------------------- torch.compile of the eager
+# ----------------------------------------------------------------------------- torch.compile of the eager, and of ours
 
 
-def compiled(prepare: Callable[[Problem], Loss]) -> Callable[[Problem], Loss]:
-    def prepare_compiled(problem: Problem) -> Loss:
-        loss: Loss = torch.compile(prepare(problem), dynamic=False)
-        return loss
-
-    return prepare_compiled
-
-
-EAGER: dict[Callable[[Problem], Loss], tuple[str, ...]] = {
+EAGER: dict[Prepare, tuple[str, ...]] = {
     eager_logsumexp: ("M1", "R"),
     eager_rows: ("M2",),
     eager_dual: ("T1",),
@@ -469,7 +416,21 @@ EAGER: dict[Callable[[Problem], Loss], tuple[str, ...]] = {
     eager_picked: ("P1",),
 }
 for eager, of in EAGER.items():
-    PEERS.append(Peer("torch.compile", of, compiled(eager), logits=3))
+    PEERS.append(Peer("torch.compile", of, variants.compiled(eager), logits=3))
+
+OURS: dict[Prepare, str] = {
+    ours_queue: "M1",
+    ours_rows: "M2",
+    ours_dual: "T1",
+    ours_batch: "S1",
+    ours_clip: "C1",
+    ours_views: "S2",
+    ours_picked: "P1",
+}
+for ours, name in OURS.items():
+    PEERS += variants.of_ours(ours, name)
+for workload, symmetric in (("S1", False), ("C1", True)):
+    PEERS += variants.engines(workload, symmetric)
 
 
 def queue_of(problem: Problem) -> Tensor:

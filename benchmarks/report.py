@@ -1,9 +1,11 @@
-"""The README's table, docs/scaling.md's and the figures, from the committed CSVs.
+"""The README's table, docs/benchmarks.md's, docs/scaling.md's and the figures, from the committed CSVs.
 
-    python -m benchmarks.report             # rewrites both pages between their markers, and docs/benchmarks-*.png
-    python -m benchmarks.report --check     # fails where they do not agree with the CSVs
+    python -m benchmarks.report                  # rewrites the pages between their markers, and docs/benchmarks-*.png
+    python -m benchmarks.report --check          # fails where they do not agree with the CSVs
+    python -m benchmarks.report --add FOLDER     # takes a run's CSVs in first: its rows replace older ones
 
-A figure carries the digest of the rows it shows, so that an old one is found out.
+A row of ours that was measured before the last change of eqco_loss/ops is marked. A figure carries the digest of the
+rows it shows, so that an old one is found out.
 """
 
 from __future__ import annotations
@@ -18,27 +20,15 @@ from typing import Any
 
 import tyro
 
+from .history import ROOT, Age, add, age, is_ours, shown, without_marks
 from .measure import RESULTS, Row, read_csv
-from .ranks import FORMS, largest_world, projection, traffic
-from .workloads import DTYPES, WORKLOADS, Case
+from .pages import PAGES, case_of, limit_share
+from .runner import place as in_matrix
+from .workloads import DTYPES, WORKLOADS
 
-ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- benchmarks: begin, written by python -m benchmarks.report -->", "<!-- benchmarks: end -->"
-README_CASES = {  # workload, N, K, all at D = 128: of a CPU, and of a GPU
-    "cpu": ("float32", (("M1", 256, 65536), ("S1", 4096, 4095), ("S1", 256, 255), ("S2", 4096, 8190), ("P1", 256, 16))),
-    "gpu": (
-        "bfloat16",
-        (
-            ("M1", 256, 65536),
-            ("M1", 1024, 65536),
-            ("T1", 256, 65536),
-            ("M2", 256, 65536),
-            ("S1", 4096, 4095),
-            ("S1", 16384, 16383),
-            ("S2", 4096, 8190),
-            ("S2", 32768, 65534),
-        ),
-    ),
+DRAWN = {  # dtype, and of each workload N and D: what a reader looks for first
+    "cpu": ("float32", ((256, 128), (4096, 128), (4096, 512), (250, 120))),
+    "gpu": ("bfloat16", ((256, 128), (4096, 128), (4096, 512))),
 }
 COLORS = {"eqco_loss": "tab:orange"}  # ours; the others are grey
 
@@ -46,15 +36,24 @@ COLORS = {"eqco_loss": "tab:orange"}  # ours; the others are grey
 @dataclass(frozen=True)
 class Args:
     check: bool = False  # change nothing; fail where something does not agree
+    add: Path | None = None  # a folder of CSVs that a run wrote
 
 
 def main(args: Args) -> None:
+    if args.check and args.add is not None:
+        raise SystemExit("error: check, add: expected one of them. Add first, then check.")
+    if args.add is not None:
+        print(f"added: {', '.join(add(args.add, in_matrix))}")
     stale = []
-    for name, write in PAGES.items():
+    for name, sections in PAGES.items():
         page = ROOT / name
-        before = page.read_text()
-        after = between_markers(before, write())
-        if before != after:
+        before = after = page.read_text()
+        for section, write in sections.items():
+            after = between_markers(after, section, write())
+        same = before == after or (
+            args.check and not ages_are_known() and without_marks(before) == without_marks(after)
+        )
+        if not same:
             stale.append(name)
             if not args.check:
                 page.write_text(after)
@@ -69,120 +68,18 @@ def main(args: Args) -> None:
     print("nothing to change" if not stale else f"written: {', '.join(stale)}")
 
 
-# ------------------------------------------------------------------------------------------------------------- pages
+def ages_are_known() -> bool:
+    """A copy without git, or with part of the history, cannot tell whether the kernels have changed since a row."""
+    rows = [row for path in RESULTS.glob("*.csv") for row in read_csv(path) if is_ours(row)]
+    return all(age(row["commit"]) is not Age.UNKNOWN for row in rows)
 
 
-def between_markers(page: str, text: str) -> str:
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{rest[rest.index(END) :]}"
+def between_markers(page: str, name: str, text: str) -> str:
+    begin = f"<!-- benchmarks, {name}: begin, written by python -m benchmarks.report -->"
+    end = f"<!-- benchmarks, {name}: end -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{rest[rest.index(end) :]}"
 
-
-def table() -> str:
-    """Every way of some cases of each device that has a CSV."""
-    parts = []
-    for device, (dtype, chosen) in README_CASES.items():
-        path = RESULTS / f"{device}.csv"
-        rows = [row for row in (read_csv(path) if path.exists() else []) if row["dtype"] == dtype]
-        shown = [[row for row in rows if matches(row, *choice)] for choice in chosen]
-        together = [row for case in shown for row in case]
-        if not together:
-            continue
-        graph = any(row["graph_us"] for row in together)
-        head = [*(["GPU us, CUDA graph", "times faster"] if graph else []), "ms", "times faster", "extra memory"]
-        lines = [f"| | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
-        for case in shown:
-            lines += table_rows(case, graph)
-        fewest = min(int(row["rounds"]) for row in together if row["rounds"])
-        made = "; ".join(
-            dict.fromkeys(f"{r['device']}, torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in together)
-        )
-        lines += ["", f"Forward and backward, {dtype}, medians of {fewest} or more interleaved rounds; {made}."]
-        parts.append("\n".join([*lines, *share_of_a_step(RESULTS / f"step-{device}.csv")]))
-    return "\n\n".join(parts)
-
-
-def share_of_a_step(path: Path) -> list[str]:
-    rows = read_csv(path) if path.exists() else []
-    return [
-        f"Of a SiMo step of ResNet-50 (N = {row['n']}, {row['image_size']} px, {float(rows[0]['ms']):.0f} ms) the loss "
-        f"is {100 * float(row['share_of_step']):.2f} %: {row['ms']} ms."
-        for row in rows[1:]
-        if row["what"].startswith("eqco_loss") and "65536" not in row["what"]
-    ]
-
-
-def matches(row: Row, workload: str, n: int, k: int) -> bool:
-    given = row["workload"], int(row["n"]), int(row["k"]), int(row["d"]), row["layout"]
-    return given == (workload, n, k, 128, "rows")
-
-
-def table_rows(case: list[Row], graph: bool) -> list[str]:
-    """What the case is, its ways, and why others are none."""
-    if not case:
-        return []
-    what = f"**{WORKLOADS[case[0]['workload']].title}** ({case[0]['workload']}), {case_of(case[0]).size}"
-    rest = " |" * (5 if graph else 3)
-    lines = [f"| {what} |{rest}"]
-    reasons: dict[str, list[str]] = {}
-    for row in sorted(case, key=lambda row: (float(row["graph_us"] or "inf"), float(row["ms"] or "inf"))):
-        name = f"{row['peer']} {row['version']}".strip()
-        if row["status"] != "timed":
-            reasons.setdefault(row["status"], []).append(name)
-            continue
-        cells = [name]
-        if graph:
-            cells += [number(row["graph_us"], ".4g"), number(row["times_faster_graph"], ".2f")]
-        cells += [
-            number(row["ms"], ".4g"),
-            number(row["times_faster"], ".2f"),
-            number(row["peak_extra_mb"], ".1f", " MB"),
-        ]
-        lines.append("| " + " | ".join(f"**{cell}**" if name == "eqco_loss" else cell for cell in cells) + " |")
-    return lines + [f"| {', '.join(names)} | {reason} |{rest[2:]}" for reason, names in reasons.items()]
-
-
-def number(text: str, form: str, unit: str = "") -> str:
-    """A dash where there is none."""
-    return f"{float(text):{form}}{unit}" if text else "-"
-
-
-def case_of(row: Row) -> Case:
-    return Case(row["workload"], int(row["n"]), int(row["k"]), int(row["d"]), row["dtype"], row["layout"])
-
-
-def scaling_page() -> str:
-    """What the ranks showed beside the arithmetic, and the arithmetic further on."""
-    lines = ["| | ranks | gathered | reduced | sent, all ranks: arithmetic | measured | peak memory a rank |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    rows = read_csv(RESULTS / "ranks.csv")
-    for row in rows:
-        ranks = int(row["ranks"])
-        wire = f"{int(row['wire_bytes_all_ranks']):,}" if row["wire_bytes_all_ranks"] else "not known"
-        one = traffic(
-            ranks, int(row["n"]), int(row["d"]), "keys detached" if "det" in row["form"] else "both gradients"
-        )
-        lines.append(
-            f"| {row['form']} | {ranks} | {int(row['gathered_bytes']):,} | {int(row['reduced_bytes']):,} "
-            f"| {ranks * one.sent(ranks):,.0f} | {wire} | {row['peak_extra_mb']} MB |"
-        )
-    lines += ["", f"Bytes a step; N = {rows[0]['n']} a rank, D = {rows[0]['d']}, float32; {rows[0]['device']}; torch "]
-    lines[-1] += f"{rows[0]['torch']}; commit {rows[0]['commit']}, {rows[0]['date']}."
-    lines += ["", "| GPUs | keys | gathered, MB | reduced, MB | network, keys detached | network, both gradients |"]
-    lines[-1] += " products | network's share of a step |"
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for count in (8, 64, 256, 1024):
-        p = projection(count)
-        lines.append(
-            f"| {p.ranks} | {p.keys:,} | {p.gathered_mb:.1f} | {p.reduced_mb:.1f} | {p.detached_ms:.2f} ms "
-            f"| {p.learning_ms:.2f} ms | {p.compute_ms:.3f} ms | {100 * p.share:.1f} % |"
-        )
-    limits = [largest_world(0.1, form) for form in FORMS]
-    lines += ["", "The network takes a tenth of a step at "]
-    lines[-1] += f"{limits[0]:,} GPUs with keys detached, and at {limits[1]:,} with gradients to both sides."
-    return "\n".join(lines)
-
-
-PAGES = {"README.md": table, "docs/scaling.md": scaling_page}
 
 # ------------------------------------------------------------------------------------------------------------ figures
 
@@ -196,9 +93,9 @@ def figures() -> dict[str, tuple[Draw, list[Row]]]:
         for name, draw in (("", draw_bars), ("scaling-", draw_scaling)):
             path = RESULTS / f"{name}{device}.csv"
             if path.exists():
-                rows = read_csv(path)
-                shown = rows if name else [row for row in rows if row["layout"] == "rows"]
-                found[f"benchmarks-{name}{device}.png"] = draw, shown
+                rows = shown(path)
+                drawn = rows if name else [row for row in rows if row["layout"] == "rows"]
+                found[f"benchmarks-{name}{device}.png"] = draw, drawn
     return found
 
 
@@ -207,7 +104,7 @@ def draw_bars(rows: list[Row]) -> Any:
     import matplotlib.pyplot as plt
 
     cases = [[r for r in rows if r["workload"] == name and r["status"] == "timed"] for name in WORKLOADS]
-    usual = README_CASES["gpu" if any(r["graph_us"] for r in rows) else "cpu"]
+    usual = DRAWN["gpu" if any(r["graph_us"] for r in rows) else "cpu"]
     cases = [[r for r in case if place(r, *usual) == max(place(x, *usual) for x in case)] for case in cases if case]
     heights = [len(case) for case in cases]
     figure, axes = plt.subplots(
@@ -222,7 +119,7 @@ def draw_bars(rows: list[Row]) -> Any:
         bars.bar_label(bars.containers[0], fmt="%.2f", padding=2, fontsize=8)
         bars.axvline(1, color="0.3", linewidth=0.8)
         bars.set_title(f"{case[0]['workload']}: {case_of(case[0]).size}, {case[0]['dtype']}", fontsize=9, loc="left")
-        share.barh(names, [100 * float(r["limit_share"]) for r in case], color=colors)
+        share.barh(names, [float(limit_share(r).removesuffix(" %") or "nan") for r in case], color=colors)
         share.bar_label(share.containers[0], fmt="%.1f", padding=2, fontsize=8)
         share.set_yticks([])
         for one in (bars, share):
@@ -235,28 +132,38 @@ def draw_bars(rows: list[Row]) -> Any:
     return figure
 
 
-def place(row: Row, dtype: str, sizes: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
-    """The case a reader looks for first: float32 on a CPU, autocast on a GPU; of the README's size."""
-    usual = row["dtype"] == dtype, any(matches(row, *one) for one in sizes)
-    return *map(int, usual), -DTYPES.index(row["dtype"]), -int(row["n"]), -int(row["k"]), -int(row["d"])
+def place(row: Row, dtype: str, sizes: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """The case a reader looks for first: float32 on a CPU, bfloat16 on a GPU; of a usual size."""
+    n, d = int(row["n"]), int(row["d"])
+    return int(row["dtype"] == dtype), int((n, d) in sizes), -DTYPES.index(row["dtype"]), -n, -int(row["k"]), -d
 
 
 def draw_scaling(rows: list[Row]) -> Any:
-    """Time and memory against K, and against N."""
+    """Time and memory against K, against N, and against D where there are such rows."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex="col")
-    for column, (workload, size) in enumerate((("M1", "k"), ("S1", "n"))):
-        mine = [r for r in rows if r["workload"] == workload]
+    queues = [r for r in rows if r["workload"] == "M1"]
+    batches = [r for r in rows if r["workload"] == "S1" and r["d"] == "128"]
+    widest = max((int(r["n"]) for r in rows if r["workload"] == "S1" and r["d"] != "128"), default=0)
+    widths = [r for r in rows if r["workload"] == "S1" and int(r["n"]) == widest]
+    sweeps = [
+        ("k", queues, "M1: K keys of a queue, N = 256"),
+        ("n", batches, "S1: N in-batch, gradients to both sides"),
+    ]
+    if widths:
+        sweeps.append(("d", widths, f"S1: D features, N = {widest}"))
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(5 * len(sweeps), 6.5), sharex="col")
+    for column, (size, mine, title) in enumerate(sweeps):
         others = itertools.cycle(("0.2", "tab:blue", "tab:green", "tab:purple", "tab:brown"))
         for name in dict.fromkeys(r["peer"] for r in mine):
-            timed = [r for r in mine if r["peer"] == name and r["status"] == "timed"]
+            timed = sorted(
+                (r for r in mine if r["peer"] == name and r["status"] == "timed"), key=lambda r: int(r[size])
+            )
             x = [int(r[size]) for r in timed]
             style = {"color": COLORS.get(name, next(others)), "linewidth": 2.2 if name == "eqco_loss" else 1}
             for axis, key in zip(axes[:, column], ("ms", "peak_extra_mb"), strict=True):
                 axis.loglog(x, [float(r[key]) for r in timed], marker="o", markersize=3, label=name, **style)
-        title = "K keys of a queue, N = 256" if workload == "M1" else "N in-batch, gradients to both sides"
-        axes[0, column].set_title(f"{workload}: {title}", fontsize=10)
+        axes[0, column].set_title(title, fontsize=10)
         axes[1, column].set_xlabel(size.upper())
         axes[0, column].legend(fontsize=8)
     axes[0, 0].set_ylabel("ms, forward and backward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +17,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .console import show
 from .measure import (
+    CALL,
+    BrokenWayError,
+    HostAndWall,
     Limits,
     Row,
+    Step,
     Timing,
     available_bytes,
+    blamed,
     captured,
     interleave,
-    interleave_graphs,
+    interleave_both,
+    interleave_gpu,
     kernels_launched,
     limits,
+    no_graph_because,
     peak_extra_bytes,
     provenance,
     read_csv,
@@ -34,7 +43,8 @@ from .measure import (
     wall_clock,
     write_csv,
 )
-from .peers import PEERS, Peer, UnavailableError
+from .peers import PEERS
+from .registry import Peer, UnavailableError
 from .workloads import DTYPES, WORKLOADS, Case, Problem
 
 # Relative, of loss and gradients, in the norm: who is further from float64 is not timed. Packages that sum in bfloat16
@@ -48,40 +58,125 @@ FIGURES = (
     "ms",  # forward and backward, wall-clock, median
     "min_ms",
     "max_ms",
+    "host_ms",  # of it, until Python is free again; a GPU's step only
     "times_faster",
     "graph_us",  # the GPU's own time in a CUDA graph, L2 flushed before
     "graph_warm_us",
     "times_faster_graph",
+    "no_graph",  # why there is none
     "peak_extra_mb",
     "kernels",
     "relative_error",
     "rounds",
     "limit_share",  # the least that the machine's limits allow, over the time
+    "limit_operations",  # a second: the most that products, or a way, reached here
+    "limit_bytes",
 )
+Wants = Callable[[Case, Peer], bool]
 
 
-def run_all(
-    chosen: list[Case], wants: Callable[[Peer], bool], device: str, rounds: int, step_limit: float, out: Path
-) -> None:
+def is_first(case: Case, one: Peer) -> bool:
+    """Ours and what it stands against."""
+    return one.name in ("eqco_loss", "torch.compile", WORKLOADS[case.workload].baseline)
+
+
+class Plan(NamedTuple):
+    """What a run is given."""
+
+    device: str
+    rounds: int  # at least
+    step_limit: float  # seconds
+    out: Path
+    deadline: float | None = None  # seconds for everything
+
+
+def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
     """Case by case into the CSV; what it has of other cases stays."""
-    origin = provenance(device)
-    check_out(out, (*CASE, *FIGURES, *WORK, *origin))
+    end = None if plan.deadline is None else time.monotonic() + plan.deadline
+    origin = provenance(plan.device)
+    check_out(plan.out, (*CASE, *FIGURES, *WORK, *origin))
     print(f"{origin['device']}; torch {origin['torch']}, triton {origin['triton']}; commit {origin['commit']}")
-    machine: dict[str, Limits] = {}
+    queue = [(case, part) for part in parts(plan.deadline is not None) for case in chosen]
+    operations: dict[str, float] = {}  # the most that was reached, by dtype
+    started, done = time.monotonic(), 0
     try:
-        for case in tqdm(chosen, desc="cases", unit="case", disable=not sys.stderr.isatty()):
-            if case.dtype not in machine:
-                machine[case.dtype] = limits(device, case.dtype)
-            wanted = [one for one in PEERS if case.workload in one.workloads and wants(one)]
-            rows = run(case, wanted, device, rounds, step_limit, machine[case.dtype])
-            show(case, rows)
-            new = {(place(row), row["peer"]): {**row, **origin} for row in rows}
-            old = {(place(row), row["peer"]): row for row in (read_csv(out) if out.exists() else [])}
-            write_csv(out, sorted((old | new).values(), key=place))
+        for case, part in tqdm(queue, desc="cases", unit="case", disable=not sys.stderr.isatty()):
+            wanted = [one for one in PEERS if one.wanted(case) and wants(case, one) and part(case, one)]
+            if not wanted:
+                continue
+            now = time.monotonic()
+            if end is not None and now + (now - started) / max(done, 1) > end:
+                print(f"\nno time for {len(queue) - done} more cases: what is finished is written", flush=True)
+                break
+            rows = attempt(case, wanted, plan, operations, end)
+            done += 1
+            if rows:
+                show(case, rows)
+                add_rows(plan.out, [{**row, **origin} for row in rows])
+    except LostDeviceError as lost:
+        print(f"error: the GPU is lost: {lost}. What was finished before is in {plan.out}.", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print(f"\nstopped. What is finished is in {out}", file=sys.stderr)
+        print(f"\nstopped. What is finished is in {plan.out}", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"\nwritten to {out}")
+    print(f"\nwritten to {plan.out}")
+
+
+def parts(by_worth: bool) -> list[Wants]:
+    """All ways of a case at once; or those that matter most of all cases, then ours otherwise, then the others'."""
+    if not by_worth:
+        return [lambda case, one: True]
+    return [
+        is_first,
+        lambda case, one: not is_first(case, one) and one.name.startswith("eqco_loss"),
+        lambda case, one: not is_first(case, one) and not one.name.startswith("eqco_loss"),
+    ]
+
+
+def attempt(
+    case: Case, wanted: list[Peer], plan: Plan, operations: dict[str, float], end: float | None = None
+) -> list[Row]:
+    """The rows of the wanted; the baseline runs with them, for the ratio. A case that does not fit is rows too."""
+    baseline = WORKLOADS[case.workload].baseline
+    extra = [] if any(one.name == baseline for one in wanted) else [one for one in PEERS if one.name == baseline]
+    ways = [one for one in extra if one.wanted(case)] + wanted
+    try:
+        machine = limits(plan.device, case.dtype, case.bytes)
+        machine = machine._replace(operations=max(machine.operations, operations.get(case.dtype, 0.0)))
+        rows = run(case, ways, plan.device, plan.rounds, plan.step_limit, machine, end)
+    except (RuntimeError, MemoryError) as failure:
+        reason = reason_of(failure)
+        if lost(plan.device):
+            raise LostDeviceError(f"{case.workload} {case.size} {reason}") from failure
+        free(plan.device)
+        rows = [row_of(case, one, f"the case as a whole: {reason}") for one in ways]
+    reached = [float(row["limit_operations"]) for row in rows if row["limit_operations"]]
+    operations[case.dtype] = max([*reached, operations.get(case.dtype, 0.0)])
+    return [row for row in rows if row["peer"] not in {one.name for one in extra}]
+
+
+class LostDeviceError(Exception):
+    """After an illegal access, say, the GPU serves this process no more."""
+
+
+def lost(device: str) -> bool:
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def add_rows(out: Path, rows: list[Row]) -> None:
+    """Beside what the file has; a row of the same case, way and device replaces the one before."""
+
+    def key(row: Row) -> tuple[object, ...]:
+        return place(row), row["peer"], row["device"]
+
+    old = {key(row): row for row in (read_csv(out) if out.exists() else [])}
+    write_csv(out, sorted((old | {key(row): row for row in rows}).values(), key=place))
 
 
 def check_device(device: str) -> None:
@@ -124,6 +219,7 @@ class Way(NamedTuple):
     step: Callable[[], list[Tensor]]  # loss and gradients
     error: float
     seconds: float  # of a step after the first
+    replays: bool  # it is CUDA graphs already
 
 
 class Measured(NamedTuple):
@@ -131,20 +227,29 @@ class Measured(NamedTuple):
 
     error: float
     forward: Timing
-    both: Timing
-    peak_bytes: int
+    both: HostAndWall
+    peak_bytes: int | None  # None: a CUDA graph's own memory, which was taken before
     rounds: int
     kernels: int | None
     graph: tuple[Timing, Timing] | None  # L2 flushed before, and not
+    no_graph: str
 
     @property
     def seconds(self) -> float:
         """The GPU's own where it is known."""
-        return self.graph[0].median if self.graph else self.both.median
+        return self.graph[0].median if self.graph else self.both.wall.median
 
 
-def run(case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: float, machine: Limits) -> list[Row]:
-    """The rows of a case."""
+def run(
+    case: Case,
+    wanted: list[Peer],
+    device: str,
+    rounds: int,
+    step_limit: float,
+    machine: Limits,
+    end: float | None = None,
+) -> list[Row]:
+    """The rows of a case; of a way that had not begun at the ``end``, none."""
     set_precision(case.dtype)
     torch._dynamo.reset()  # every case its own programs, none made general by another's shapes
     problem = Problem(case, device)
@@ -152,70 +257,110 @@ def run(case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: fl
     ways: dict[str, Way] = {}
     refused: dict[str, str] = {}
     for one in tqdm(wanted, desc=f"{case.workload}: checking", leave=False, disable=not sys.stderr.isatty()):
+        if end is not None and time.monotonic() > end:
+            break
         answer = ready(one, problem, truth, step_limit)
         if isinstance(answer, str):
             refused[one.name] = answer
+            if lost(device):
+                raise LostDeviceError(f"{case.workload} {case.size}, {one.name}: {answer}")
         else:
             ways[one.name] = answer
     del truth
     free(device)
-    measured = measure(ways, device, rounds)
-    least = machine.seconds(case.operations, case.bytes)
+    measured: dict[str, Measured] = {}
+    while ways and not measured:
+        try:
+            measured = measure(ways, device, rounds)
+        except BrokenWayError as broken:
+            refused[broken.name] = reason_of(broken.__cause__ or broken)
+            del ways[broken.name]
+            if lost(device):
+                raise LostDeviceError(f"{case.workload} {case.size}, {broken.name}: {refused[broken.name]}") from broken
+            free(device)
+    for way in measured.values():
+        machine = machine.reached(case.operations, case.bytes, way.seconds)
     base = measured.get(WORKLOADS[case.workload].baseline)
-    rows = []
-    for one in wanted:
-        of = case.workload, case.n, case.k, case.d, case.layout, case.dtype, one.name
-        version = one.version if one.name in measured else ""
-        row = dict(zip(CASE, (*map(str, of), version, refused.get(one.name, "timed")), strict=True))
-        row |= dict.fromkeys(FIGURES, "")
-        if one.name in measured:
-            row |= figures(measured[one.name], base, least)
-        rows.append(row | dict(zip(WORK, (f"{case.operations:.3g}", f"{case.bytes:.3g}"), strict=True)))
-    return rows
+    return [
+        row_of(case, one, "timed", figures(measured[one.name], base, case, machine), one.version)
+        if one.name in measured
+        else row_of(case, one, refused[one.name])
+        for one in wanted
+        if one.name in measured or one.name in refused
+    ]
+
+
+def row_of(case: Case, one: Peer, status: str, known: Row | None = None, version: str = "") -> Row:
+    of = case.workload, case.n, case.k, case.d, case.layout, case.dtype, one.name, version, status
+    row = dict(zip(CASE, map(str, of), strict=True)) | dict.fromkeys(FIGURES, "") | (known or {})
+    return row | dict(zip(WORK, (f"{case.operations:.3g}", f"{case.bytes:.3g}"), strict=True))
 
 
 def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measured]:
     """All in turn."""
     steps = {name: way.step for name, way in ways.items()}
-    rounds = max(rounds, min(MANY, int(QUICK / sum(way.seconds for way in ways.values()))) if ways else 0)
+    rounds = max(rounds, min(MANY, int(QUICK / sum(way.seconds for way in ways.values()))))
     forwards = interleave({name: way.forward for name, way in ways.items()}, rounds, "forward", device)
-    both = interleave(steps, rounds, "forward and backward", device)
-    memory = {name: peak_extra_bytes(step, device) for name, step in steps.items()}
+    both = interleave_both(steps, rounds, "forward and backward", device)
+    memory: dict[str, int] = {}
+    for name, way in ways.items():
+        if not way.replays:
+            with blamed(name):
+                memory[name] = peak_extra_bytes(way.step, device)
     kernels: dict[str, int] = {}
     graphs: dict[str, tuple[Timing, Timing]] = {}
+    no_graph: dict[str, str] = {}
     if device == "cuda":
-        recorded = {}
-        for name, step in sorted(steps.items(), key=lambda item: item[0] != "eqco_loss"):  # ours first
-            try:
-                recorded[name] = captured(step)
-            except RuntimeError as failure:  # the host waits for it, or its pool does not fit beside the others'
-                torch.cuda.synchronize()
-                tqdm.write(f"{name}: no CUDA graph: {str(failure).splitlines()[0][:100]}")
-        graphs = interleave_graphs(recorded, rounds)
+        recorded: dict[str, Step] = {}
+        for name, way in sorted(ways.items(), key=lambda item: item[0] != "eqco_loss"):  # ours first
+            if not way.replays:
+                try:
+                    recorded[name] = captured(way.step).replay
+                except RuntimeError as failure:  # the host waits for it, or its pool does not fit beside the others'
+                    torch.cuda.synchronize()
+                    no_graph[name] = no_graph_because(failure)
+        graphs = interleave_gpu(recorded, rounds)
         recorded.clear()
-        kernels = {name: kernels_launched(step) for name, step in steps.items()}  # last: a profiler may stay attached
+        graphs |= interleave_gpu({name: way.step for name, way in ways.items() if way.replays}, rounds, CALL)
+        for name, step in steps.items():  # last: a profiler may stay attached
+            with blamed(name):
+                kernels[name] = kernels_launched(step)
     return {
-        name: Measured(way.error, forwards[name], both[name], memory[name], rounds, kernels.get(name), graphs.get(name))
+        name: Measured(
+            error=way.error,
+            forward=forwards[name],
+            both=both[name],
+            peak_bytes=memory.get(name),
+            rounds=rounds,
+            kernels=kernels.get(name),
+            graph=graphs.get(name),
+            no_graph=no_graph.get(name, ""),
+        )
         for name, way in ways.items()
     }
 
 
-def figures(way: Measured, base: Measured | None, least: float) -> Row:
+def figures(way: Measured, base: Measured | None, case: Case, machine: Limits) -> Row:
     """The columns of FIGURES that are known."""
+    wall = way.both.wall
     row = {
         "forward_ms": f"{1e3 * way.forward.median:.4g}",
-        "ms": f"{1e3 * way.both.median:.4g}",
-        "min_ms": f"{1e3 * way.both.low:.4g}",
-        "max_ms": f"{1e3 * way.both.high:.4g}",
-        "peak_extra_mb": f"{way.peak_bytes / 1e6:.2f}",
+        "ms": f"{1e3 * wall.median:.4g}",
+        "min_ms": f"{1e3 * wall.low:.4g}",
+        "max_ms": f"{1e3 * wall.high:.4g}",
+        "no_graph": way.no_graph,
         "relative_error": f"{way.error:.1e}",
         "rounds": str(way.rounds),
-        "limit_share": f"{least / way.seconds:.3f}",
+        "limit_share": f"{machine.seconds(case.operations, case.bytes) / way.seconds:.3f}",
+        "limit_operations": f"{machine.operations:.4g}",
+        "limit_bytes": f"{machine.bytes:.4g}",
     }
+    if way.peak_bytes is not None:
+        row["peak_extra_mb"] = f"{way.peak_bytes / 1e6:.2f}"
     if base is not None:
-        row["times_faster"] = f"{base.both.median / way.both.median:.3f}"
+        row["times_faster"] = f"{base.both.wall.median / wall.median:.3f}"
     if way.kernels is not None:
-        row["kernels"] = str(way.kernels)
+        row |= {"kernels": str(way.kernels), "host_ms": f"{1e3 * way.both.host.median:.4g}"}
     if way.graph is not None:
         cold, warm = way.graph
         row |= {"graph_us": f"{1e6 * cold.median:.4g}", "graph_warm_us": f"{1e6 * warm.median:.4g}"}
@@ -239,21 +384,27 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
             step = partial(step_of, problem, loss)
             got = step()
             error = relative_error([x.detach() for x in got], truth)
+            if one.replays:
+                step()  # torch.compile warms up, records, and only then replays
             seconds = wall_clock(step, device)
     except UnavailableError as reason:
         return str(reason)
-    except torch.OutOfMemoryError:
-        return "out of memory"
     except Exception as failure:
-        if isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure):
-            return "out of memory"
-        first = (str(failure).strip().splitlines() or ["no text"])[0]
-        return f"fails: {type(failure).__name__}: {first[:120]}"
+        return reason_of(failure)
     if error > MAX_ERROR[case.dtype]:
         return f"wrong: relative error {error:.1e}, over {MAX_ERROR[case.dtype]:.0e}"
     if seconds > step_limit:
         return f"too slow: a step took {seconds:.1f} s, over {step_limit:g}"
-    return Way(forward, step, error, seconds)
+    return Way(forward, step, error, seconds, one.replays)
+
+
+def reason_of(failure: BaseException) -> str:
+    """What a row says of it."""
+    memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
+    if memory or (isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)):
+        return "out of memory"
+    first = (str(failure).strip().splitlines() or ["no text"])[0]
+    return f"fails: {type(failure).__name__}: {first[:120]}"
 
 
 def forward_of(problem: Problem, loss: Callable[[], Tensor]) -> Tensor:
@@ -270,29 +421,3 @@ def free(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def show(case: Case, rows: list[Row]) -> None:
-    tqdm.write(f"\n{case.workload} {case.dtype}: {WORKLOADS[case.workload].title}; {case.size}")
-    graph = any(row["graph_us"] for row in rows)
-    head = f"{'':42}{'fwd ms':>9}{'ms':>9}{'min-max':>17}{'x':>7}"
-    head += f"{'graph us':>10}{'x':>7}{'kernels':>9}" if graph else ""
-    tqdm.write(head + f"{'MB':>9}{'of limit':>10}{'error':>10}")
-    for row in rows:
-        if row["status"] != "timed":
-            tqdm.write(f"{row['peer']:42}  {row['status']}")
-            continue
-        line = f"{row['peer']:42}{row['forward_ms']:>9}{row['ms']:>9}{row['min_ms'] + '-' + row['max_ms']:>17}"
-        line += f"{shorter(row['times_faster']):>7}"
-        if graph:
-            line += f"{row['graph_us']:>10}{shorter(row['times_faster_graph']):>7}{row['kernels']:>9}"
-        line += f"{row['peak_extra_mb']:>9}{percent(row['limit_share']):>10}{row['relative_error']:>10}"
-        tqdm.write(line)
-
-
-def shorter(ratio: str) -> str:
-    return f"{float(ratio):.2f}" if ratio else ""
-
-
-def percent(share: str) -> str:
-    return f"{100 * float(share):.0f} %"

@@ -1,112 +1,259 @@
-"""The loss's share of a ResNet-50 SiMo step: encoders, loss, backward, optimiser and momentum update.
+"""What the loss costs in a SiMo step: encoders, loss, backward, optimiser and momentum update, of two ResNets.
 
-    python -m benchmarks.step               # N = 256 on a GPU, 16 images on a CPU
+    python -m benchmarks.step                       # ResNet-18 at 32 px and ResNet-50 at 224 px; small batches on a CPU
+    python -m benchmarks.step --models resnet18     # one of them, of which the other's rows stay
 
-Each way's loss is timed alone, forward and backward to the embeddings, in turn with the whole step.
+The loss is timed alone, forward and backward to the embeddings: Python's time, and the GPU's in a CUDA graph. Then it
+is timed inside the step, between marks around the loss's call and around its part of the backward pass; and the whole
+step beside one whose loss is a product with a constant. On a GPU that is busy, Python's time inside a step costs
+nothing: the share of a step is the GPU's time. On a CPU both are the same.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor, nn
-from torchvision.models import resnet50  # type: ignore[import-untyped]
+from torchvision.models import resnet18, resnet50  # type: ignore[import-untyped]
 
 from eqco_loss import EqCoLoss, momentum_update
 
-from .measure import RESULTS, Row, Step, interleave, provenance, write_csv
+from .measure import (
+    RESULTS,
+    Row,
+    Step,
+    Timing,
+    captured,
+    host_and_wall,
+    interleave_both,
+    interleave_gpu,
+    provenance,
+    read_csv,
+    write_csv,
+)
 from .peers import PEERS
-from .runner import check_device, step_of
-from .workloads import Case, Problem
+from .runner import check_device, reason_of, step_of
+from .workloads import ALPHA, WORKLOADS, Case, Problem, T, band
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Model(NamedTuple):
+    title: str
+    build: Callable[..., nn.Module]
+    features: int  # before the projection head
+    image_size: int  # pixels
+    batch: dict[str, int]  # N, by device
+    goal: float  # of a step, the loss's share at most
+
+
+MODELS = {
+    "resnet18": Model("ResNet-18, 3 x 3 stem", resnet18, 512, 32, {"cuda": 512, "cpu": 64}, 0.03),
+    "resnet50": Model("ResNet-50", resnet50, 2048, 224, {"cuda": 256, "cpu": 16}, 0.01),
+}
+ALONE = ("eqco_loss", "torch.compile", "eqco_loss, make_graphed_callables")  # and the baselines
+COLUMNS = ("model", "n", "image_size", "dtype", "what", "ms", "min_ms", "max_ms", "host_ms", "gpu_ms", "share_of_step")
 
 
 @dataclass(frozen=True)
 class Args:
-    batch_size: int | None = None  # N. None: 256 on a GPU, 16 on a CPU
-    image_size: int = 224  # pixels
+    models: tuple[str, ...] = tuple(MODELS)
+    batch_size: int | None = None  # N. None: 512 and 256 on a GPU, 64 and 16 images on a CPU
+    image_size: int | None = None  # pixels. None: 32 and 224
     device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
-    rounds: int | None = None  # None: 30 on a GPU, 5 on a CPU
+    rounds: int | None = None  # None: 20 on a GPU, 5 on a CPU
     out: Path | None = None  # None: benchmarks/results/step-{cpu,gpu}.csv
 
 
 def main(args: Args) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    n = (256 if device == "cuda" else 16) if args.batch_size is None else args.batch_size
-    rounds = (30 if device == "cuda" else 5) if args.rounds is None else args.rounds
-    for name, value, least in (("batch_size", n, 2), ("image_size", args.image_size, 32), ("rounds", rounds, 1)):
-        if value < least:
+    unknown = [name for name in args.models if name not in MODELS]
+    if unknown:
+        raise SystemExit(f"error: models: unknown {', '.join(unknown)}; known: {', '.join(MODELS)}.")
+    rounds = (20 if device == "cuda" else 5) if args.rounds is None else args.rounds
+    for name, value, least in (("batch_size", args.batch_size, 2), ("image_size", args.image_size, 32)):
+        if value is not None and value < least:
             raise SystemExit(f"error: {name}: expected {least} or more, got {value}.")
+    if rounds < 1:
+        raise SystemExit(f"error: rounds: expected 1 or more, got {rounds}.")
     out = args.out or RESULTS / f"step-{'gpu' if device == 'cuda' else 'cpu'}.csv"
-    dtype = "amp" if device == "cuda" else "float32"
-    picked, queue = Case("P1", n, min(16, n - 1), dtype=dtype), Case("M1", n, 65536, dtype=dtype)
-    losses: dict[str, Step] = {}
-    for case in (picked, queue):
-        for one in PEERS:
-            if case.workload in one.workloads and one.name in ("eqco_loss", "eager masked", "eager MoCo"):
-                problem = Problem(case, device)
-                losses[f"{one.name}, K = {case.k}"] = partial(step_of, problem, one.prepare(problem))
-    step = f"the whole step, K = {picked.k}"
-    steps: dict[str, Step] = {step: SimoStep(n, args.image_size, device), **losses}
-    for warm_up in steps.values():
-        warm_up()
-    timings = interleave(steps, rounds, "step", device)
-    whole = timings[step].median
     origin = provenance(device) | {"rounds": str(rounds)}
-    rows: list[Row] = []
-    print(f"ResNet-50, N = {n}, {args.image_size} px, {dtype}, {origin['device']}; {rounds} rounds")
-    for name, timing in timings.items():
-        share = timing.median / whole
-        print(f"{name:28}{1e3 * timing.median:12.3f} ms{100 * share:10.3f} %")
-        rows.append(
-            {
-                "n": str(n),
-                "image_size": str(args.image_size),
-                "dtype": dtype,
-                "what": name,
-                "ms": f"{1e3 * timing.median:.4g}",
-                "min_ms": f"{1e3 * timing.low:.4g}",
-                "max_ms": f"{1e3 * timing.high:.4g}",
-                "share_of_step": f"{share:.3g}",
-                **origin,
-            }
-        )
-    write_csv(out, rows)
+    print(f"{origin['device']}; {rounds} rounds")
+    for model in args.models:
+        n = args.batch_size or MODELS[model].batch[device]
+        try:
+            rows = measured(model, n, args.image_size or MODELS[model].image_size, device, rounds)
+        except torch.OutOfMemoryError:
+            print(f"{model}, N = {n}: out of memory. Give a smaller --batch-size.")
+            continue
+        old = [row for row in (read_csv(out) if out.exists() else []) if row["model"] != model]
+        write_csv(out, old + [{**row, **origin} for row in rows])
     print(f"written to {out}")
 
 
-class SimoStep:
-    """One optimiser step of SiMo: two encoders, of which one learns."""
+def measured(model: str, n: int, image_size: int, device: str, rounds: int) -> list[Row]:
+    """The rows of a model, printed as they come."""
+    dtype = "amp" if device == "cuda" else "float32"
+    picked, queue = Case("P1", n, min(16, n - 1), dtype=dtype), Case("M1", n, 65536, dtype=dtype)
+    print(f"\n{MODELS[model].title}, N = {n}, {image_size} px, {dtype}")
+    print(f"{'':50}{'ms':>9}{'host ms':>9}{'GPU ms':>9}{'of the step':>13}")
+    of = {"model": model, "n": str(n), "image_size": str(image_size), "dtype": dtype}
+    rows: list[Row] = []
 
-    def __init__(self, n: int, image_size: int, device: str) -> None:
+    def add(what: str, wall: Timing, host: float | None, gpu: float | None, share: float) -> None:
+        row = dict.fromkeys(COLUMNS, "") | of | {"what": what, "share_of_step": f"{share:.3g}"}
+        row |= {"ms": f"{1e3 * wall.median:.4g}", "min_ms": f"{1e3 * wall.low:.4g}", "max_ms": f"{1e3 * wall.high:.4g}"}
+        row |= {key: f"{1e3 * x:.4g}" for key, x in (("host_ms", host), ("gpu_ms", gpu)) if x is not None}
+        rows.append(row)
+        print(f"{what:50}{row['ms']:>9}{row['host_ms']:>9}{row['gpu_ms']:>9}{100 * share:11.2f} %")
+
+    step = SimoStep(model, n, image_size, device)
+    inside = step.compared(criteria(n, picked.k, device), rounds)
+    whole = inside["eqco_loss"].wall.median
+    for name, one in inside.items():
+        wall, host, gpu = one
+        share = 1.0 if host is None else (host if gpu is None else gpu) / wall.median
+        add(f"the whole step, {name}, K = {picked.k}", wall, host, gpu, share)
+        if name == "eqco_loss":
+            verdict = "met" if share <= MODELS[model].goal else "missed"
+            print(f"    goal for the loss inside a step: {100 * MODELS[model].goal:g} %, {verdict}")
+    del step
+    for case in (picked, queue):
+        for name, (wall, host, gpu) in alone(case, device, rounds).items():
+            share = (wall.median if gpu is None else gpu) / whole
+            add(f"{name}, alone, K = {case.k}", wall, host if device == "cuda" else None, gpu, share)
+    return rows
+
+
+def alone(case: Case, device: str, rounds: int) -> dict[str, Inside]:
+    """Each way to the loss by itself: forward, and backward to the embeddings."""
+    names = (*ALONE[: 3 if device == "cuda" else 2], WORKLOADS[case.workload].baseline)
+    problem = Problem(case, device)
+    steps: dict[str, Step] = {}
+    replays: dict[str, Step] = {}
+    for one in PEERS:
+        if one.wanted(case) and one.name in names:
+            try:
+                step = partial(step_of, problem, one.prepare(problem))
+                step()
+                if device == "cuda" and not one.replays:
+                    replays[one.name] = captured(step).replay
+            except RuntimeError as failure:
+                print(f"{one.name}, alone, K = {case.k}: {reason_of(failure)}")
+                continue
+            steps[one.name] = step
+    both = interleave_both(steps, 4 * rounds, "alone", device)
+    gpu = {name: cold.median for name, (cold, _) in (interleave_gpu(replays, rounds) if replays else {}).items()}
+    return {name: Inside(x.wall, x.host.median, gpu.get(name)) for name, x in both.items()}
+
+
+def criteria(n: int, k: int, device: str) -> dict[str, Criterion]:
+    """What a step can end with."""
+    constant = torch.randn(n, 128, generator=torch.Generator().manual_seed(0)).to(device)
+    keep = band(torch.arange(n), n, k).to(device)
+    margin = torch.tensor(ALPHA / k).log().item()
+
+    def eager(query: Tensor, key: Tensor) -> Tensor:
+        logits = (nn.functional.normalize(query) @ nn.functional.normalize(key).T).float() / T
+        lse = logits.masked_fill(~keep, -torch.inf).logsumexp(1)
+        return nn.functional.softplus(margin + lse - logits.diagonal()).mean()
+
+    return {
+        "a product for a loss": lambda query, key: (query * constant).sum(),
+        "eager masked": eager,
+        "eqco_loss": EqCoLoss(T, alpha=ALPHA, num_negatives=k),
+    }
+
+
+class Inside(NamedTuple):
+    """A step's wall-clock, and the loss's seconds: Python's, and the GPU's."""
+
+    wall: Timing
+    host: float | None
+    gpu: float | None
+
+
+class SimoStep:
+    """One optimiser step of SiMo: two encoders, of which one learns; any loss of their embeddings."""
+
+    def __init__(self, model: str, n: int, image_size: int, device: str) -> None:
         torch.manual_seed(0)
+        kind = MODELS[model]
         self.device = device
-        encoder = resnet50(num_classes=128)
-        encoder.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), encoder.fc)
+        encoder: Any = kind.build(num_classes=128)
+        if model == "resnet18":
+            encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        encoder.fc = nn.Sequential(nn.Linear(kind.features, kind.features), nn.ReLU(), encoder.fc)
         self.encoder = encoder.to(device, memory_format=torch.channels_last)
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         shape = n, 3, image_size, image_size
         self.views = [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)]
         self.optimizer = torch.optim.SGD(self.encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
-        self.criterion = EqCoLoss(0.2, alpha=65536, num_negatives=16)
+        self.marks: list[Mark] = []
 
-    def __call__(self) -> Tensor:
+    def __call__(self, criterion: Criterion) -> None:
+        """Leaves four marks: before and after the loss's call, and before and after its part of backward."""
         momentum_update(self.encoder, self.key_encoder, 0.999)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             with torch.no_grad():
                 keys = self.key_encoder(self.views[1])
             queries = self.encoder(self.views[0])
-        loss: Tensor = self.criterion(queries, keys)
+        queries.register_hook(lambda gradient: self.mark())
+        self.marks.clear()
+        self.mark()
+        loss = criterion(queries, keys)
+        self.mark()
+        self.mark()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
+
+    def mark(self) -> None:
+        event = None
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.marks.append(Mark(time.perf_counter(), event))
+
+    def compared(self, criteria: dict[str, Criterion], rounds: int) -> dict[str, Inside]:
+        """The same encoders with each loss in turn."""
+        walls: dict[str, list[float]] = {name: [] for name in criteria}
+        hosts: dict[str, list[float]] = {name: [] for name in criteria}
+        gpus: dict[str, list[float]] = {name: [] for name in criteria}
+        for trial in range(-1, rounds):
+            for name, criterion in criteria.items():
+                wall = host_and_wall(partial(self, criterion), self.device)[1]
+                if trial < 0:
+                    continue  # the first of each warms up
+                walls[name].append(wall)
+                before, called, asked, done = self.marks
+                hosts[name].append(called.host - before.host + done.host - asked.host)
+                if before.event and called.event and asked.event and done.event:
+                    forward, backward = before.event.elapsed_time(called.event), asked.event.elapsed_time(done.event)
+                    gpus[name].append((forward + backward) / 1e3)
+        return {
+            name: Inside(
+                Timing.of(walls[name]),
+                statistics.median(hosts[name]),
+                statistics.median(gpus[name]) if gpus[name] else None,
+            )
+            for name in criteria
+        }
+
+
+class Mark(NamedTuple):
+    host: float  # seconds
+    event: torch.cuda.Event | None
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eqco_loss.ops import Pairs
-from eqco_loss.ops.triton import launch
+from eqco_loss.ops.triton import arguments, backward, launch
 from eqco_loss.ops.triton.tables import Tile
 
 from . import records
-from .measure import RESULTS, Row, Timing, captured, interleave, interleave_graphs, provenance, set_precision, write_csv
+from .measure import RESULTS, Row, Timing, captured, interleave, interleave_gpu, provenance, set_precision, write_csv
 from .runner import check_device
 
 Outputs = tuple[Tensor, ...]
@@ -112,9 +112,9 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
     ours: dict[str, Pass] = {
         "M1 forward": forward(q, q, queue, Pairs()),
         "S1 forward": forward(query, key, key, band, **batch),
-        "S1 keys' gradient": lambda tile: (launch.keys_gradient(of_keys, tile),),
+        "S1 keys' gradient": lambda tile: (backward.keys_gradient(of_keys, tile),),
         "S2 forward": forward(views, partners, views, band, **loss_only),
-        "S2 gradient": lambda tile: launch.symmetric_gradient(of_views, tile)[:1],
+        "S2 gradient": lambda tile: backward.symmetric_gradient(of_views, tile)[:1],
     }
     return {name: ours[name] for name in PASSES}
 
@@ -125,14 +125,14 @@ def tried(
     """Each candidate that gives what the table's tile gives, as a step to time; of the others, why not."""
     expected = one(None)
     found: list[tuple[Tile | None, float, Callable[[], Outputs] | str]] = []
-    fits = launch._wave
+    fits = arguments.wave
     for tile, wave in tqdm(list(itertools.product(candidates, waves)), desc="checking", leave=False):
 
         def more(*of: object, wave: float = wave) -> int:
             return max(1, int(wave * fits(*of)))  # type: ignore[arg-type]
 
         def step(tile: Tile | None = tile, more: Callable[..., int] = more) -> Outputs:
-            with mock.patch.object(launch, "_wave", more):
+            with mock.patch.object(arguments, "wave", more):
                 return one(tile)
 
         try:
@@ -153,7 +153,7 @@ def timed(
     """Cold and warm; on a CPU, where only the interpreter runs kernels, wall-clock twice."""
     named = {str(place): step for place, step in steps.items()}
     if device == "cuda":
-        measured = interleave_graphs({name: captured(step) for name, step in named.items()}, rounds)
+        measured = interleave_gpu({name: captured(step).replay for name, step in named.items()}, rounds)
     else:
         measured = {name: (one, one) for name, one in interleave(named, rounds, "steps").items()}
     return {int(name): both for name, both in measured.items()}

@@ -144,8 +144,8 @@ class EqCoLoss(_Criterion):
             temperature gets the averaged gradient on every rank, inside a DDP module or beside it.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``chosen_backend(...)``
-            tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512,
-            on NVIDIA GPUs of compute capability 8.0 or newer.
+            tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512
+            (``"auto"``: 256), on NVIDIA GPUs of compute capability 8.0 or newer; ``"wide"`` takes any D on CUDA.
 
     Shape:
         - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or

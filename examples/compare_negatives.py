@@ -57,6 +57,10 @@ def main(args: Args) -> None:
         if getattr(args, name) < 1:
             raise SystemExit(f"error: {name}: expected 1 or more, got {getattr(args, name)}.")
     jobs = make_jobs(args)
+    print(
+        f"{len(jobs)} runs of {args.epochs} epochs, {args.jobs} at a time: K = {args.num_negatives}, {args.run_dir}",
+        flush=True,
+    )
     run_all(jobs, args)
     curves = {(job.loss, job.seed): [(epoch, knn) for epoch, knn in job.rows() if knn == knn] for job in jobs}
     write_csv(args.run_dir / "compare.csv", curves)
@@ -91,6 +95,7 @@ def run_all(jobs: list[Job], args: Args) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     waiting, running = list(jobs), dict[Job, "subprocess.Popen[bytes]"]()
     with tqdm(total=len(jobs) * args.epochs, unit="epoch", disable=not sys.stderr.isatty()) as bar:
+        told = 0
         try:
             while waiting or running:
                 while waiting and len(running) < args.jobs:
@@ -101,13 +106,18 @@ def run_all(jobs: list[Job], args: Args) -> None:
                 time.sleep(0.5)
                 bar.n = sum(max(0, len(job.rows()) - 1) for job in jobs)
                 bar.refresh()
+                if bar.disable and bar.n >= told + len(jobs) * args.epochs / 10:  # a log file gets ten lines
+                    told = bar.n
+                    print(f"{told} of {len(jobs) * args.epochs} epochs", flush=True)
                 for job, process in list(running.items()):
                     if process.poll() is not None:
                         del running[job]
                         last = (job.directory / "log.txt").read_text().rstrip().splitlines()[-1:]
                         if process.returncode:
                             raise SystemExit(f"error: {job.loss}, seed {job.seed} failed; see {job.directory}/log.txt")
-                        bar.write(f"{job.loss}, seed {job.seed}: {''.join(last)}")
+                        done = len(jobs) - len(waiting) - len(running)
+                        bar.write(f"{done} of {len(jobs)}: {job.loss}, seed {job.seed}: {''.join(last)}")
+                        sys.stdout.flush()
         except KeyboardInterrupt:
             print("stopped. The same command goes on from the checkpoints", file=sys.stderr)
             raise SystemExit(130) from None

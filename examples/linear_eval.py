@@ -48,7 +48,7 @@ from pretrain.data import (
 from pretrain.encoders import Encoder
 from pretrain.evaluate import features_of
 from pretrain.pictures import show
-from pretrain.run import check_device, command, fail, print_any_name, written_whole
+from pretrain.run import check_device, command, fail, written_whole
 from pretrain.schedule import set_learning_rate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -94,7 +94,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    print_any_name()
     check(args)
     fabric = make_fabric(args)
     try:
@@ -214,9 +213,15 @@ def check_data(args: Args, data: Data, encoder: Encoder, spec: dict[str, Any], f
         fail(f"data_dir: {data.name} has {data.channels} channels, and the encoder takes {spec['channels']}.")
     images = len(train_labels(data))
     if args.batch_size > images:
-        fail(f"batch_size: expected at most the number of training images, {images}, got {args.batch_size}.")
+        fail(
+            f"batch_size: expected at most the number of training images, {images}, got {args.batch_size}. Give "
+            f"--batch-size {images} or less."
+        )
     if args.batch_size % fabric.world_size:
-        fail(f"batch_size: {args.batch_size} cannot be shared by {fabric.world_size} processes. Give a multiple.")
+        fail(
+            f"batch_size: {args.batch_size} cannot be shared by {fabric.world_size} processes. Give --batch-size "
+            f"{math.ceil(args.batch_size / fabric.world_size) * fabric.world_size}, or other --nproc-per-node."
+        )
 
 
 def train_labels(data: Data) -> Tensor:

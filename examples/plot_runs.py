@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pretrain.run import MEASURED, PANELS, fail, print_any_name, written_whole
+from pretrain.run import MEASURED, PANELS, fail, written_whole
 
 # Of config.json's arguments, what makes no other curve: where the run is, how it is computed, what is measured of it
 IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "tensorboard", "compile", "channels_last"}
-IGNORED |= {"online_probe"}
+IGNORED |= {"online_probe", "knn", "knn_device"}
 
 Curve = dict[int, float]  # epoch to value
 
@@ -25,7 +25,7 @@ Curve = dict[int, float]  # epoch to value
 @dataclass(frozen=True)
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # run directories
-    out: Path = Path("runs.png")  # .png, .pdf or .svg
+    out: Path | None = None  # .png, .pdf or .svg. None: runs.png in the folder that holds the first run
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Record:
 
 
 def main(args: Args) -> None:
-    print_any_name()
     if not args.runs:
         fail("runs: expected one run directory or more, got none.")
     records = [read(directory) for directory in args.runs]
     groups = grouped(records)
     names = legend([group[0].arguments for group in groups])
-    draw(groups, names, args.out)
+    out = args.out or args.runs[0].resolve().parent / "runs.png"
+    draw(groups, names, out)
     for name, group in zip(names, groups, strict=True):
         knn = [list(record.curves["knn"].values())[-1] for record in group if record.curves["knn"]]
         last = f", kNN {mean(knn):.1f} % ({min(knn):.1f} to {max(knn):.1f})" if knn else ""
         print(f"{name}: {len(group)} run(s){last}")
-    print(f"figure: {args.out}")
+    print(f"figure: {out}")
 
 
 def read(directory: Path) -> Record:

@@ -51,11 +51,11 @@ def main(args: Args) -> None:
             sampling="rolled" if args.sampling == "shared" else args.sampling,
             gather=ranks() > 1,
         )
-    label = f"k{args.num_negatives}-" + (f"alpha{args.alpha:g}" if args.eqco else "infonce")
+    k = min(args.num_negatives, args.batch_size // args.accumulate - 1)
+    label = f"k{k}-" + (f"alpha{args.alpha:g}" if args.eqco else "infonce")
     training = Training("simo", args, label)
     encoder = training.encoder(head="simo")
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    k = min(args.num_negatives, args.batch_size // args.accumulate - 1)
     if k < args.num_negatives:
         training.say(f"note     num_negatives: a query meets {k} others in its batch, not {args.num_negatives}")
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"

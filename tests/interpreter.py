@@ -38,10 +38,12 @@ def exact_bfloat16() -> Iterator[None]:
         return None
 
     def cast_impl(self: Any, src: Any, to: Any) -> Any:
-        return between(src, to) or cast(self, src, to)
+        found = between(src, to)  # which is false where it holds a zero
+        return cast(self, src, to) if found is None else found
 
     def create_fp_to_fp(self: Any, src: Any, to: Any, *rounding: Any) -> Any:
-        return between(src, to) or convert(self, src, to, *rounding)
+        found = between(src, to)
+        return convert(self, src, to, *rounding) if found is None else found
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         wide = [TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)]
@@ -50,4 +52,24 @@ def exact_bfloat16() -> Iterator[None]:
     with mock.patch.multiple(
         InterpreterBuilder, cast_impl=cast_impl, create_fp_to_fp=create_fp_to_fp, create_dot=create_dot
     ):
+        yield
+
+
+@contextmanager
+def cut_sums() -> Iterator[None]:
+    """Products whose sums are cut off to 24 bits after every 16 terms, instead of rounded, as by a matrix unit."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        left, right = (
+            (_widened(x.data) if x.dtype.scalar == tl.bfloat16 else x.data).astype(np.float64) for x in (a, b)
+        )
+        total = d.data.astype(np.float64)
+        for start in range(0, left.shape[1], 16):
+            fraction, exponent = np.frexp(total + left[:, start : start + 16] @ right[start : start + 16])
+            total = np.ldexp(np.trunc(fraction * 2**24) / 2**24, exponent)
+        return TensorHandle(total.astype(np.float32), tl.float32)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
         yield

@@ -20,7 +20,7 @@ from eqco_loss import functional
 
 PACKAGE = Path(eqco_loss.__file__).parent
 
-MOST_LINES = 540
+MOST_LINES = 530
 
 # The one direction of imports. A module that is not here is a decision that nobody wrote down.
 MAY_IMPORT = {
@@ -40,11 +40,13 @@ INSIDE_OPS = {
     "__init__": {"backends", "calls", "operator"},
     "operator": {"backends", "calls", "definition"},
     "backends": {"tiles", "triton", "wide"},
-    "wide": {"calls", "definition"},
-    "tiles": {"blocks", "calls", "definition", "flash"},
+    "wide": {"calls", "gap", "gap_kernels"},
+    "tiles": {"blocks", "calls", "definition", "flash", "gap"},
     "flash": {"blocks", "calls"},
     "blocks": {"calls", "definition"},
-    "triton": {"calls"},
+    "triton": {"calls", "gap_kernels"},
+    "gap": {"calls"},
+    "gap_kernels": {"calls"},
     "definition": {"calls"},
     "calls": set(),
 }
@@ -113,7 +115,7 @@ def test_torch_is_the_only_dependency(path: Path) -> None:
 
 def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() -> None:
     """The kernels' files import Triton, and one function of each backend imports those files."""
-    kernels_of = {"triton": {"parts", "forward", "keys", "symmetric"}, "wide": {"kernels"}}
+    kernels_of = {"triton": {"parts", "forward", "keys", "symmetric"}, "wide": {"kernels", "mutual"}}
     places = []
     for path in files():
         tree = ast.parse(path.read_text())
@@ -124,7 +126,7 @@ def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() ->
             for node in ast.walk(function)
         }
         kernels = kernels_of.get(path.parent.name, set())
-        of_kernels = path.stem in kernels
+        of_kernels = path.stem in kernels or path.stem == "gap_kernels"  # which only kernels import
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Import, ast.ImportFrom)) or of_kernels:
                 continue
@@ -134,7 +136,7 @@ def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() ->
             if any(name.split(".")[0] == "triton" for name in outside) or kernels & set(names):
                 assert id(node) in inside, f"{path.name}:{node.lineno} imports Triton at import time"
                 places.append(path.name)
-    assert set(places) == {"launch.py", "pointwise.py"}
+    assert set(places) == {"arguments.py", "pointwise.py"}
 
 
 def test_no_file_has_outgrown_a_reader() -> None:

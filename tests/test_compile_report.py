@@ -51,7 +51,8 @@ def test_the_matrix_has_every_workload() -> None:
         (8, 2, 1, "HGMMA", "bf16", 128, True),
         (8, 2, 1, "HGMMA", "fp16", 256, True),
         (8, 2, 1, "HGMMA", "bf16", 512, False),
-        (8, 2, 1, "HGMMA", "fp32", 128, False),
+        (8, 2, 1, "HGMMA", "fp32", 128, True),
+        (8, 2, 1, "HGMMA", "fp32", 256, False),
         (0, 0, 12, "HGMMA", "bf16", 128, True),  # as many waits as products
         (0, 0, 1, "HMMA", "bf16", 128, True),  # older than sm_90's own
     ],

@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .scripts import EXAMPLES, Script, assert_same_run, make_images, picture_width, rows, wait_for
 
@@ -375,6 +377,77 @@ def test_knn_is_the_weighted_vote() -> None:
     assert evaluate.knn_accuracy(encoder, digits, k=7) == pytest.approx(100 * right / 100)
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation makes."""
+
+    elements: int
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor._base is None:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+class SmallBatches(data.PlacedDigits):
+    """One placement, made before anybody watches."""
+
+    placements = 1
+
+    def __init__(self) -> None:
+        super().__init__(seed=0, device=torch.device("cpu"), limit=400)
+        whole = {split: list(super(SmallBatches, self).labelled(split, 0)) for split in ("train", "test")}
+        self.whole = {split: [torch.cat(x) for x in zip(*found, strict=True)] for split, found in whole.items()}
+
+    def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = self.whole[split]
+        yield from zip(images.split(16), labels.split(16), strict=True)
+
+
+def test_knn_holds_one_bank_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second bank, and never the similarities of all images; the answer is that of one product of all."""
+    digits = SmallBatches()
+    expected = evaluate.knn_accuracy(Pixels(), digits, k=20)
+    monkeypatch.setattr(evaluate, "AT_ONCE", 64)
+    seen: Any = Largest()  # type: ignore[no-untyped-call]
+    seen.elements = 0
+    with seen:
+        found = evaluate.knn_accuracy(Pixels(), digits, k=20)
+    assert found == expected
+    bank = digits.size("train") * 1024
+    assert seen.elements <= bank, f"a tensor of {seen.elements / bank:.1f} banks"
+    similarities: list[int] = []
+    product = torch.Tensor.__matmul__
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        similarities.append(b.shape[1])
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    evaluate.knn_accuracy(Pixels(), digits, k=20)
+    assert max(similarities) == 64
+
+
+def test_a_run_without_knn(simo: Script, tmp_path: Path) -> None:
+    output = simo.run("--no-knn", "--no-probe", "--epochs=1", "--limit=300", f"--run-dir={tmp_path / 'run'}")
+    assert "kNN" not in output
+    assert "Nothing was measured. Results are in" in output
+    assert [row["knn"] for row in rows(tmp_path / "run")] == ["", ""]
+
+
+def test_other_epochs_are_another_run(simo: Script, tmp_path: Path) -> None:
+    words = ["--no-knn", "--no-probe", "--limit=300", f"--run-dir={tmp_path / 'run'}"]
+    simo.run(*words, "--epochs=1")
+    output = simo.run(*words, "--epochs=2", code=1)
+    assert "--epochs decides the learning rate of every step, so that other epochs are another run." in output
+
+
+def test_a_directory_is_named_by_the_k_that_is_used(simo: Script, tmp_path: Path) -> None:
+    words = ["--no-knn", "--no-probe", "--limit=300", "--epochs=1", "--batch-size=8", "--num-negatives=100"]
+    assert "run      runs/simo-digits-k7-alpha256-seed0" in simo.run(*words)
+
+
 def test_learning_rates() -> None:
     simo = [schedule.learning_rate("simo", step, 10, 20, 2, 0.001) for step in range(201)]
     assert simo[0] == pytest.approx(1 / 1000)
@@ -445,6 +518,8 @@ def test_compare_negatives(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "compare_negatives.py"), "--seeds=1", "--epochs=1", "--limit=130"]
     done = subprocess.run([*command, f"--run-dir={tmp_path}"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 runs of 1 epochs, ")  # also without a terminal
+    assert "1 of 2: " in done.stdout
     assert "K = 4, EqCo, alpha = 256" in done.stdout
     assert "K = 4, InfoNCE" in done.stdout
     with (tmp_path / "compare.csv").open(newline="") as file:

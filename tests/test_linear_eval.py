@@ -233,7 +233,10 @@ def test_two_ranks_are_one(run: Path, tmp_path: Path) -> None:
         ({"epochs": 0}, "epochs: expected 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
         ({"base_lr": math.nan}, "base_lr: expected a number above 0, got nan"),
-        ({"batch_size": 129}, "batch_size: expected at most the number of training images, 128, got 129"),
+        (
+            {"batch_size": 129},
+            r"batch_size: expected at most the number of training images, 128, got 129\. Give --batch-size 128 or less",
+        ),
         ({"data_dir": Path("nowhere")}, "data_dir: nowhere is not there"),
         ({"base_lr": 1e38, "epochs": 5}, r"the loss of epoch \d is (nan|inf)\. Start again with a smaller --base-lr"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +181,76 @@ def test_more_than_a_tenth_of_truncated_images_is_an_error(damaged: Path) -> Non
     list(found.labelled("train", 0))  # four of 40
     with pytest.raises(data.DataError, match=r"5 of 40 images cannot be decoded, .* More than 10% is no accident"):
         list(found.labelled("test", 0))
+
+
+# ------------------------------------------------------------------------------------------------- names and folders
+
+
+@pytest.mark.parametrize("held_out", ["valid", "Validation", "VAL", "eval", "Test"])
+def test_a_split_folder_by_any_of_its_names(held_out: str, tmp_path: Path) -> None:
+    """Once only test and val were known, and images were held out of train though others were there."""
+    for seed, split in enumerate(("Train", held_out)):
+        scripts.make_images(tmp_path / split / "cat", 12, seed)
+    found = open_images(tmp_path)
+    assert (found.train_size, found.test_size) == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "holdout"), "holds the folders holdout, train, and which of them"),
+        (("valid", "images"), "holds the folders images, valid, and which of them"),
+        (("train", "Train", "test"), "holds the folders Train, test, train, and which of them"),
+    ],
+)
+def test_a_layout_that_is_not_clear_is_an_error(folders: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    for seed, folder in enumerate(folders):
+        scripts.make_images(tmp_path / folder / "cat", 2, seed)
+    with pytest.raises(data.DataError, match=message) as error:
+        open_images(tmp_path)
+    assert "Name them train and test, val, valid, validation or eval" in str(error.value)
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run over them ends as any other, and whatever is said of such a file can be printed."""
+    root = tmp_path / "images"
+    scripts.make_images(root / "train" / "cat", 20, 0)
+    scripts.make_images(root / "test" / "cat", 4, 1)
+    for folder in (root / "train" / "cat", root / "test" / "cat"):
+        for path in list(folder.iterdir()):
+            path.rename(folder / os.fsdecode(b"caf\xe9" + path.name.encode()))
+    (root / "train" / "cat" / os.fsdecode(b"\xe9.png")).write_bytes(b"no image")
+    truncate(root / "train" / "cat" / os.fsdecode(b"caf\xe93.png"))
+    words = ["--batch-size=8", "--epochs=1", "--image-size=16", "--arch=small", "--no-probe", "--workers=1"]
+    output = scripts.Script(tmp_path).run(*words, f"--data-dir={root}", f"--run-dir={tmp_path / 'run'}")
+    assert r"1 of 25 images cannot be read and are left out, the first is" in output
+    assert r"train/cat/\xe9.png" in output
+    assert r"caf\xe93.png cannot be decoded" in output
+
+
+def test_a_class_without_an_image_is_named_with_its_split(tmp_path: Path) -> None:
+    scripts.make_images(tmp_path / "train" / "cat", 2, 0)
+    (tmp_path / "train" / "dog").mkdir()
+    with pytest.raises(data.DataError, match=r"class folder .*/train/dog has none\. Put images into it, or remove it"):
+        open_images(tmp_path)
+
+
+def test_an_image_stands_upright(tmp_path: Path) -> None:
+    """As its EXIF orientation says: 6 is a quarter turn."""
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright = np.asarray(pictures.read_image(tmp_path / "turned.png"))
+    assert upright.shape == (16, 8, 3)
+    assert upright[:8].min() == 255
+    assert upright[8:].max() == 0
+
+
+def test_the_first_image_decides_the_size_down_to_32(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for i in range(20):
+        Image.new("RGB", (5, 9)).save(tmp_path / "cat" / f"{i}.png")
+    assert open_images(tmp_path).image_size == 32

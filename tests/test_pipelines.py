@@ -34,7 +34,7 @@ import train_simclr  # isort: skip
 import train_simco  # isort: skip
 import train_simmoco  # isort: skip
 import train_simo  # isort: skip
-from pretrain import arguments, data, folder, pictures, training  # isort: skip
+from pretrain import arguments, data, pictures, training  # isort: skip
 from pretrain.encoders import make_encoder  # isort: skip
 from pretrain.probe import OnlineProbe  # isort: skip
 from pretrain.run import Run  # isort: skip
@@ -515,7 +515,7 @@ def test_whatever_pil_makes_of_a_broken_file_is_named(
 
     picture = next(images.rglob("*.png"))
     monkeypatch.setattr(Image, "open", broken)
-    assert folder.broken_files([(picture, 0)]) == [picture]
+    assert data.broken_files([(picture, 0)]) == [picture]
     with pytest.raises(data.DataError, match=r"cannot be decoded .no picture."):
         pictures.read_image(picture)
 

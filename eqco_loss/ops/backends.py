@@ -13,6 +13,9 @@ from . import tiles, triton, wide
 BACKENDS: dict[str, Any] = {"torch": tiles, "triton": triton, "wide": wide}
 
 
+WIDE_ABOVE = 256  # features from which on "auto" prefers products of whole matrices to the fused kernels
+
+
 def choose(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, str]:
     """The backend that serves these tensors, and why."""
     if requested == "torch":
@@ -27,11 +30,11 @@ def choose(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, st
         )
     if query.is_cpu:
         return "torch", "CPU tensors: torch's flash attention where nothing is left out, tiles elsewhere"
-    refused = triton.refusal(query, *keys)
-    if (
-        refused is None
-    ):  # measured on an H200, CLIP with N = 4096: D = 128 108 against wide's 392 us, D = 512 416 and 475
+    refused, d = triton.refusal(query, *keys), query.shape[1]
+    # Measured on an H200 with N = 4096, both directions: D = 128 108 us and wide 139, D = 256 187 and 163, D = 512 416
+    # and 210; one direction: D = 256 123 and 338, D = 512 434 and 379.
+    if refused is None and d <= WIDE_ABOVE:
         return "triton", "fused kernels"
-    if query.is_cuda and wide.refusal(query, *keys) is None:  # D = 1024: 711 us, and plain torch 6,068
-        return "wide", f"products of whole matrices, because of {refused}"
-    return "torch", refused
+    if query.is_cuda and wide.refusal(query, *keys) is None:
+        return "wide", f"products of whole matrices, because of {refused or f'D = {d}'}"
+    return ("triton", "fused kernels") if refused is None else ("torch", refused)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import flash
+from . import flash, gap
 from .blocks import Ready, Scratch, Tile, blocks, mutual_tiles, slices, unit_rows
 from .calls import (
     LN2,
@@ -151,36 +151,16 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     return LogSumExpOutputs((rows[Row.BASE] + rows[Row.TOTAL].log2()) * LN2, mean_key, rows)
 
 
-class _Values(NamedTuple):
-    """What the losses are made of, (R,) each."""
-
-    loss: Tensor
-    intra_loss: Tensor
-    weight: Tensor  # -d loss / d gap
-    log_weight: Tensor | None  # the logarithm of the dual temperature's weight
-
-
-def _values(positive_logit: Tensor, seen: _Seen, call: RowLosses | SymmetricLosses) -> _Values:
+def _values(positive_logit: Tensor, seen: _Seen, call: RowLosses | SymmetricLosses) -> gap.Values:
     """From the logits of the positives, (R,), and what the pass saw of the negatives."""
-    t = temperature_of(call)
-    shift: float | Tensor = 0.0
-    if call.alpha is not None:
-        known = seen.known
-        shift = math.log(call.alpha / known) if known else torch.log(call.alpha / seen.negatives)
-    # The maximum goes first, because its difference to another large logit is exact and its sum with log2 is not.
-    gap = (positive_logit - seen.maximum).sub_(seen.total.log2()).mul_(LN2).sub_(shift)
-    zero, minus = torch.zeros_like(gap), -gap
-    intra_loss = torch.logaddexp(zero, minus)
-    if call.inter_temperature is None or seen.inter is None:
-        return _Values(intra_loss, intra_loss, minus.sigmoid_(), None)
-    inter_logit = positive_logit * (t / call.inter_temperature)
-    inter_gap = (inter_logit - seen.inter.maximum).sub_(seen.inter.total.log2()).mul_(LN2).sub_(shift)
-    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
-    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
-    return _Values(weight * _softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
+    intra, inter = gap.Seen(positive_logit - seen.maximum, seen.total), None
+    if call.inter_temperature is not None and seen.inter is not None:
+        inter_logit = positive_logit * (temperature_of(call) / call.inter_temperature)
+        inter = gap.Seen(inter_logit - seen.inter.maximum, seen.inter.total)
+    return gap.values(intra, inter, seen.known or seen.negatives, call.alpha)
 
 
-def _write_metrics(out: Tensor, values: _Values, seen: _Seen, scale: float | Tensor) -> None:
+def _write_metrics(out: Tensor, values: gap.Values, seen: _Seen, scale: float | Tensor) -> None:
     """The rows of ``Metric``, (len(Metric), R)."""
     out[Metric.WEIGHT], out[Metric.INTRA_LOSS] = values.weight, values.intra_loss
     out[Metric.COUNT], out[Metric.RANK] = seen.negatives, seen.rank
@@ -466,11 +446,3 @@ def _keys_through_unit(gradient: Tensor, ready: Ready) -> None:
         for some in slices(len(keys), _ROWS_AT_ONCE):
             part = cleaned(keys[some])[0] if ready.clean else keys[some]
             _through_unit(gradient[some], *unit_rows(part, True, gradient.dtype))
-
-
-def _softplus_over_sigmoid(x: Tensor) -> Tensor:
-    """softplus(-x) / sigmoid(-x) without the overflow of either: 1 + exp(-x)/2 as x grows, -x as it falls."""
-    e = torch.exp(-x.abs())
-    at_positive = torch.where(e < 1e-10, 1.0 + 0.5 * e, torch.log1p(e) / e.clamp_min(1e-30) * (1.0 + e))
-    at_negative = (torch.relu(-x) + torch.log1p(e)) * (1.0 + e)
-    return torch.where(x < 0, at_negative, at_positive)

@@ -11,11 +11,12 @@ import tyro
 
 from .encoders import Arch
 from .norms import Norm
-from .run import fail, print_any_name
+from .run import fail
 from .schedule import Schedule
 
 Dataset = Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder"]
-FREE = ("data_dir", "run_dir", "workers", "tensorboard", "save_minutes")  # what may change when a run is resumed
+# What may change when a run is resumed
+FREE = ("data_dir", "run_dir", "workers", "tensorboard", "save_minutes", "knn_device")
 
 
 def ranks() -> int:
@@ -27,8 +28,10 @@ def ranks() -> int:
 class Common:
     # Data
     dataset: Dataset = "digits"  # imagefolder is meant where only --data-dir is given
-    data_dir: Path | None = None  # DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*, or torchvision's files
-    image_size: int | None = None  # side in pixels. None: 32 for digits, else that of the first image, at most 224
+    data_dir: Path | None = (
+        None  # DIR/train/<class>/* and DIR/test/<class>/* or val, DIR/<class>/*, torchvision's files
+    )
+    image_size: int | None = None  # side in pixels. None: 32 for digits, else that of the first image, from 32 to 224
     limit: int | None = None  # use no more than so many training images, and test images
     recipe: Literal["mocov1", "mocov2", "simclr", "simco"] = "mocov2"  # augmentation; digits are placed at random
     augment: Literal["workers", "device"] = "workers"  # device: images of one size, kept and augmented in its memory
@@ -53,7 +56,9 @@ class Common:
 
     # Evaluation
     knn_every: int = 20  # epochs from one kNN to the next
+    knn: bool = True  # a kNN before training, every so many epochs, and at the end; --no-knn: none
     knn_k: int = 20  # neighbours that vote
+    knn_device: Literal["training", "cpu"] = "training"  # where its features are kept: cpu if a GPU has no room
     online_probe: bool = False  # a linear classifier that learns beside the encoder and does not change it
     probe: bool = True  # a logistic regression on the features at the end; minutes where images are many
 
@@ -112,7 +117,6 @@ def dataset_of(words: list[str]) -> str:
 
 def parse(words: list[str], defaults: dict[str, Args], description: str | None) -> Args:
     """``defaults`` of each data set; the description is the script's docstring."""
-    print_any_name()
     dataset = dataset_of(words)
     default = defaults["digits"]  # of an unknown one, which is tyro's to refuse
     if dataset in get_args(Dataset):

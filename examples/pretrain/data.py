@@ -4,8 +4,10 @@ Sample order and augmentation are pure functions of (seed, epoch, sample, view):
 run sees what it would have seen.
 """
 
+import hashlib
 import math
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
-from .folder import Once, Splits, image_files, split_folders
-from .pictures import Arrays, Damage, DamagedImageError, Pictures, show
+from .pictures import DAMAGED, Arrays, Damage, DamagedImageError, Files, Pictures, Sample, has_header, legible, show
 from .pictures import DataError as DataError
 
+TRAIN = ("train", "training")  # names of folders, in upper or lower case
+TEST = ("test", "val", "valid", "validation", "eval")  # the first that is there
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
 
 
@@ -71,6 +74,9 @@ class Data(Protocol):
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of "train" or "test" in order, with labels, for the evaluation, without damaged images."""
+
+    def size(self, split: str) -> int:
+        """How many images "train" or "test" has for the evaluation."""
 
     def close(self) -> None:
         """End whatever works for it; it can be used again."""
@@ -128,6 +134,9 @@ class PlacedDigits:
         self.fingerprint = f"{self.train_size} train and {self.test_size} test images"
         self.damage = Damage(self.train_size + self.test_size)
 
+    def size(self, split: str) -> int:
+        return len(self.labels[split])
+
     def close(self) -> None:
         pass
 
@@ -153,6 +162,9 @@ class PlacedDigits:
 
 # ---------------------------------------------------------------------------------------------- images
 
+Once = Callable[[Callable[[], Any]], Any]
+Splits = dict[str, Pictures]
+
 
 class ImageData:
     """Pictures in workers' hands, or (``on_device``) all of them in the device's memory, augmented there."""
@@ -174,8 +186,8 @@ class ImageData:
     ) -> None:
         self.name, self.splits, self.classes, self.note = name, splits, classes, note
         self.seed, self.recipe = seed, recipe
-        if image_size is None:  # that of the first image, 224 at most
-            image_size = min(224, *show(splits["views"], 0).image.size)
+        if image_size is None:  # that of the first image, from 32 to 224
+            image_size = max(32, min(224, *show(splits["views"], 0).image.size))
         self.image_size, self.workers, self.device = image_size, workers, on_device
         self.train_size, self.test_size = len(splits["views"].labels), len(splits["test"].labels)
         self.fingerprint = f"{self.train_size} train and {self.test_size} test images" + fingerprint
@@ -220,6 +232,9 @@ class ImageData:
         for rows in torch.split(torch.arange(mine.start, mine.stop), 1024):
             whole = rows[(decoded.shown[rows.to(self.device)].cpu() == rows)]
             yield transform(decoded.pixels[whole.to(self.device)]), labels[whole]
+
+    def size(self, split: str) -> int:
+        return len(self.splits[split].labels)
 
     def decode(self, split: str, device: torch.device) -> "Decoded":
         """All images of a split, in the device's memory."""
@@ -390,7 +405,7 @@ def open_data(
     if dataset == "imagefolder" and data_dir is None:
         raise DataError("data_dir: imagefolder needs one. Give --data-dir DIR, with DIR/train/<class>/* in it.")
     root = Path("data") if data_dir is None else data_dir
-    if dataset == "imagefolder" or (root.is_dir() and "train" in split_folders(root)):
+    if dataset == "imagefolder" or split_folders(root)[0] is not None:
         splits, classes, note, digest = image_files(root, limit, once)
         name = root.resolve().name if dataset == "imagefolder" else dataset
     else:
@@ -425,3 +440,119 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None, once: Once) 
         labels = one.labels if stl10 else one.targets
         splits[split] = Arrays(pixels[:limit], [int(label) for label in labels[:limit]])
     return splits, len(found["train"].classes)
+
+
+def image_files(root: Path, limit: int | None, once: Once) -> tuple[Splits, int, str, str]:
+    """``root/train/<class>/*`` and ``root/test/<class>/*`` (see ``TEST``); or ``root/<class>/*``, a tenth to test."""
+    train, test, class_names = find_images(root)
+    asked = {"train": train[:limit], "test": test[:limit]}
+    unreadable = once(lambda: {split: set(broken_files(found)) for split, found in asked.items()})
+    samples = {split: [sample for sample in asked[split] if sample[0] not in unreadable[split]] for split in asked}
+    broken = [path for split in asked for path in unreadable[split]]
+    every = sum(map(len, asked.values()))
+    note = (
+        f"{len(broken)} of {every} images cannot be read and are left out, the first is {legible(min(broken))}"
+        if broken
+        else ""
+    )
+    for split in samples:
+        if not samples[split]:
+            raise DataError(f"data_dir: {legible(root)} has no readable {split} image ({note or 'too few in all'}).")
+    if len(broken) > DAMAGED * every:
+        raise DataError(f"data_dir: {note}. More than {DAMAGED:.0%} is no accident: replace them by whole copies.")
+    names = [f"{split}/{label}/{path.name}" for split in asked for path, label in samples[split]]
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    files = {split: Files(found) for split, found in samples.items()}
+    return {"views": files["train"], **files}, len(class_names), note, f", {digest[:12]}"
+
+
+def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Training samples, test samples, class names. Any prefix of either list is balanced over the classes."""
+    if not root.is_dir():
+        what = "a file" if root.exists() else "not there"
+        raise DataError(f"data_dir: {legible(root)} is {what}. Give a folder of images.")
+    train_folder, held_out = split_folders(root)
+    if train_folder is None:
+        samples, classes = image_folder(root)
+        return *hold_out(samples), classes
+    samples, classes = image_folder(train_folder)
+    if held_out is None:
+        return *hold_out(samples), classes
+    test, test_classes = image_folder(held_out)
+    if test_classes != classes:
+        differing = legible(", ".join(sorted(set(classes) ^ set(test_classes))[:5]))
+        both = f"{train_folder.name} and {held_out.name}"
+        raise DataError(
+            f"data_dir: {legible(root)}: {both} differ in their classes ({differing}). Give both the same folders."
+        )
+    return samples, test, classes
+
+
+def split_folders(root: Path) -> tuple[Path | None, Path | None]:
+    """The folders of training and of test images; None and None where the folders in ``root`` are classes."""
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return None, None
+    train = [path for name in TRAIN for path in folders if path.name.lower() == name]
+    test = [path for name in TEST for path in folders if path.name.lower() == name]
+    if not train and not test:
+        return None, None
+    others = [path for path in folders if path not in (*train, *test)]
+    if len(train) == 1 and (test or not others):
+        return train[0], test[0] if test else None
+    found = legible(", ".join(path.name for path in folders[:8])) + (", ..." if len(folders) > 8 else "")
+    raise DataError(
+        f"data_dir: {legible(root)} holds the folders {found}, and which of them are the training and the test "
+        f"images is not clear. Name them train and {', '.join(TEST[:-1])} or {TEST[-1]} (a tenth of train is held out "
+        "where none is there), and move the other folders elsewhere."
+    )
+
+
+def image_folder(folder: Path) -> tuple[list[Sample], list[str]]:
+    from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
+
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError as error:  # no class, or a class without an image
+        layout = "train/<class>/* and test/<class>/*, or <class>/*"
+        reason = str(error).split(" Supported")[0].rstrip(".")
+        empty = [path for path in sorted(folder.iterdir()) if path.is_dir() and not has_image(path)]
+        if empty:
+            reason = f"the class folder {legible(empty[0])} has none. Put images into it, or remove it from every split"
+        raise DataError(f"data_dir: expected images as {layout}; {legible(reason)}.") from None
+    nth: dict[int, int] = defaultdict(int)
+    order = []
+    for path, label in found.samples:
+        order.append((nth[label], label, Path(path)))
+        nth[label] += 1
+    return [(path, label) for _, label, path in sorted(order)], found.classes
+
+
+def has_image(folder: Path) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
+
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
+
+
+def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """Every tenth image of each class is for testing, of smaller classes the last."""
+    count: dict[int, int] = defaultdict(int)
+    for _, label in samples:
+        count[label] += 1
+    seen: dict[int, int] = defaultdict(int)
+    train, test = [], []
+    for path, label in samples:
+        seen[label] += 1
+        if seen[label] % 10 == 0 or seen[label] == count[label] < 10:
+            test.append((path, label))
+        else:
+            train.append((path, label))
+    return train, test
+
+
+def broken_files(samples: list[Sample]) -> list[Path]:
+    """Those whose header cannot be read. A truncated image is found when it is used."""
+    with ThreadPoolExecutor(16) as pool:
+        good = pool.map(has_header, (path for path, _ in samples))
+        return [path for (path, _), whole in zip(samples, good, strict=True) if not whole]

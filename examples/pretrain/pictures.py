@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 
 BITS_PER_SAMPLE = 258  # TIFF's tag
 DAMAGED = 0.1  # share of images above which there is something wrong with the folder
@@ -29,11 +29,6 @@ class DamagedImageError(DataError):
 # ---------------------------------------------------------------------------------------------- many images
 
 
-def printable(name: object) -> str:
-    """A file's name need not be UTF-8. Its other bytes become \\xe9 and the like, which all can print."""
-    return str(name).encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
 class Pictures(Protocol):
     """Images to open one by one; ``views`` are trained on, ``train`` and ``test`` have the labels of the evaluation."""
 
@@ -52,7 +47,7 @@ class Files:
         return read_image(self.samples[sample][0])
 
     def name(self, sample: int) -> str:
-        return str(self.samples[sample][0])
+        return legible(self.samples[sample][0])
 
 
 class Arrays:
@@ -105,21 +100,22 @@ class Damage:
         self._check(every)
         new = sorted(every - self.told)
         self.told |= every
-        return [
-            f"{printable(name)} cannot be decoded: training takes another image, and the evaluation none."
-            for name in new
-        ]
+        return [f"{name} cannot be decoded: training takes another image, and the evaluation none." for name in new]
 
     def _check(self, found: set[str]) -> None:
         if len(found) > max(1, DAMAGED * self.images):
-            first = printable(min(found))
             raise DataError(
-                f"data_dir: {len(found)} of {self.images} images cannot be decoded, the first is {first}. More than "
-                f"{DAMAGED:.0%} is no accident: replace them by whole copies."
+                f"data_dir: {len(found)} of {self.images} images cannot be decoded, the first is {min(found)}. More "
+                f"than {DAMAGED:.0%} is no accident: replace them by whole copies."
             )
 
 
 # ---------------------------------------------------------------------------------------------- one file
+
+
+def legible(text: object) -> str:
+    """Of a file's name, which may hold bytes that are no UTF-8: with these as escapes, so that it can be printed."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -127,13 +123,12 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return eight_bits(image, path).convert("RGB")
+            return ImageOps.exif_transpose(eight_bits(image, path)).convert("RGB")
     except (DataError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise whatever its reader stumbles over
-        raise DamagedImageError(
-            f"data_dir: {printable(path)} cannot be decoded ({error}). Replace it by a whole copy."
-        ) from None
+        reason = f"data_dir: {legible(path)} cannot be decoded ({legible(error)})"
+        raise DamagedImageError(f"{reason}. Replace it by a whole copy.") from None
 
 
 def has_header(path: Path) -> bool:
@@ -170,8 +165,8 @@ def brightest(image: Image.Image, path: Path) -> int:
     if image.mode in ("I", "F"):
         numbers = "32-bit floats" if image.mode == "F" else "signed or 32-bit integers"
         raise DataError(
-            f"data_dir: {printable(path)} holds {numbers}, and which of them are black and white is not known. Convert "
-            "it to gray of 8 or 16 bits, for example by Image.fromarray((255 * (x - low) / (high - low)).clip(0, 255)"
-            ".astype('uint8')), with the same low and high for all images."
+            f"data_dir: {legible(path)} holds {numbers}, and which of them are black and white is not known. Convert "
+            "it to gray of 8 or 16 bits, for example by Image.fromarray((255 * (x - low) / (high - low)).clip(0, 255)."
+            "astype('uint8')), with the same low and high for all images."
         )
     return 255

@@ -11,13 +11,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO, TextIOWrapper
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 
-from .pictures import DataError, printable
+from .data import DataError
 
 Row = dict[str, float | int | None]
 PANELS = (  # of the curves: column, title, top
@@ -33,7 +33,6 @@ PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss"
 
 def fail(message: object) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    message = printable(message)
     raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
 
 
@@ -92,20 +91,7 @@ def command() -> str:
         start = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
         if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
             start += [f"--nnodes={nodes}", "..."]
-    return " ".join(quoted(word) for word in [*start, *sys.argv])
-
-
-def quoted(word: str) -> str:
-    """For a shell. Bytes that are not UTF-8 go as bash writes them."""
-    if printable(word) == word:
-        return shlex.quote(word)
-    return "$'" + printable(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
-
-
-def print_any_name() -> None:
-    """Names of files and folders that are not UTF-8 must not end a script that tells of them."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    return shlex.join([*start, *sys.argv])
 
 
 def peak_memory_mb(device: torch.device) -> int:
@@ -263,11 +249,14 @@ class Run:
             return
         table = [("argument", "saved", "given"), *differing]
         width = [max(len(row[column]) for row in table) for column in range(3)]
+        advice = ""
+        if [row[0] for row in differing] == ["epochs"]:
+            advice = "--epochs decides the learning rate of every step, so that other epochs are another run. "
         lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
         fail(
             f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
-            "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, delete "
-            f"{self.directory}."
+            f"{advice}Give the saved values to resume it or another --run-dir to start a new run; or, to start over, "
+            f"delete {self.directory}."
         )
 
     def save(self, epoch: int, state: dict[str, Any], step: int = 0) -> None:

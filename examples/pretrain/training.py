@@ -153,7 +153,8 @@ class Training(Generic[Args]):
         with self.run.interruptible(), self._signals(), closing(self.data):
             if not self.run.rows:
                 self.run.rows = [{"epoch": 0, "knn": self._knn()}]
-                self.say(f"kNN {self.run.rows[0]['knn']:.1f} % before training")
+                if self.args.knn:
+                    self.say(f"kNN {self.run.rows[0]['knn']:.1f} % before training")
                 self._note_damage()
             while self.done < args.epochs * self.steps:
                 epoch, start = divmod(self.done, self.steps)
@@ -274,7 +275,7 @@ class Training(Generic[Args]):
 
     def _finish(self) -> None:
         rows = self.run.rows
-        self.run.result = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]}
+        self.run.result = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]} if self.args.knn else {}
         if self.probe is not None:
             self.run.result["online_probe"] = rows[-1]["online_probe"]
         if self.args.probe:
@@ -293,11 +294,14 @@ class Training(Generic[Args]):
         self.run.save(epoch, state, step)
         self.saved_at = time.monotonic()
 
-    def _knn(self) -> float:
+    def _knn(self) -> float | None:
+        if not self.args.knn:
+            return None
         if self.ranks > 1:
             for buffer in self.query_encoder.buffers():  # running statistics are each rank's own while training
                 dist.broadcast(buffer, 0)
-        return knn_accuracy(self.query_encoder, self.data, self.args.knn_k)
+        device = torch.device("cpu") if self.args.knn_device == "cpu" else self.fabric.device
+        return knn_accuracy(self.query_encoder, self.data, self.args.knn_k, device=device)
 
     def _mean_over_ranks(self, sums: Tensor) -> Tensor:
         if self.ranks == 1:
@@ -501,10 +505,12 @@ def mean_of(first: LossMetrics, second: LossMetrics) -> LossMetrics:
 
 
 def summary(result: Row) -> str:
-    figures = [f"kNN {result['knn_untrained']:.1f} % untrained, {result['knn']:.1f} % trained"]
+    figures = []
+    if "knn" in result:
+        figures = [f"kNN {result['knn_untrained']:.1f} % untrained, {result['knn']:.1f} % trained"]
     probes = [name for name in ("online_probe", "linear_probe") if name in result]
     figures += [f"{name.replace('_', ' ')} {result[name]:.1f} %" for name in probes]
-    return "; ".join(figures) + "."
+    return ("; ".join(figures) or "Nothing was measured") + "."
 
 
 class Times(NamedTuple):

@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from ..calls import RowLosses
-from .launch import (
-    capability,
-    interpreted,
-    kernels,
-    keys_gradient,
-    logsumexp,
-    row_losses,
-    symmetric_gradient,
-    symmetric_losses,
-    unit_dtype,
-)
+from .arguments import capability, interpreted, kernels, unit_dtype
+from .backward import keys_gradient, symmetric_gradient, symmetric_losses
+from .launch import logsumexp, row_losses
 
 __all__ = [
     "gives_keys_gradient",

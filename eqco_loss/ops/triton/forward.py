@@ -25,16 +25,21 @@ from .parts import (
     PART_MAXIMUM,
     PART_RANK,
     PART_TOTAL,
+    UNIT,
+    add_product,
+    cut,
     finish,
     finish_logsumexp,
     finite_rows,
     fold,
     inverse_norm,
     kept,
+    load_pieces,
     load_rows,
+    product,
     read_temperature,
     store_parts,
-    store_rows,
+    store_pieces,
     tie_broken,
     wrapped,
 )
@@ -44,9 +49,9 @@ from .parts import (
 def prepare_rows(
     x, stride_row, stride_d, out, factor, count,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, POWER: tl.constexpr, CLEAN: tl.constexpr,
+    NORMALIZE: tl.constexpr, POWER: tl.constexpr, CLEAN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Rows in the dtype of the products, ``out`` (count, D), and what their products are still to be multiplied by.
+    """Rows in the dtype of the products, ``out`` (PIECES, count, D), and what their products are to be multiplied by.
 
     With POWER rows are multiplied by a power of two near 1 / norm, which rounds nothing, where the norm itself might
     not fit float16; else, with NORMALIZE and an ``out``, by 1 / norm. With CLEAN, rows that are not finite become
@@ -68,7 +73,9 @@ def prepare_rows(
         else:
             values = values * left[:, None]
             left = tl.full([BLOCK], 1.0, tl.float32)
-        store_rows(out, rows, count, values, D, BLOCK_D)
+        if PIECES == 2:
+            values = values * UNIT
+        store_pieces(out, rows, count, values, D, BLOCK_D, PIECES)
     if factor is not None:
         if CLEAN:
             left = tl.where(finite, left, float("nan"))
@@ -81,17 +88,20 @@ def prepare_rows(
 @triton.jit
 def visit(
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what has been seen, per row
-    q, row_scale, positive_logit, row_ids, rows,
-    keys, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
-    first, modulus, width, limit, lo, hi, ratio, n,
+    q, q_low, q_rest, row_scale, positive_logit, row_ids, rows,
+    keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
+    mask, mask_stride_n, mask_stride_k, first, modulus, width, limit, lo, hi, ratio, n,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
     BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     FACTOR: tl.constexpr, CLEAN: tl.constexpr,
     BOUNDED: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here"."""
+    """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
+
+    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are.
+    """
     start = lo
     if BAND:
         start = (first + lo) % modulus
@@ -103,8 +113,10 @@ def visit(
             start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
         elif COMPARE != "none":  # beyond the last key, that key is loaded again: a mask of the load takes registers
             place = tl.minimum(column, limit - 1)
-        k = load_rows(keys, place, stride_k, stride_d, limit, D, BLOCK_D, False, WIDE)
-        raw: tl.constexpr = k.dtype == q.dtype
+        k, k_low, k_rest = load_pieces(
+            keys, stride_piece, place, stride_k, stride_d, limit, D, BLOCK_D, WIDE, PIECES if IN_PIECES else 1
+        )
+        raw: tl.constexpr = IN_PIECES or (PIECES == 1 and k.dtype == q.dtype)
         if FACTOR == "loaded":
             factor = tl.load(key_factor + place)
         if FACTOR == "here":
@@ -112,8 +124,13 @@ def visit(
         if not raw:
             if FACTOR != "none":
                 k = k.to(tl.float32) * factor[:, None]
-            k = k.to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (R, C), logits once multiplied by row_scale
+            if PIECES == 1:
+                k = k.to(q.dtype)
+            if PIECES == 2:
+                k = k.to(tl.float32) * UNIT
+            k, k_low, k_rest = cut(k, PIECES)
+        s = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)  # logits once multiplied by row_scale
+        s = product(q, q_low, q_rest, tl.trans(k), tl.trans(k_low), tl.trans(k_rest), s, False, PIECES)
         if raw and FACTOR != "none":
             s = s * factor[None, :]
         if COMPARE == "tail":
@@ -147,7 +164,7 @@ def visit(
                 x = x * factor[None, :]
             if not BOUNDED:
                 mean_key = mean_key * shrink[:, None]
-            mean_key = tl.dot(x.to(q.dtype), k, acc=mean_key, input_precision=PRECISION)
+            mean_key = add_product(mean_key, x, k, k_low, k_rest, PIECES)
     if COMPARE == "ends":  # columns r .. r + width - 1 are row r's
         r = tl.arange(0, BLOCK_ROWS)
         count += tl.maximum(tl.minimum(hi, r + width) - tl.maximum(lo, r), 0).to(tl.float32)
@@ -161,16 +178,17 @@ def visit(
 )  # fmt: skip
 def attend(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
-    keys, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
+    keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
     mask, mask_stride_n, mask_stride_k, key_count, temperature_tensor,
     parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
     n, half, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr,
-    IDS: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr,
-    BOUNDED: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr,
-    METRICS: tl.constexpr, FINISH: tl.constexpr, WIDE: tl.constexpr,
+    DOT: tl.constexpr, PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr,
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr, BOUNDED: tl.constexpr,
+    ALPHA: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
+    FINISH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of rows against one split of the columns; with FINISH (one split) to the end."""
     t = read_temperature(temperature, temperature_tensor)
@@ -196,6 +214,9 @@ def attend(
         row_scale = row_scale * inverse
     else:
         q = (raw_q.to(tl.float32) * inverse[:, None]).to(DOT)
+    if PIECES == 2:
+        q, row_scale = q * UNIT, row_scale / (UNIT * UNIT)
+    q, q_low, q_rest = cut(q, PIECES)
     row_ids = rows
     if IDS != 0:
         row_ids = tl.load(query_ids + rows, mask=rows < n, other=0)
@@ -228,15 +249,18 @@ def attend(
     for rest in tl.static_range(2 if COMPARE == "tail" else 1):  # no comparison in the loop that takes the time
         maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            q, row_scale, positive_logit, row_ids, rows,
-            keys, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
+            q, q_low, q_rest, row_scale, positive_logit, row_ids, rows,
+            keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
             mask, mask_stride_n, mask_stride_k,
             first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n,
             D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
-            IDS, MASKED, FACTOR, CLEAN, BOUNDED, DUAL, QUERY_GRADIENT, METRICS, PRECISION, 1 if rest else STAGES, WIDE,
+            IDS, MASKED, FACTOR, CLEAN, BOUNDED, DUAL, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
+            1 if rest else STAGES, WIDE,
         )  # fmt: skip
     if COMPARE == "tail":
         count += hi - lo
+    if PIECES == 2:
+        mean_key = mean_key / UNIT
     if FINISH:
         finish(
             raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,

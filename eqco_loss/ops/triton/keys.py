@@ -9,11 +9,17 @@ import triton.language as tl
 from ..calls import Row
 from .parts import (
     LOG2E,
+    UNIT,
+    add_product,
+    cut,
     finite_rows,
     inverse_norm,
     kept,
+    load_pieces,
     load_rows,
+    product,
     read_temperature,
+    store_pieces,
     store_plane,
     store_rows,
     through_unit,
@@ -31,6 +37,7 @@ POSITIVE, SHIFT = tl.constexpr(int(Weight.POSITIVE)), tl.constexpr(int(Weight.SH
 def row_weights(
     query, stride_n, stride_d, grad, grad_stride, rows_in, temperature_tensor, out, prepared, n, temperature,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, POWER: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """What a row brings to backward, ``out`` (len(Weight), n).
 
@@ -49,7 +56,9 @@ def row_weights(
             factor = inverse
             if POWER:
                 factor = tl.exp2(tl.floor(tl.log2(inverse)))
-            store_rows(prepared, rows, n, q * factor[:, None], D, BLOCK_D)
+            if PIECES == 2:
+                factor = inverse * UNIT
+            store_pieces(prepared, rows, n, q * factor[:, None], D, BLOCK_D, PIECES)
             inverse = inverse / factor
     plane = n.to(tl.int64)
     g = tl.load(grad + rows.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float32)
@@ -59,7 +68,8 @@ def row_weights(
     store_plane(out, BASE, rows, n, base)
     store_plane(out, PULL, rows, n, pull * inverse)
     store_plane(out, INVERSE, rows, n, inverse)
-    store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(base - LOG2E / t))
+    above = tl.minimum(base - LOG2E / t, 126.0)  # more only where raw rows have larger logits, and nobody asks for it
+    store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(above))
     size = tl.abs(pull * inverse)
     shift = tl.where(size == 0.0, float("-inf"), tl.log2(tl.where(size == 0.0, 1.0, size)) - base)
     store_plane(out, SHIFT, rows, n, shift)
@@ -71,12 +81,13 @@ def row_weights(
 
 @triton.jit
 def collect(
-    acc, k, key_inverse, key_row, keys_at, query, stride_n, stride_d, weights, prescale, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+    acc, k, k_low, k_rest, key_inverse, key_row, keys_at,
+    query, stride_piece, stride_n, stride_d, weights, prescale,
+    query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
     n, first, modulus, width, offset, key_limit, lo, hi,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    FACTOR: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
@@ -95,9 +106,12 @@ def collect(
         present = row < n
         if COMPARE != "ends":  # beyond the last row, that row is loaded again: a mask of the load takes registers
             row = tl.minimum(row, n - 1)
-        q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
+        q, q_low, q_rest = load_pieces(query, stride_piece, row, stride_n, stride_d, n, D, BLOCK_D, WIDE, PIECES)
         scale = tl.load(weights + SCALE * plane + row)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (C, R)
+        if PIECES == 2:
+            scale = scale / UNIT
+        s = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], tl.float32)
+        s = product(k, k_low, k_rest, tl.trans(q), tl.trans(q_low), tl.trans(q_rest), s, True, PIECES)
         if FACTOR:
             s = s * key_inverse[:, None]
         if FOLDED:
@@ -133,21 +147,21 @@ def collect(
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
         if k.dtype == tl.float16:  # of rows and keys that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        acc = tl.dot(x.to(k.dtype), q, acc=acc, input_precision=PRECISION)
+        acc = add_product(acc, x, q, q_low, q_rest, PIECES)
     return acc
 
 
 @triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "chunk"])
 def keys_gradient(
-    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, grad, query_ids, key_ids,
+    query, stride_piece, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, grad, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, key_count, out,
     n, k, offset, width, modulus, blocks_per_view, chunk,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
     STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys against one split of the rows; ``query`` is in the dtype of the products.
+    """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
 
     ``out`` (splits, k, D) gets the shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the
     gradient. BAND: "" for none, "cyclic" where places are visited in order, "any" where every row is compared.
@@ -163,14 +177,19 @@ def keys_gradient(
     if CLEAN:
         raw_k = tl.where(finite_rows(raw_k)[:, None], raw_k, 0.0)
     dot: tl.constexpr = query.dtype.element_ty
-    raw: tl.constexpr = raw_k.dtype == dot
+    raw: tl.constexpr = raw_k.dtype == dot and PIECES == 1
     half: tl.constexpr = dot == tl.float16
     inverse = tl.full([BLOCK_KEYS], 1.0, tl.float32)
     if NORMALIZE_KEYS:
         inverse = inverse_norm(raw_k)
     k_tile = raw_k
     if not raw:
-        k_tile = (raw_k.to(tl.float32) * inverse[:, None]).to(dot)
+        k_tile = raw_k.to(tl.float32) * inverse[:, None]
+    if PIECES == 1:
+        k_tile = k_tile.to(dot)
+    if PIECES == 2:
+        k_tile = k_tile * UNIT
+    k_tile, k_low, k_rest = cut(k_tile, PIECES)
     prescale = tl.full([], 1.0, tl.float32)
     if half:  # float16 would lose what is small, and be infinite where it is large
         most = tl.load(largest)
@@ -186,11 +205,12 @@ def keys_gradient(
     lo = tl.program_id(1) * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     acc = collect(
-        acc, k_tile, inverse, key_row, view_start + key_row, query, stride_n, stride_d, weights, prescale,
+        acc, k_tile, k_low, k_rest, inverse, key_row, view_start + key_row,
+        query, stride_piece, stride_n, stride_d, weights, prescale,
         query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
         n, first, modulus, width, offset, k, lo, hi,
         D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
-        PRECISION, STAGES, WIDE,
+        PIECES, STAGES, WIDE,
     )  # fmt: skip
     if FOLDED:
         acc = acc * tl.where(tl.load(grad) < 0.0, -1.0, 1.0)

@@ -15,9 +15,12 @@ from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import TIE as _TIE
 from ..calls import Metric, Row
+from ..gap_kernels import something, values
+from .tables import UNIT as _UNIT
 from .tables import Part
 
 LOG2E, LN2, NORM_EPS, TIE = tl.constexpr(_LOG2E), tl.constexpr(_LN2), tl.constexpr(_NORM_EPS), tl.constexpr(_TIE)
+UNIT = tl.constexpr(_UNIT)
 CENTRE = tl.constexpr(-1.0)  # the fixed maximum of unit rows' logits: half of what float16 holds is on either side
 MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
@@ -55,6 +58,67 @@ def load_rows(
 
 
 @triton.jit
+def load_pieces(
+    x, stride_piece, rows, stride_row, stride_d, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """Rows (R, BLOCK_D) of each of the PIECES whose sum they are; a piece that is not there is the first again."""
+    high = load_rows(x, rows, stride_row, stride_d, limit, D, BLOCK_D, False, WIDE)
+    low, rest = high, high
+    if PIECES >= 2:
+        low = load_rows(x + stride_piece, rows, stride_row, stride_d, limit, D, BLOCK_D, False, WIDE)
+    if PIECES == 3:
+        rest = load_rows(x + 2 * stride_piece, rows, stride_row, stride_d, limit, D, BLOCK_D, False, WIDE)
+    return high, low, rest
+
+
+@triton.jit
+def cut(x, PIECES: tl.constexpr):
+    """float32 as a sum of halves, which the matrix unit multiplies; one piece is x itself.
+
+    Two pieces of float16 hold 22 bits of what lies between 2 ** -14 and 2 ** 16, as unit rows times UNIT and weights
+    do. Three pieces of bfloat16 hold all 24 bits of any float32 number.
+    """
+    high, low, rest = x, x, x
+    if PIECES == 2:
+        high = x.to(tl.float16)
+        low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.float16)
+    if PIECES == 3:
+        high = x.to(tl.bfloat16)
+        left = x.to(tl.float32) - high.to(tl.float32)
+        low = left.to(tl.bfloat16)
+        rest = (left - low.to(tl.float32)).to(tl.bfloat16)
+    return high, low, rest
+
+
+@triton.jit
+def product(a, a_low, a_rest, b, b_low, b_rest, acc, TURNED: tl.constexpr, PIECES: tl.constexpr):
+    """acc + a @ b of matrices in pieces: of three pieces six products, of two three, the others being too small.
+
+    TURNED: the operands were exchanged, and their products are added in the order of before. So forward and backward
+    have the same similarities, bit by bit, which a softmax of large logits needs.
+    """
+    if PIECES == 3:
+        if TURNED:
+            acc = tl.dot(a, b_rest, acc=acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a_rest, b, acc=acc, input_precision="ieee")
+        acc = tl.dot(a_low, b_low, acc=acc, input_precision="ieee")
+        if TURNED:
+            acc = tl.dot(a_rest, b, acc=acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, b_rest, acc=acc, input_precision="ieee")
+    if PIECES >= 2:
+        if TURNED:
+            acc = tl.dot(a, b_low, acc=acc, input_precision="ieee")
+            acc = tl.dot(a_low, b, acc=acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a_low, b, acc=acc, input_precision="ieee")
+            acc = tl.dot(a, b_low, acc=acc, input_precision="ieee")
+    return tl.dot(a, b, acc=acc, input_precision="ieee")
+
+
+@triton.jit
 def partners(rows, half):
     """Where the rows' positives are: the same rows, or, with two views of ``half`` rows each, the other view's."""
     return tl.where(half > 0, tl.where(rows < half, rows + half, rows - half), rows)
@@ -66,6 +130,34 @@ def store_rows(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     at = out + rows.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(at, value.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def add_product(acc, a, b, b_low, b_rest, PIECES: tl.constexpr):
+    """acc + a @ b, where a (R, C) is not yet in pieces.
+
+    A matrix unit cuts its sums off instead of rounding them. Over a whole pass that would be a bias of 1e-5, so that
+    float32's products are summed tile by tile, and the tiles by an addition that rounds.
+    """
+    if PIECES == 1:
+        a = a.to(b.dtype)
+    high, low, rest = cut(a, PIECES)
+    if PIECES == 1:
+        return product(high, low, rest, b, b_low, b_rest, acc, False, PIECES)
+    else:
+        return acc + product(high, low, rest, b, b_low, b_rest, tl.zeros(acc.shape, tl.float32), False, PIECES)
+
+
+@triton.jit
+def store_pieces(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+    """Rows (R, BLOCK_D), float32, into a contiguous (PIECES, n, D); a single piece is in the dtype of ``out``."""
+    high, low, rest = cut(value, PIECES)
+    plane = n.to(tl.int64) * D
+    store_rows(out, rows, n, high, D, BLOCK_D)
+    if PIECES >= 2:
+        store_rows(out + plane, rows, n, low, D, BLOCK_D)
+    if PIECES == 3:
+        store_rows(out + 2 * plane, rows, n, rest, D, BLOCK_D)
 
 
 @triton.jit
@@ -151,30 +243,7 @@ def wrapped(place, modulus, SMALL: tl.constexpr):
         return tl.where(place >= modulus, place - modulus, place)
 
 
-# --------------------------------------------------------------------------------------------------- functions of a gap
-
-
-@triton.jit
-def softplus(x):
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
-
-
-@triton.jit
-def sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
-def softplus_over_sigmoid(x):
-    """softplus(-x) / sigmoid(-x) without the overflow of either."""
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    ratio = tl.where(u == 1.0, 1.0, tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))  # log1p(e) / e
-    return tl.where(x < 0, (tl.maximum(-x, 0.0) + ratio * e) * u, tl.where(u == 1.0, 1.0 + 0.5 * e, ratio * u))
+# ------------------------------------------------------------------------------------------------------- running sums
 
 
 @triton.jit
@@ -197,12 +266,6 @@ def tie_broken(positive_logit):
 
 
 # ----------------------------------------------------------------------------------- from what a pass saw to the answer
-
-
-@triton.jit
-def something(total):
-    """``total``, NaN where nothing was added."""
-    return tl.where(total == 0.0, float("nan"), total)
 
 
 @triton.jit
@@ -237,15 +300,12 @@ def finish(
     if ALPHA:
         shift = tl.log(alpha / tl.maximum(count, 1.0))
     total = something(total)
-    # The maximum goes first: its difference to another large logit is exact, its sum with log2 is not.
-    gap = ((s * (LOG2E / t) - maximum) - tl.log2(total)) * LN2 - shift
-    intra_loss = softplus(-gap)
-    weight, log_weight, row_loss = sigmoid(-gap), zero, intra_loss
+    inter_above = zero
     if DUAL:
-        inter_gap = ((s * (LOG2E / inter_t) - inter_maximum) - tl.log2(something(inter_total))) * LN2 - shift
-        weight = sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
-        log_weight = softplus(gap) - softplus(inter_gap)
-        row_loss = weight * softplus_over_sigmoid(gap)
+        inter_above, inter_total = s * (LOG2E / inter_t) - inter_maximum, something(inter_total)
+    row_loss, intra_loss, weight, log_weight = values(
+        s * (LOG2E / t) - maximum, total, inter_above, inter_total, shift, DUAL
+    )
     tl.store(loss + rows, row_loss * share, mask=rows < n)
     rest = store_softmax(out_rows, rows, n, maximum, total)
     factor = weight * share / t

@@ -7,24 +7,36 @@ import triton
 import triton.language as tl
 
 from .keys import BASE, BOUNDED_PULL, INVERSE, POSITIVE, PULL, SCALE
-from .parts import LOG2E, inverse_norm, load_rows, read_temperature, store_rows, through_unit, wrapped
+from .parts import (
+    LOG2E,
+    add_product,
+    inverse_norm,
+    load_pieces,
+    load_rows,
+    product,
+    read_temperature,
+    store_rows,
+    through_unit,
+    wrapped,
+)
 
 
 @triton.jit(do_not_specialize=["n", "m", "chunk"])
 def symmetric_rows(
-    views, stride_n, stride_d, raw_views, raw_stride_n, raw_stride_d, weights, largest, temperature_tensor, out, along,
-    n, m, chunk, temperature, eps,
+    views, stride_piece, stride_n, stride_d, raw_views, raw_stride_n, raw_stride_d, weights, largest,
+    temperature_tensor, out, along, n, m, chunk, temperature, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACROSS: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ACROSS: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
     WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """A block of rows z (2M, D) against one split of the others.
 
     For unit rows the gradient is sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a its
     POSITIVE weight, P the softmax over both views or, ACROSS, the other one. ``along`` (splits, 2M), where it is given,
-    gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views`` is in the dtype
-    of the products, ``raw_views`` what was given. ``out`` gets the gradient, or, without WHOLE_GRADIENT, (splits, 2M,
-    D) shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible logit) serves both softmaxes.
+    gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views`` (PIECES, 2M, D)
+    is in the dtype of the products, ``raw_views`` what was given. ``out`` gets the gradient, or, without
+    WHOLE_GRADIENT, (splits, 2M, D) shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible logit)
+    serves both softmaxes.
     """
     t = read_temperature(temperature, temperature_tensor)
     block, split = tl.program_id(0), tl.program_id(1)
@@ -36,7 +48,7 @@ def symmetric_rows(
     valid = place_in_view < anchors
     plane = n.to(tl.int64)
     rows = own_start + tl.minimum(place_in_view, anchors - 1)  # beyond the last row, that row
-    q = load_rows(views, rows, stride_n, stride_d, n, D, BLOCK_D, False, True)
+    q, q_low, q_rest = load_pieces(views, stride_piece, rows, stride_n, stride_d, n, D, BLOCK_D, True, PIECES)
     half: tl.constexpr = q.dtype == tl.float16
     scale, base = tl.load(weights + SCALE * plane + rows), tl.load(weights + BASE * plane + rows)
     inverse = tl.load(weights + INVERSE * plane + rows)
@@ -60,10 +72,12 @@ def symmetric_rows(
         place = wrapped(start + tl.arange(0, BLOCK_KEYS), m, SMALL)
         place += m - own_start if ACROSS else tl.where(second, m, 0)
         start = wrapped(start + BLOCK_KEYS, m, SMALL)
-        k = load_rows(views, place, stride_n, stride_d, n, D, BLOCK_D, False, WIDE)
+        k, k_low, k_rest = load_pieces(views, stride_piece, place, stride_n, stride_d, n, D, BLOCK_D, WIDE, PIECES)
         key_pull = tl.load(pulls + place) * prescale
         key_inverse = tl.load(weights + INVERSE * plane + place)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None] * key_inverse[None, :]
+        logits = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
+        logits = product(q, q_low, q_rest, tl.trans(k), tl.trans(k_low), tl.trans(k_rest), logits, False, PIECES)
+        logits = logits * scale[:, None] * key_inverse[None, :]
         if ONE_EXP:
             x = tl.exp2(logits - highest) * (a[:, None] * key_inverse[None, :] + key_pull[None, :])
         else:
@@ -75,11 +89,15 @@ def symmetric_rows(
             x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
         if half:  # of rows that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        acc = tl.dot(x.to(k.dtype), k, acc=acc, input_precision=PRECISION)
+        acc = add_product(acc, x, k, k_low, k_rest, PIECES)
     acc = acc / prescale
     if along is not None:
-        product = tl.sum(q.to(tl.float32) * acc, 1) * inverse
-        tl.store(along + split.to(tl.int64) * n + rows, product, mask=valid)
+        z = q.to(tl.float32)
+        if PIECES >= 2:
+            z += q_low.to(tl.float32)
+        if PIECES == 3:
+            z += q_rest.to(tl.float32)
+        tl.store(along + split.to(tl.int64) * n + rows, tl.sum(z * acc, 1) * inverse, mask=valid)
     if split == 0:
         other = tl.where(rows < m, rows + m, rows - m)
         length = tl.load(weights + POSITIVE * plane + rows) + tl.load(weights + POSITIVE * plane + other)

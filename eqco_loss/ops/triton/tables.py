@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KB a block, which leaves no room for a second stage of everything
+UNIT = 64.0  # float16's pieces of a unit row are of the row times this, which lifts the low piece to where it is exact
 
 
 class Part(IntEnum):
@@ -47,26 +48,26 @@ class Tile(NamedTuple):
 
 
 def forward_tile(
-    dtype: torch.dtype, block_d: int, n: int, arch: int, *, plain: bool, converts: bool = False, turned: bool = False
+    dtype: torch.dtype,
+    block_d: int,
+    n: int,
+    arch: int,
+    *,
+    plain: bool,
+    converts: bool = False,
+    turned: bool = False,
+    count: int = 3,
 ) -> Tile:
     """Of ``attend`` for many keys, which are streamed.
 
     ``plain``: one softmax and its gradient, which leaves registers for more keys. ``converts``: keys of another dtype,
-    which the kernel converts; ``turned``: these lie column by column, and turning a tile around takes registers.
+    which the kernel converts; ``turned``: these lie column by column, and turning a tile around takes registers;
+    ``count``: of float32's pieces.
     """
     plain = plain and not turned
     rows, major = max(16, power_of_two(n)), arch // 10
-    if precision(dtype) == "tf32x3":
-        if block_d <= 64:
-            return Tile(min(rows, 64), 32, 4, 2)  # by its loop
-        if block_d <= 128:
-            found = {9: Tile(min(rows, 64), 16, 4, 1), 10: Tile(min(rows, 64), 32, 8, 1)}  # by their loops
-            return found.get(major, Tile(min(rows, 32), 16, 4, 1))  # by its loop
-        return Tile(16, 16 if block_d > 256 else 32, 8, 1)  # by its loop
-    if precision(dtype) == "tf32":
-        if block_d <= 128:
-            return Tile(min(rows, 64), 32, 4, 2)  # by its loop
-        return Tile(min(rows, 32), 32, 8, 1) if block_d <= 256 else Tile(16, 16, 8, 1)  # by their loops
+    if dtype == torch.float32:
+        return _tile_of_pieces(count, block_d, rows, major)
     narrow = major not in (9, 10)  # a warp multiplies on its own, with everything in registers
     warps = 8 if rows >= 128 else 4  # a warp has 16 whole rows, or on sm_90 four have 64
     if block_d <= 128:
@@ -86,6 +87,23 @@ def forward_tile(
     return Tile(min(rows, 32), 32, 8, 1) if arch in LITTLE_SHARED_MEMORY else Tile(min(rows, 64), 32, 8, 2)  # its loop
 
 
+def _tile_of_pieces(count: int, block_d: int, rows: int, major: int) -> Tile:
+    """Of float32, by their loops: none spills inside up to D = 128, on sm_90 hardly up to D = 256."""
+    if block_d > 256:
+        return Tile(16, 16, 4, 1)
+    if block_d > 128:
+        if major == 9:
+            return Tile(min(rows, 64), 32 if count == 2 else 16, 4, 2)
+        return Tile(min(rows, 32), 32, 4, 1) if count == 2 else Tile(16, 32, 8, 1)
+    if block_d <= 64:
+        return Tile(min(rows, 64), 64 if count == 2 or major == 9 else 32, 4, 2)
+    if major == 10:
+        return Tile(min(rows, 128), 32, 8 if rows >= 128 else 4, 2 if count == 2 else 1)
+    if major == 9:
+        return Tile(min(rows, 64), 64 if count == 2 else 32, 4, 2)
+    return Tile(min(rows, 64 if count == 2 else 32), 32, 4, 2)
+
+
 def small_tile(dtype: torch.dtype, block_d: int) -> Tile:
     """Of ``attend`` where a block of rows meets few keys and finishes on its own."""
     if block_d > 256:
@@ -93,10 +111,10 @@ def small_tile(dtype: torch.dtype, block_d: int) -> Tile:
     return Tile(16, 32 if block_d > 128 else 64, 4, 2)  # by its loop
 
 
-def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int) -> Tile:
+def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int, count: int = 3) -> Tile:
     """Of ``keys_gradient``: keys are resident, rows of the query streamed."""
     if dtype == torch.float32:
-        return forward_tile(dtype, block_d, k, arch, plain=False)
+        return forward_tile(dtype, block_d, k, arch, plain=False, count=count)
     keys = max(16, power_of_two(k))
     if block_d <= 128:
         if arch // 10 == 9:
@@ -118,7 +136,7 @@ def symmetric_tile(dtype: torch.dtype, block_d: int, n: int, arch: int) -> Tile:
         return Tile(min(rows, 64), 32, 8 if rows >= 64 else 4, 2)  # by its loop
     if dtype != torch.float32 and arch // 10 == 9 and block_d <= 512:
         return Tile(min(rows, 64), 64, 8, 2)  # by its loop: HGMMA, where 32 resident rows are HMMA
-    return keys_tile(dtype, block_d, n, arch)
+    return keys_tile(dtype, block_d, n, arch, count=2)
 
 
 def combine_tile(splits: int, block_d: int, gradient: bool) -> tuple[int, int]:
@@ -131,14 +149,14 @@ def combine_tile(splits: int, block_d: int, gradient: bool) -> tuple[int, int]:
     return (max(1, min(8, 2**12 // (at_once * block_d))) if gradient else 8), at_once
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied, as torch.set_float32_matmul_precision says: "highest" in three products of tf32."""
-    if dtype != torch.float32:
-        return "ieee"
-    chosen = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # newer torch: knows of the older setting too
-    if chosen is None:
-        chosen = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "tf32x3" if chosen in ("ieee", "none") else "tf32"
+def pieces(dtype: torch.dtype, unit: bool) -> int:
+    """Of how many halves the factors of a product are the sum, which are in ``dtype``; see ``parts.cut``.
+
+    float32 takes two of float16 (three products) where all rows are unit ones, and three of bfloat16 (six products)
+    for raw rows. Both are as exact as float32 itself, so torch.set_float32_matmul_precision changes nothing: TF32,
+    which Triton cuts off instead of rounding, would have 10 bits.
+    """
+    return 1 if dtype != torch.float32 else 2 if unit else 3
 
 
 def power_of_two(x: int) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ from .chunks import (
     slices,
     steps,
 )
-from .pointwise import Plane, Seek, Side, mean_logit, new_state
+from .pointwise import Plane, Seek, Side, new_state
 
 
 def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
@@ -96,27 +95,17 @@ def row_losses(call: RowLosses) -> RowOutputs:
     seek = Seek(_to_inter(call, like), threshold if call.need_metrics else None, known is None, learned)
     for some in passes.rows:
         passes.attend(some, state[:, some], seek.part(some), query_gradient[some] if call.need_query_gradient else None)
-    maximum = _checked(state, known, call.may_raise)
-    values = _values(positive_logit, maximum, state, known, call)
-    factor = values.weight * (call.ratio / t)  # the derivative of a row's share by its negatives' similarities
-    rows = like.new_zeros((len(Row), n))
-    _write_rows(rows, state, maximum, factor, s)
-    if learned:
-        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
+    if not known:
+        state[Plane.MAXIMUM] = _checked(state, call.may_raise)
+    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    losses, rows, factor = pointwise.finish(call, s, state, known, metrics if call.need_metrics else None)
     if call.need_query_gradient:
         toward = positive.raw.rows, factor * positive.raw.inverse
         pointwise.through_unit(query.raw, query_gradient, factor, *toward, query_gradient)
     if call.need_positive_gradient:
         toward = query.raw.rows, factor * query.raw.inverse
         pointwise.through_unit(positive.raw, None, None, *toward, positive_gradient)
-    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
-    if call.need_metrics:
-        count = state[Plane.COUNT] if known is None else known
-        metrics[Metric.WEIGHT], metrics[Metric.INTRA_LOSS] = values.weight, values.intra_loss
-        metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
-        metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
-        metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
-    loss = values.loss.sum() * call.ratio if call.reduced else values.loss * call.ratio
+    loss = losses.sum() if call.reduced else losses
     return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
 
 
@@ -130,8 +119,9 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     for some in passes.rows:
         out = mean_key[some] if call.need_query_gradient else None
         passes.attend(some, state[:, some], Seek(negatives=passes.known is None), out)
-    maximum = _checked(state, passes.known, True)
-    _write_rows(rows, state, maximum, torch.ones_like(maximum) / t, torch.zeros_like(maximum))
+    maximum = state[Plane.MAXIMUM] if passes.known else _checked(state, True)
+    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
+    rows[Row.PULL] = 1 / (t * rows[Row.TOTAL])
     return LogSumExpOutputs((maximum + state[Plane.TOTAL].log2()) * LN2, mean_key, rows)
 
 
@@ -158,7 +148,10 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             pointwise.through_unit(keys.raw, gradient.flatten(0, 1), largest.repeat(len(of_raw)), None, None, of_raw)
         return out
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
-    width, step = steps(len(one.keys), len(call.query), like, products)
+    if call.normalize:
+        width, step = steps(len(one.keys), len(call.query), like, products)
+    else:
+        step, width = steps(len(call.query), len(one.keys), like, products, True)
     for columns in slices(len(one.keys), width):
         part = keys.part(columns)
         gradient = like.new_zeros(part.multiplied.shape)
@@ -171,11 +164,6 @@ def keys_gradient(call: KeysGradient) -> Tensor:
     return out
 
 
-def _write_rows(rows: Tensor, state: Tensor, maximum: Tensor, factor: Tensor, similarity: Tensor) -> None:
-    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
-    rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
-
-
 def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
     """t / T, from the first temperature's logits to the second's, ()."""
     if call.inter_temperature is None:
@@ -184,45 +172,8 @@ def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
     return ratio if isinstance(ratio, Tensor) else like.new_full((), ratio)
 
 
-class _Values(NamedTuple):
-    """What the losses are made of, (R,) each."""
-
-    loss: Tensor
-    intra_loss: Tensor
-    weight: Tensor  # -d loss / d gap
-    log_weight: Tensor | None  # the logarithm of the dual temperature's weight
-
-
-def _values(
-    positive_logit: Tensor, maximum: Tensor, state: Tensor, known: int | None, call: RowLosses | SymmetricLosses
-) -> _Values:
-    shift: float | Tensor = 0.0
-    if call.alpha is not None:
-        shift = math.log(call.alpha / known) if known else torch.log(call.alpha / state[Plane.COUNT])
-    # The maximum goes first, because its difference to another large logit is exact and its sum with log2 is not.
-    gap = (positive_logit - maximum - state[Plane.TOTAL].log2()) * LN2 - shift
-    zero = torch.zeros_like(gap)
-    intra_loss = torch.logaddexp(zero, -gap)
-    if call.inter_temperature is None:
-        return _Values(intra_loss, intra_loss, torch.sigmoid(-gap), None)
-    to_inter = temperature_of(call) / call.inter_temperature
-    inter_gap = ((positive_logit - maximum) * to_inter - state[Plane.INTER_TOTAL].log2()) * LN2 - shift
-    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
-    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
-    return _Values(weight * _softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
-
-
-def _softplus_over_sigmoid(x: Tensor) -> Tensor:
-    """softplus(-x) / sigmoid(-x) without the overflow of either: 1 + exp(-x)/2 as x grows, -x as it falls."""
-    e = torch.exp(-x.abs())
-    at_positive = torch.where(e < 1e-10, 1.0 + 0.5 * e, torch.log1p(e) / e.clamp_min(1e-30) * (1.0 + e))
-    return torch.where(x < 0, (torch.relu(-x) + torch.log1p(e)) * (1.0 + e), at_positive)
-
-
-def _checked(state: Tensor, known: int | None, may_raise: bool) -> Tensor:
+def _checked(state: Tensor, may_raise: bool) -> Tensor:
     """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
-    if known:
-        return state[Plane.MAXIMUM]
     empty = state[Plane.COUNT] == 0
     if empty.is_cpu and may_raise and bool(empty.any()):
         raise ValueError(
@@ -244,23 +195,20 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
-    state, s = new_state(n, like), like.new_empty(n)
-    for some, chunks in _mutual(n, views, call.across, like):
-        for columns in chunks:
-            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-            own = _own(some, columns)
-            pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
+    state, s, mutual = new_state(n, like), like.new_empty(n), pointwise.mutual(views.multiplied)
+    if mutual is not None:
+        mutual.statistics(views, logit_scale, call, state, seek)
+    else:
+        for some, chunks in _mutual(n, views, call.across, like):
+            for columns in chunks:
+                tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+                own = _own(some, columns)
+                pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
     here, there = views.raw.rows.tensor_split(2)
     pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
     s[half:] = s[:half]
-    positive_logit = s * (LOG2E / t)
-    values = _values(positive_logit, state[Plane.MAXIMUM], state, (half - 1) * (1 if call.across else 2), call)
-    rows = like.new_zeros((len(Row), n))
-    factor = values.weight * (call.ratio / t)
-    _write_rows(rows, state, state[Plane.MAXIMUM], factor, s)
-    if call.learned_temperature is not None:
-        rows[Row.TEMPERATURE_GRADIENT] = factor * (positive_logit - mean_logit(state)) * LN2
-    return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
+    losses, rows, _ = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
+    return SymmetricOutputs(losses.sum(), rows)
 
 
 @plainly
@@ -280,7 +228,8 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     anchors, a = Side(call.rows[Row.BASE], pull), all_pull * call.rows[Row.TOTAL]
     out = torch.empty_like(call.views, memory_format=torch.contiguous_format)
     first_key = half if call.across else 0
-    sums = like.new_zeros((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
+    new = like.new_empty if call.across else like.new_zeros
+    sums = new((n - first_key, d))  # of the rows that are keys of other rows, while these are visited
 
     def finish(some: slice, gradient: Tensor) -> None:
         """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
@@ -290,16 +239,22 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
         rest = views.raw.rows[partner], weight, out[some]
         pointwise.through_unit(views.part(some).raw, gradient, largest / views.scale[some], *rest)
 
-    for some, chunks in _mutual(n, views, call.across, like):
-        gradient = like.new_zeros((some.stop - some.start, d)) if call.across else sums[some]
+    mutual = pointwise.mutual(views.multiplied)
+    for some, chunks in _mutual(n, views, call.across, like, stored=mutual is None):
+        gradient = like.new_empty((some.stop - some.start, d)) if call.across else sums[some]
         for columns in chunks:
-            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-            weights, own = workspace.weights(tile.x), _own(some, columns)
-            pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
-            product(weights, views.multiplied[columns], gradient, add=True)
+            own = _own(some, columns)
+            if mutual is not None:
+                weights = workspace.matrix(products, some.stop - some.start, columns.stop - columns.start)
+                mutual.weights(views, logit_scale, call, anchors, some, columns, weights)
+            else:
+                tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+                weights = workspace.weights(tile.x)
+                pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
+            product(weights, views.multiplied[columns], gradient, add=not call.across or columns.start > first_key)
             if own < weights.shape[1]:
                 of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
-                product(weights[:, own:].T, views.multiplied[some], of_keys, add=True)
+                product(weights[:, own:].T, views.multiplied[some], of_keys, add=not call.across or some.start > 0)
         finish(some, gradient)
     if call.across:
         finish(slice(half, n), sums)
@@ -309,13 +264,15 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     return SymmetricGradients(out, of_temperature)
 
 
-def _mutual(n: int, views: Rows, across: bool, like: Tensor) -> Iterator[tuple[slice, Iterator[slice]]]:
+def _mutual(
+    n: int, views: Rows, across: bool, like: Tensor, stored: bool = True
+) -> Iterator[tuple[slice, Iterator[slice]]]:
     """Chunks of rows, and of the keys that each of them meets, such that every pair of rows comes once.
 
     Where both views' rows are keys, a row's keys begin with its own chunk, which has both of (i, j) and (j, i).
     """
     anchors = n // 2 if across else n
-    step, width = steps(anchors, anchors, like, views.multiplied.dtype)
+    step, width = steps(anchors, anchors, like, views.multiplied.dtype, False, stored)
     for first in range(0, anchors, n // 2):  # no chunk has rows of both views
         for some in slices(first + n // 2, step, first):
             yield some, slices(n, width, anchors if across else some.start)

@@ -16,6 +16,7 @@ from .pointwise import Plane, Raw, Seek, Tile
 
 WORKSPACE = 2**25  # bytes that the similarities and weights of a chunk may take: they stay in the L2 of an H100
 ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
+ROWS_OF_WEIGHTS = 4096  # the same where no similarity is stored: square chunks add to the gradients the fewest times
 
 
 # ---------------------------------------------------------------------------------------------------------- the passes
@@ -34,7 +35,8 @@ class Passes:
         self.logit_scale = query.scale * scale
         self.workspace = Workspace(like, products)
         self.keys = [self._prepared(one, one.keys) if one.keys.dim() == 2 else None for one in self.sets]
-        sizes = [steps(n, one.keys.shape[-2], like, products) for one in self.sets]
+        repeated = not query.raw.normalize
+        sizes = [steps(n, one.keys.shape[-2], like, products, repeated) for one in self.sets]
         self.widths = [width for _, width in sizes]
         self.rows = slices(n, min([n, *(step for step, _ in sizes), *(own_rows(one.keys) for one in self.sets)]))
 
@@ -72,7 +74,7 @@ class Workspace:
     def tile(self, query: Rows, keys: Rows, row_scale: Tensor, pairs: Pairs, rows: slice, columns: slice) -> Tile:
         """Queries (R, D) against keys (C, D), or against each query's own, (R * C, D)."""
         r, c = rows.stop - rows.start, columns.stop - columns.start
-        x = self._matrix(None, r, c)
+        x = self.matrix(None, r, c)
         if len(keys.multiplied) == c:
             product(query.multiplied, keys.multiplied.T, x)
         else:
@@ -81,9 +83,9 @@ class Workspace:
         return Tile(x, row_scale, scale, _cut(pairs, rows, columns), rows.start, columns.start)
 
     def weights(self, x: Tensor) -> Tensor:
-        return self._matrix(self.products, *x.shape)
+        return self.matrix(self.products, *x.shape)
 
-    def _matrix(self, weights: torch.dtype | None, r: int, c: int) -> Tensor:
+    def matrix(self, weights: torch.dtype | None, r: int, c: int) -> Tensor:
         """(r, c), of ``weights`` or of products; its rows are 8 elements aligned, as a fast product asks."""
         stride = c + 7 & -8
         buffer = self.buffers.get(weights)
@@ -169,8 +171,11 @@ def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, cle
         lowest, highest = x.aminmax(dim=1)
         finite = lowest.isfinite() & highest.isfinite()
         x = torch.where(finite[:, None], x, 0.0)
+    measured = pointwise.measured(x, products, like) if normalize else None
     if not normalize:
         multiplied = x.to(products)
+    elif measured is not None:
+        multiplied, inverse, gradient_inverse, scale = measured
     else:
         norm = torch.linalg.vector_norm(x, dim=1, dtype=like.dtype)
         inverse, gradient_inverse = 1 / norm.clamp_min(NORM_EPS), 1 / norm.clamp_min(gradient_eps(x.dtype))
@@ -211,12 +216,20 @@ def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
     return pull / largest, largest
 
 
-def steps(n: int, k: int, like: Tensor, products: torch.dtype) -> tuple[int, int]:
-    """How many rows and how many keys a chunk has."""
-    pairs = WORKSPACE // pointwise.bytes_a_pair(like, products)
-    width = max(128, pairs // min(n, ROWS_AT_ONCE))
+def steps(
+    n: int, k: int, like: Tensor, products: torch.dtype, repeated: bool = False, stored: bool = True
+) -> tuple[int, int]:
+    """How many rows and how many keys a chunk has.
+
+    ``repeated``: the number of rows depends on n alone, so that forward and backward, which do not see the same sets
+    of keys, multiply matrices of the same shapes. A BLAS library sums in another order for another shape, and a large
+    logit that backward rounds otherwise than forward did gives a wrong softmax. Unit rows have no large logits.
+    ``stored``: the similarities are; else only weights.
+    """
+    pairs = WORKSPACE // (pointwise.bytes_a_pair(like, products) if stored else products.itemsize)
+    width = max(128, pairs // min(n, ROWS_AT_ONCE if stored else ROWS_OF_WEIGHTS))
     width = _equal(k, width)
-    return _equal(n, max(1, pairs // width)), width
+    return _equal(n, ROWS_AT_ONCE if repeated else max(1, pairs // width)), width
 
 
 def _equal(length: int, most: int) -> int:

@@ -10,8 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .pointwise import Plane
+from ..calls import LN2 as _LN2
+from ..calls import LOG2E as _LOG2E
+from ..calls import NORM_EPS as _NORM_EPS
+from ..calls import Metric, Row, gradient_eps
+from ..gap_kernels import something, values
+from .pointwise import Finished, Plane
 
+LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
+ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
+ROW_POSITIVE, ROW_TEMPERATURE = tl.constexpr(int(Row.POSITIVE)), tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
+METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
+METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
+METRIC_RANK, METRIC_NEGATIVE = tl.constexpr(int(Metric.RANK)), tl.constexpr(int(Metric.NEGATIVE))
 MAXIMUM, TOTAL = tl.constexpr(int(Plane.MAXIMUM)), tl.constexpr(int(Plane.TOTAL))
 INTER_TOTAL, COUNT = tl.constexpr(int(Plane.INTER_TOTAL)), tl.constexpr(int(Plane.COUNT))
 RANK, LOGIT_SUM = tl.constexpr(int(Plane.RANK)), tl.constexpr(int(Plane.LOGIT_SUM))
@@ -179,6 +190,98 @@ def weights_kernel(
 
 
 @triton.jit
+def load_plane(state, stride, plane: tl.constexpr, rows, inside, other):
+    return tl.load(state + plane * stride + rows, mask=inside, other=other)
+
+
+@triton.jit
+def finish_kernel(
+    similarity, state, state_stride, temperature, temperature_tensor, inter_t, known, alpha, share,
+    losses, factor, out, metrics, n,
+    ALPHA: tl.constexpr, DUAL: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the positives' similarities and the states to losses, ``Row`` and ``Metric``."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < n
+    t = temperature
+    if temperature_tensor is not None:
+        t = tl.load(temperature_tensor).to(tl.float32)
+        t = tl.where(t > 0.0, t, float("nan"))
+    s = tl.load(similarity + rows, mask=inside, other=0.0)
+    maximum = load_plane(state, state_stride, MAXIMUM, rows, inside, 0.0)
+    total = something(load_plane(state, state_stride, TOTAL, rows, inside, 1.0))
+    count = tl.zeros((BLOCK,), tl.float32) + known
+    if not KNOWN:
+        count = load_plane(state, state_stride, COUNT, rows, inside, 1.0)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    if ALPHA:
+        shift = tl.log(alpha / tl.maximum(count, 1.0))  # of no negatives the maximum is NaN
+    above = s * (LOG2E / t) - maximum
+    inter_total = total
+    if DUAL:
+        inter_total = something(load_plane(state, state_stride, INTER_TOTAL, rows, inside, 1.0))
+    loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, DUAL)
+    tl.store(losses + rows, loss * share, mask=inside)
+    pull = weight * (share / t)
+    tl.store(factor + rows, pull, mask=inside)
+    base = maximum + tl.log2(total)  # as calls.rounded_log_sum has it
+    rest = total * tl.exp2(maximum - base)
+    tl.store(out + ROW_BASE * n + rows, base, mask=inside)
+    tl.store(out + ROW_TOTAL * n + rows, rest, mask=inside)
+    tl.store(out + ROW_PULL * n + rows, pull / rest, mask=inside)
+    tl.store(out + ROW_POSITIVE * n + rows, s, mask=inside)
+    of_temperature = tl.zeros((BLOCK,), tl.float32)
+    if temperature_tensor is not None:
+        of_temperature = pull * (above - load_plane(state, state_stride, WEIGHTED, rows, inside, 0.0) / total) * LN2
+    tl.store(out + ROW_TEMPERATURE * n + rows, of_temperature, mask=inside)
+    if metrics is not None:
+        tl.store(metrics + METRIC_WEIGHT * n + rows, weight, mask=inside)
+        tl.store(metrics + METRIC_COUNT * n + rows, count, mask=inside)
+        tl.store(metrics + METRIC_LOG_WEIGHT * n + rows, log_weight, mask=inside)
+        tl.store(metrics + METRIC_INTRA * n + rows, intra_loss, mask=inside)
+        rank = load_plane(state, state_stride, RANK, rows, inside, 0.0)
+        tl.store(metrics + METRIC_RANK * n + rows, rank, mask=inside)
+        logit_sum = load_plane(state, state_stride, LOGIT_SUM, rows, inside, 0.0)
+        of_negatives = logit_sum * (t * LN2) / tl.maximum(count, 1.0)
+        tl.store(metrics + METRIC_NEGATIVE * n + rows, of_negatives, mask=inside)
+
+
+@triton.jit
+def measure_kernel(
+    x, stride_r, stride_d, out, inverse, gradient_inverse, scale, n, d, eps,
+    POWER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows as ``chunks.prepare`` makes them: 1 / length, and, where ``out`` is given, what is multiplied."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at_rows = x + rows.to(tl.int64)[:, None] * stride_r
+    total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    for first in range(0, d, BLOCK_D):
+        at = first + tl.arange(0, BLOCK_D)
+        inside = (rows < n)[:, None] & (at < d)[None, :]
+        value = tl.load(at_rows + at.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+        total += value * value
+    length = tl.sqrt(tl.sum(total, 1))
+    by = 1.0 / tl.maximum(length, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(inverse + rows, by, mask=rows < n)
+    of_gradient = 1.0 / tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(gradient_inverse + rows, of_gradient, mask=rows < n)
+    left = by
+    if out is not None:
+        factor, left = by, by * 0.0 + 1.0
+        if POWER:
+            least: tl.constexpr = 2.0**-24
+            factor = tl.exp2(-tl.floor(tl.log2(tl.maximum(length, least, propagate_nan=tl.PropagateNan.ALL))))
+            left = tl.minimum(by / factor, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        for first in range(0, d, BLOCK_D):
+            at = first + tl.arange(0, BLOCK_D)
+            inside = (rows < n)[:, None] & (at < d)[None, :]
+            value = tl.load(at_rows + at.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+            value = (value * factor[:, None]).to(out.dtype.element_ty)
+            tl.store(out + rows.to(tl.int64)[:, None] * d + at[None, :], value, mask=inside)
+    tl.store(scale + rows, left, mask=rows < n)
+
+
+@triton.jit
 def dots_kernel(
     a, a_stride_r, a_stride_d, b, b_stride_r, b_stride_d, factor, out, d, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -293,6 +396,37 @@ def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
         *pairs, base, factor, pull, key_base, key_pull, out, out.stride(0), *numbers,
         WRAP=wrap, OWN=tile.key_scale.dim() == 2, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
     )  # fmt: skip
+
+
+def finish(call, similarity, state, known, metrics):
+    n, new = len(similarity), similarity.new_empty
+    found = Finished(new(n), new(len(Row), n), new(n))
+    finish_kernel[(triton.cdiv(n, 128),)](
+        similarity, state, state.stride(0), float(call.temperature), call.learned_temperature,
+        float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.ratio,
+        found.losses, found.factor, found.rows, metrics, n,
+        ALPHA=call.alpha is not None, DUAL=call.inter_temperature is not None, KNOWN=bool(known), BLOCK=128,
+        num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+def measured(x, products):
+    """Of rows (R, D): what is multiplied, (R, D), 1 / length, the same for gradients, and its scale, (R,) each."""
+    n, d = x.shape
+    new = torch.empty(3, n, dtype=torch.float32, device=x.device)
+    out = (
+        torch.empty((n, d), dtype=products, device=x.device)
+        if torch.float16 == products or products != x.dtype
+        else None
+    )
+    block_d = min(1024, triton.next_power_of_2(d))
+    block_rows = max(1, 2048 // block_d)
+    measure_kernel[(triton.cdiv(n, block_rows),)](
+        x, *x.stride(), out, *new, n, d, float(gradient_eps(x.dtype)),
+        POWER=products == x.dtype, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return (x if out is None else out), *new
 
 
 def dots(a, b, factor, out):

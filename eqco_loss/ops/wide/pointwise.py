@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls import Pairs
+from .. import gap
+from ..calls import LN2, LOG2E, Metric, Pairs, Row, RowLosses, SymmetricLosses, rounded_log_sum, temperature_of
 
 MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
@@ -163,6 +164,12 @@ def weights_both(tile: Tile, row: Side, key: Side, row_factor: Tensor, out: Tens
         out.masked_fill_(drop, 0.0)
 
 
+def measured(x: Tensor, products: torch.dtype, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """What ``chunks.prepare`` makes of rows that are normalised, by one kernel; None where that does not serve."""
+    kernels = _kernels(like)
+    return None if kernels is None else kernels.measured(x, products)
+
+
 def dots(a: Tensor, b: Tensor, factor: Tensor, out: Tensor) -> None:
     """out (R,) = factor_i a_i . b_i of rows (R, D) in any dtype."""
     kernels = _kernels(out)
@@ -172,6 +179,40 @@ def dots(a: Tensor, b: Tensor, factor: Tensor, out: Tensor) -> None:
     for some in _slices(*a.shape):
         torch.sum(a[some].to(out.dtype) * b[some].to(out.dtype), 1, out=out[some])
     out *= factor
+
+
+class Finished(NamedTuple):
+    """What comes of the states, (N,) each but ``rows``."""
+
+    losses: Tensor
+    rows: Tensor  # (len(Row), N)
+    factor: Tensor  # the derivative of a row's share by its negatives' similarities
+
+
+def finish(
+    call: RowLosses | SymmetricLosses, similarity: Tensor, state: Tensor, known: int | None, metrics: Tensor | None
+) -> Finished:
+    """From the positives' similarities (N,) and the states to the losses; also into ``metrics`` (len(Metric), N)."""
+    kernels = _kernels(similarity)
+    if kernels is not None:
+        return kernels.finish(call, similarity, state, known, metrics)  # type: ignore[no-any-return]
+    t, count = temperature_of(call), known or state[Plane.COUNT]
+    scale, maximum, total = LOG2E / t, state[Plane.MAXIMUM], state[Plane.TOTAL]
+    intra, inter = gap.Seen(similarity * scale - maximum, total), None
+    if call.inter_temperature is not None:
+        inter = gap.Seen(intra.above * (t / call.inter_temperature), state[Plane.INTER_TOTAL])
+    values = gap.values(intra, inter, count, call.alpha)
+    factor, rows = values.weight * (call.ratio / t), similarity.new_zeros((len(Row), len(similarity)))
+    rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, total)
+    rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
+    if call.learned_temperature is not None:
+        rows[Row.TEMPERATURE_GRADIENT] = factor * (intra.above - state[Plane.WEIGHTED] / total) * LN2
+    if metrics is not None:
+        metrics[Metric.WEIGHT], metrics[Metric.INTRA_LOSS] = values.weight, values.intra_loss
+        metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
+        metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
+        metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
+    return Finished(values.loss * call.ratio, rows, factor)
 
 
 class Raw(NamedTuple):
@@ -234,11 +275,6 @@ def _fold(x: Tensor, state: Tensor, seek: Seek) -> Tensor:
     return shrink
 
 
-def mean_logit(state: Tensor) -> Tensor:
-    """sum_j softmax_ij logit_ij, of weights that nobody rounded, (R,)."""
-    return state[Plane.MAXIMUM] + state[Plane.WEIGHTED] / state[Plane.TOTAL]
-
-
 def _slices(n: int, d: int) -> Iterator[slice]:
     """Rows of D features, so many at a time that their copies are small."""
     step = max(1, 2**21 // d)
@@ -267,6 +303,17 @@ def _module(index: int | None) -> Any:
     from . import kernels
 
     return kernels
+
+
+def mutual(multiplied: Tensor) -> Any:
+    """The module whose kernels multiply rows of two views and store no similarity, or None; they take halves."""
+    if multiplied.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if _kernels(multiplied.new_empty(0, dtype=torch.float32)) is None:
+        return None
+    from . import mutual
+
+    return mutual
 
 
 def bytes_a_pair(x: Tensor, products: torch.dtype) -> int:

@@ -1,0 +1,151 @@
+"""Which rows count: the newest of each case and way, of one device a case; and if the kernels have changed since."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import Path
+
+from .measure import RESULTS, Row, read_csv, write_csv
+
+ROOT = Path(__file__).parent.parent
+KERNELS = "eqco_loss/ops"
+CASE = ("workload", "n", "k", "d", "layout", "dtype")
+KEYS = {  # by the beginning of a CSV's name: what a row is a row of
+    "gpu": (*CASE, "peer", "device"),
+    "cpu": (*CASE, "peer", "device"),
+    "scaling": (*CASE, "peer", "device"),
+    "step": ("model", "n", "image_size", "dtype", "what", "device"),
+    "engines": ("engine", "n", "d", "symmetric", "device"),
+    "tests": ("device",),
+}
+
+
+class Age(Enum):
+    """Of a row of ours, and its mark in a table."""
+
+    CURRENT = ""
+    OLDER = " †"
+    UNKNOWN = " ‡"
+
+
+NOTES = {
+    Age.OLDER: f"† measured before the last change of {KERNELS}.",
+    Age.UNKNOWN: f"‡ unknown whether {KERNELS} has changed since: this tree's git does not have that commit.",
+}
+
+
+@functools.cache
+def age(commit: str) -> Age:
+    """Whether the kernels of this tree are those of a commit."""
+    if git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") != 0:
+        return Age.UNKNOWN  # also where there is no git, and of a tree with changes that no commit has
+    return Age.OLDER if git("diff", "--quiet", commit, "--", KERNELS) else Age.CURRENT
+
+
+def git(*arguments: str) -> int:
+    """Its exit status."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=False).returncode
+    except OSError:
+        return 127  # not installed
+
+
+def mark(row: Row) -> str:
+    """Of ours alone: what others take does not hang on our kernels."""
+    return age(row["commit"]).value if is_ours(row) else ""
+
+
+def notes(rows: Iterable[Row]) -> list[str]:
+    found = {age(row["commit"]) for row in rows if is_ours(row)}
+    return [note for one, note in NOTES.items() if one in found]
+
+
+def is_ours(row: Row) -> bool:
+    name = row.get("peer") or row.get("what") or "eqco_loss"  # engines are ours
+    return name.startswith("eqco_loss") or "the whole step, eqco_loss" in name
+
+
+def without_marks(page: str) -> str:
+    """For a tree whose git cannot tell ages."""
+    for one, note in NOTES.items():
+        page = page.replace(note, "").replace(one.value, "")
+    return " ".join(page.split())
+
+
+# ---------------------------------------------------------------------------------------------------------- newest rows
+
+
+@functools.cache
+def position(commit: str) -> int | None:
+    """How many commits came before it; None where git does not know it."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-list", "--count", commit.removesuffix("+changes"), "--"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def replaces(row: Row, other: Row) -> bool:
+    """By date, then by commit, then because it comes later."""
+    if row["date"] != other["date"]:
+        return row["date"] > other["date"]
+    mine, its = position(row["commit"]), position(other["commit"])
+    return mine is None or its is None or mine >= its
+
+
+def newest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
+    """One of each key, in the order of the first of each."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        name = tuple(row[column] for column in key)
+        if name not in found or replaces(row, found[name]):
+            found[name] = row
+    return list(found.values())
+
+
+def shown(path: Path) -> list[Row]:
+    """The rows of a CSV that count; none where there is no such file. A case has one device: that of its newest row."""
+    rows = newest(read_csv(path), key_of(path)) if path.exists() else []
+    latest: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        case = case_key(row)
+        if case not in latest or replaces(row, latest[case]):
+            latest[case] = row
+    return [row for row in rows if row["device"] == latest[case_key(row)]["device"]]
+
+
+def case_key(row: Row) -> tuple[str, ...]:
+    for names in (CASE, ("model",), ("n", "d", "symmetric")):
+        if names[0] in row and names[-1] in row:
+            return tuple(row[name] for name in names)
+    return (row["device"],)  # of tests
+
+
+def key_of(path: Path) -> tuple[str, ...]:
+    return next(key for name, key in KEYS.items() if path.name.startswith(name))
+
+
+def add(folder: Path, order: Callable[[Row], tuple[int, ...]]) -> list[str]:
+    """A run's CSVs into the committed ones; older rows of the same case, way and device go."""
+    found = [path for path in sorted(folder.glob("*.csv")) if any(path.name.startswith(name) for name in KEYS)]
+    if not found:
+        raise SystemExit(f"error: add: {folder} has no CSV of a run. Its names begin with {', '.join(KEYS)}.")
+    for path in found:
+        into = RESULTS / path.name
+        old, new = read_csv(into) if into.exists() else [], read_csv(path)
+        columns = list(old[0]) if old else list(new[0]) if new else []
+        if any(list(row) != columns or None in row.values() for row in new):
+            raise SystemExit(f"error: add: {path} is cut, or has other columns than {into}.")
+        if new:
+            rows = newest(old + new, key_of(path))
+            write_csv(into, sorted(rows, key=order) if "workload" in columns else rows)
+    return [path.name for path in found]

@@ -1,0 +1,359 @@
+"""The sections that pages have of the CSVs. Every figure in them is a row's, or is computed from rows here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .history import is_ours, mark, notes, shown
+from .measure import RESULTS, Limits, Row, read_csv
+from .ranks import FORMS, largest_world, projection, traffic
+from .workloads import WORKLOADS, Case
+
+DEVICES = ("gpu", "cpu")
+SAME = 0.05  # figures that are nearer than that are called equal: medians of one machine differ by as much
+
+
+def case_of(row: Row) -> Case:
+    return Case(row["workload"], int(row["n"]), int(row["k"]), int(row["d"]), row["dtype"], row["layout"])
+
+
+def number(text: str, form: str, unit: str = "") -> str:
+    """Blank where there is none; thousands in full, for a person to read."""
+    if not text:
+        return ""
+    value = f"{float(text):{form}}"
+    return f"{float(value):,.0f}{unit}" if "e+" in value else f"{value}{unit}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines)]
+
+
+def made_by(rows: list[Row]) -> str:
+    """Device, versions, commits and dates."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        found.setdefault((row["device"], row["torch"]), {})[f"{row['commit']} ({row['date']})"] = None
+    return "; ".join(f"{device}, torch {torch}, commits {', '.join(of)}" for (device, torch), of in found.items()) + "."
+
+
+def footnotes(rows: list[Row]) -> list[str]:
+    return ["", " ".join((made_by(rows), *notes(rows)))]
+
+
+# -------------------------------------------------------------------------------------------------- the machine's limit
+
+
+def limit_share(row: Row) -> str:
+    """Of the machine's limit; blank where it was measured for another count of operations."""
+    case = case_of(row)
+    if row["limit_operations"]:
+        least = Limits(float(row["limit_operations"]), float(row["limit_bytes"])).seconds(case.operations, case.bytes)
+        return f"{100 * least / seconds(row):.3g} %"
+    same = row["operations"] == f"{case.operations:.3g}" and row["bytes"] == f"{case.bytes:.3g}"
+    return f"{100 * float(row['limit_share']):.3g} %" if row["limit_share"] and same else ""
+
+
+def seconds(row: Row) -> float:
+    """The GPU's own where it is known."""
+    return float(row["graph_us"]) / 1e6 if row["graph_us"] else float(row["ms"]) / 1e3
+
+
+def machine_limits() -> str:
+    """What products and memory reached; of rows that did not keep it, from the limits' shares that they have."""
+    lines, used = [], []
+    for device in DEVICES:
+        rows = [row for row in shown(RESULTS / f"{device}.csv") if row["limit_share"]]
+        used += rows
+        for name, dtype in dict.fromkeys((row["device"], row["dtype"]) for row in rows):
+            mine = [row for row in rows if (row["device"], row["dtype"]) == (name, dtype)]
+            kept = [row for row in mine if row["limit_operations"]]
+            if kept:
+                products = f"{max(float(row['limit_operations']) for row in kept) / 1e12:.3g}"
+                memory = f"{max(float(row['limit_bytes']) for row in kept) / 1e9:.4g}"
+            else:  # a share of two digits or more, of a case that products bound: the largest is the nearest
+                sharp = [row for row in mine if float(row["limit_share"]) >= 0.1]
+                rates = [float(row["operations"]) / (float(row["limit_share"]) * seconds(row)) for row in sharp]
+                products, memory = (f"about {max(rates) / 1e12:.3g}" if rates else ""), ""
+            lines.append([name, dtype, products, memory])
+    return "\n".join([*table(["", "dtype", "products, TFLOP/s", "memory, GB/s"], lines), "", made_by(used)])
+
+
+# ------------------------------------------------------------------------------------------------- which way to take
+
+
+class Situation(NamedTuple):
+    """What a reader has, and the case that stands for it: the first dtype that has been measured."""
+
+    title: str
+    workload: str
+    n: int
+    d: int
+    dtypes: tuple[str, ...] = ("bfloat16", "amp", "float32")
+
+
+SITUATIONS = (
+    Situation("MoCo's queue of 65,536 keys", "M1", 256, 128),
+    Situation("the same, N = 1024", "M1", 1024, 128),
+    Situation("dual temperature, the same queue", "T1", 256, 128),
+    Situation("the positive is in the queue: ids", "M2", 256, 128),
+    Situation("in-batch InfoNCE, N = 4096", "S1", 4096, 128),
+    Situation("in-batch InfoNCE, N = 16384", "S1", 16384, 128),
+    Situation("NT-Xent, N = 4096", "S2", 4096, 128),
+    Situation("NT-Xent, N = 32768", "S2", 32768, 128),
+    Situation("CLIP, N = 4096, D = 512", "C1", 4096, 512),
+    Situation("CLIP, N = 4096, D = 1024", "C1", 4096, 1024),
+    Situation("SiMo, 16 negatives", "P1", 256, 128),
+    Situation("in-batch InfoNCE, N = 256", "S1", 256, 128),
+)
+
+
+def which_way() -> str:
+    """Ours against torch.compile of plain code, and what follows for a user."""
+    parts = []
+    for device in DEVICES:
+        rows = shown(RESULTS / f"{device}.csv")
+        gpu = any(row["graph_us"] for row in rows)
+        lines, used = [], []
+        for situation in SITUATIONS:
+            pair = next(filter(None, (ours_and_plain(rows, situation, x) for x in situation.dtypes)), None)
+            if pair is None:
+                continue
+            ours, plain = pair
+            used += [ours, plain]
+            memory = number(plain["peak_extra_mb"], ".4g"), number(ours["peak_extra_mb"], ".4g")
+            cells = [f"{situation.title}{'' if ours['dtype'] == 'float32' else ', ' + ours['dtype']}"]
+            if gpu:
+                cells += [number(plain["graph_us"], ".4g"), number(ours["graph_us"], ".4g") + mark(ours)]
+            cells += [number(plain["ms"], ".4g"), number(ours["ms"], ".4g") + ("" if gpu else mark(ours))]
+            lines.append([*cells, " / ".join(memory), advice(ours, plain)])
+        if lines:
+            head = [used[0]["device"], *(["GPU, us: compiled", "ours"] if gpu else [])]
+            head += ["ms: compiled", "ours", "extra MB: compiled / ours", "take"]
+            parts.append("\n".join([*table(head, lines), *footnotes(used)]))
+    return "\n\n".join(parts)
+
+
+def ours_and_plain(rows: list[Row], situation: Situation, dtype: str) -> tuple[Row, Row] | None:
+    """Of the largest K."""
+    _, workload, n, d, _ = situation
+    mine = [
+        row
+        for row in rows
+        if (row["workload"], row["n"], row["d"], row["dtype"]) == (workload, str(n), str(d), dtype)
+        and row["layout"] == "rows"
+        and row["status"] == "timed"
+    ]
+    k = (
+        min((int(row["k"]) for row in mine), default=0)
+        if workload == "P1"
+        else max((int(r["k"]) for r in mine), default=0)
+    )
+    found = {row["peer"]: row for row in mine if int(row["k"]) == k}
+    pair = found.get("eqco_loss"), found.get("torch.compile")
+    return (pair[0], pair[1]) if pair[0] and pair[1] else None
+
+
+def advice(ours: Row, plain: Row) -> str:
+    """What the figures say: a GPU's own time counts in a busy step, and wall-clock where the GPU waits for Python."""
+    wall = float(plain["ms"]) / float(ours["ms"])
+    if not (ours["graph_us"] and plain["graph_us"]):
+        return "ours" if wall > 1 + SAME else "torch.compile" if wall < 1 - SAME else "either"
+    graph = float(plain["graph_us"]) / float(ours["graph_us"])
+    if graph < 1 - SAME:
+        return "torch.compile"
+    if graph <= 1 + SAME:
+        return "either"
+    return "ours" if wall >= 1 - SAME else "ours; in a CUDA graph where the GPU waits for Python"
+
+
+# ------------------------------------------------------------------------------------------------ every case, every way
+
+
+def every_case(device: str) -> Callable[[], str]:
+    """Each workload's cases, and in each those first that are faster than ours."""
+
+    def write() -> str:
+        rows = shown(RESULTS / f"{device}.csv")
+        parts = []
+        for name, kind in WORKLOADS.items():
+            mine = [row for row in rows if row["workload"] == name]
+            if not mine:
+                continue
+            graph = any(row["graph_us"] for row in mine)
+            head = ["", *(["GPU, us", "times faster"] if graph else []), "ms", "times faster"]
+            head += [*(["Python, ms"] if graph else []), "extra MB", "of the limit", "error"]
+            lines = []
+            for case in dict.fromkeys(map(case_of, mine)):
+                lines += case_lines([row for row in mine if case_of(row) == case], len(head), graph)
+            parts.append("\n".join([f"### {name}: {kind.title}", "", *table(head, lines)]))
+        return "\n\n".join([*parts, "\n".join(footnotes(rows)).strip(), *tests(device)])
+
+    return write
+
+
+def tests(device: str) -> list[str]:
+    """What the tests that need the device showed there."""
+    found = []
+    for row in shown(RESULTS / f"tests-{device}.csv"):
+        told = f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
+        counts = told if row["passed"] else f"stopped before they ended, status {row['status']}"
+        found.append(" ".join([f"Tests of the kernels on it: {counts}{mark(row)};", made_by([row]), *notes([row])]))
+    return found
+
+
+def case_lines(case: list[Row], width: int, graph: bool) -> list[list[str]]:
+    """The case, who is faster than ours, every way that was timed, and why others were not."""
+    lines = [[f"**{case[0]['dtype']}, {case_of(case[0]).size}**: {faster_than_ours(case)}", *[""] * (width - 1)]]
+    reasons: dict[str, list[str]] = {}
+    for row in sorted(case, key=lambda row: (float(row["graph_us"] or "inf"), float(row["ms"] or "inf"))):
+        name = f"{row['peer']} {row['version']}".strip()
+        if row["status"] != "timed":
+            reasons.setdefault(row["status"], []).append(name)
+            continue
+        cells = [name + mark(row)]
+        if graph:
+            cells += [number(row["graph_us"], ".4g") or row["no_graph"], number(row["times_faster_graph"], ".2f")]
+        cells += [number(row["ms"], ".4g"), number(row["times_faster"], ".2f")]
+        cells += [number(row["host_ms"], ".3g")] if graph else []
+        cells += [number(row["peak_extra_mb"], ".1f"), limit_share(row), row["relative_error"]]
+        lines.append([f"**{x}**" if x and row["peer"] == "eqco_loss" else x for x in cells])
+    return lines + [[", ".join(names), reason, *[""] * (width - 2)] for reason, names in reasons.items()]
+
+
+def faster_than_ours(case: list[Row]) -> str:
+    ours = next((row for row in case if row["peer"] == "eqco_loss" and row["status"] == "timed"), None)
+    if ours is None:
+        return "ours has not been measured"
+    found: dict[str, float] = {}
+    for row in case:
+        if row["status"] != "timed" or is_ours(row):
+            continue
+        ratios = {unit: float(ours[key] or 0) / float(row[key] or "inf") for key, unit in FASTER.items()}
+        better = [f"{ratio:.2f} x {unit}" for unit, ratio in ratios.items() if round(ratio, 2) > 1]
+        if better:
+            found[f"{row['peer']} ({', '.join(better)})"] = max(ratios.values())
+    order = sorted(found, key=lambda name: -found[name])
+    return f"faster than ours: {'; '.join(order)}" if order else "nobody is faster than ours"
+
+
+FASTER = {"graph_us": "on the GPU", "ms": "in wall-clock"}
+
+# ------------------------------------------------------------------------------------------- steps, engines, scaling
+
+
+def in_a_step() -> str:
+    lines, used = [], []
+    for device in DEVICES:
+        for row in shown(RESULTS / f"step-{device}.csv"):
+            used.append(row)
+            model = f"{row['model']}, N = {row['n']}, {row['image_size']} px, {row['dtype']}"
+            figures = [number(row[key], ".4g") for key in ("ms", "host_ms", "gpu_ms")]
+            share = f"{100 * float(row['share_of_step']):.3g} %"
+            lines.append([row["device"], model, row["what"] + mark(row), *figures, share])
+    head = ["", "step", "what", "ms", "the loss: Python, ms", "the loss: GPU, ms", "of the step"]
+    return "\n".join([*table(head, lines), *footnotes(used)])
+
+
+def engines() -> str:
+    rows = shown(RESULTS / "engines.csv")
+    lines = []
+    for row in rows:
+        directions = "both" if row["symmetric"] == "True" else "one"
+        lines.append(
+            [row["n"], row["d"], directions, row["engine"] + mark(row), row["us"], row["warm_us"], row["error"]]
+        )
+    head = ["N", "D", "directions", "engine", "GPU, us", "with a warm L2", "error"]
+    return "\n".join([*table(head, lines), *footnotes(rows)])
+
+
+def scaling() -> str:
+    """Time and memory of ours and of torch.compile against K, N and D."""
+    parts = []
+    for device in DEVICES:
+        swept = shown(RESULTS / f"scaling-{device}.csv")
+        rows = swept + shown(RESULTS / f"{device}.csv")
+        for column, workload, fixed in (
+            ("k", "M1", ("n", "d")),
+            ("n", "S1", ("d",)),
+            ("d", "S1", ("n",)),
+            ("d", "C1", ("n",)),
+        ):
+            sweep = swept if column in ("k", "n") else rows
+            parts += sweeps([row for row in sweep if row["workload"] == workload], column, fixed)
+        if swept:
+            parts.append(f"![Time and memory against K, N and D: {device}](benchmarks-scaling-{device}.png)")
+    return "\n\n".join(parts)
+
+
+def sweeps(rows: list[Row], column: str, fixed: tuple[str, ...]) -> list[str]:
+    """A table for each group of rows in which one size alone changes, in three steps or more."""
+    timed = [row for row in rows if row["status"] == "timed" and row["layout"] == "rows"]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in timed:
+        groups.setdefault(tuple(row[name] for name in ("device", "dtype", *fixed)), []).append(row)
+    parts = []
+    for group in groups.values():
+        points = sorted({int(row[column]) for row in group})
+        if len(points) < 3:
+            continue
+        first = group[0]
+        what = ", ".join(f"{name.upper()} = {first[name]}" for name in fixed)
+        title = f"{first['workload']} against {column.upper()}: {what}, {first['dtype']}, {first['device']}."
+        lines, used = [], []
+        for point in points:
+            at = {row["peer"]: row for row in group if int(row[column]) == point}
+            pair = [at.get("eqco_loss"), at.get("torch.compile")]
+            used += [row for row in pair if row]
+            cells = [number(str(1e3 * seconds(row)), ".4g") if row else "" for row in pair]
+            memory = [number(row["peak_extra_mb"], ".4g") if row else "" for row in pair]
+            lines.append([f"{point:,}", cells[0] + (mark(pair[0]) if pair[0] else ""), cells[1], *memory])
+        unit = "GPU ms" if any(row["graph_us"] for row in used) else "ms"
+        head = [column.upper(), f"{unit}: ours", "torch.compile", "extra MB: ours", "torch.compile"]
+        parts.append("\n".join([title, "", *table(head, lines), *footnotes(used)]))
+    return parts
+
+
+def ranks() -> str:
+    """What the ranks showed beside the arithmetic, and the arithmetic further on."""
+    rows = read_csv(RESULTS / "ranks.csv")
+    lines = []
+    for row in rows:
+        count = int(row["ranks"])
+        wire = f"{int(row['wire_bytes_all_ranks']):,}" if row["wire_bytes_all_ranks"] else "not known"
+        one = traffic(
+            count, int(row["n"]), int(row["d"]), "keys detached" if "det" in row["form"] else "both gradients"
+        )
+        moved = f"{int(row['gathered_bytes']):,}", f"{int(row['reduced_bytes']):,}", f"{count * one.sent(count):,.0f}"
+        lines.append([row["form"], str(count), *moved, wire, f"{row['peak_extra_mb']} MB"])
+    head = ["", "ranks", "gathered", "reduced", "sent, all ranks: arithmetic", "measured", "peak memory a rank"]
+    text = table(head, lines)
+    text += ["", f"Bytes a step; N = {rows[0]['n']} a rank, D = {rows[0]['d']}, float32; {made_by(rows)}", ""]
+    lines = []
+    for count in (8, 64, 256, 1024):
+        p = projection(count)
+        lines.append([f"{p.ranks}", f"{p.keys:,}", f"{p.gathered_mb:.1f}", f"{p.reduced_mb:.1f}"])
+        lines[-1] += [f"{p.detached_ms:.2f} ms", f"{p.learning_ms:.2f} ms", f"{p.compute_ms:.3f} ms"]
+        lines[-1].append(f"{100 * p.share:.1f} %")
+    head = ["GPUs", "keys", "gathered, MB", "reduced, MB", "network, keys detached", "network, both gradients"]
+    text += table([*head, "products", "network's share of a step"], lines)
+    limits = [largest_world(0.1, form) for form in FORMS]
+    text += ["", "The network takes a tenth of a step at "]
+    text[-1] += f"{limits[0]:,} GPUs with keys detached, and at {limits[1]:,} with gradients to both sides."
+    return "\n".join(text)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"ways": which_way},
+    "docs/scaling.md": {"ranks": ranks},
+    "docs/benchmarks.md": {
+        "ways": which_way,
+        "gpu": every_case("gpu"),
+        "cpu": every_case("cpu"),
+        "step": in_a_step,
+        "engines": engines,
+        "limits": machine_limits,
+        "scaling": scaling,
+    },
+}

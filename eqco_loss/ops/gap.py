@@ -1,0 +1,56 @@
+"""From a query's gap to its loss, in torch: what every backend does once its pass over the negatives is over."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .calls import LN2
+
+
+class Values(NamedTuple):
+    """What the losses are made of, (R,) each."""
+
+    loss: Tensor
+    intra_loss: Tensor
+    weight: Tensor  # -d loss / d gap
+    log_weight: Tensor | None  # the logarithm of the dual temperature's weight
+
+
+class Seen(NamedTuple):
+    """A positive's logit in base 2, less the maximum of the negatives' logits, and their sum of 2 ** (logit - maximum).
+
+    The maximum goes first, because its difference to another large logit is exact and its sum with log2 is not.
+    """
+
+    above: Tensor  # (R,)
+    total: Tensor  # (R,)
+
+    def gap(self, shift: float | Tensor) -> Tensor:
+        return (self.above - self.total.log2()) * LN2 - shift
+
+
+def values(intra: Seen, inter: Seen | None, count: int | Tensor, alpha: float | None) -> Values:
+    """``inter``: the same at the dual temperature's second one. ``count``: how many negatives a query has."""
+    shift: float | Tensor = 0.0
+    if alpha is not None:
+        shift = torch.log(alpha / count) if isinstance(count, Tensor) else math.log(alpha / count)
+    gap = intra.gap(shift)
+    zero, minus = torch.zeros_like(gap), -gap
+    intra_loss = torch.logaddexp(zero, minus)
+    if inter is None:
+        return Values(intra_loss, intra_loss, minus.sigmoid_(), None)
+    inter_gap = inter.gap(shift)
+    weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
+    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+    return Values(weight * softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
+
+
+def softplus_over_sigmoid(x: Tensor) -> Tensor:
+    """softplus(-x) / sigmoid(-x) without the overflow of either: 1 + exp(-x)/2 as x grows, -x as it falls."""
+    e = torch.exp(-x.abs())
+    at_positive = torch.where(e < 1e-10, 1.0 + 0.5 * e, torch.log1p(e) / e.clamp_min(1e-30) * (1.0 + e))
+    return torch.where(x < 0, (torch.relu(-x) + torch.log1p(e)) * (1.0 + e), at_positive)

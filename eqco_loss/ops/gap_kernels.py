@@ -1,0 +1,54 @@
+"""``gap`` for kernels: what those of both Triton backends do once their passes over the negatives are over."""
+
+# mypy: ignore-errors
+# ruff: noqa: N803
+
+import triton
+import triton.language as tl
+
+from .calls import LN2 as _LN2
+
+LN2 = tl.constexpr(_LN2)
+
+
+@triton.jit
+def softplus(x):
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p
+
+
+@triton.jit
+def sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def softplus_over_sigmoid(x):
+    """softplus(-x) / sigmoid(-x) without the overflow of either."""
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    ratio = tl.where(u == 1.0, 1.0, tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))  # log1p(e) / e
+    return tl.where(x < 0, (tl.maximum(-x, 0.0) + ratio * e) * u, tl.where(u == 1.0, 1.0 + 0.5 * e, ratio * u))
+
+
+@triton.jit
+def something(total):
+    """``total``, NaN where nothing was added."""
+    return tl.where(total == 0.0, float("nan"), total)
+
+
+@triton.jit
+def values(above, total, inter_above, inter_total, shift, DUAL: tl.constexpr):
+    """Loss, intra loss, weight = -d loss / d gap, and the logarithm of the dual temperature's weight."""
+    gap = (above - tl.log2(total)) * LN2 - shift  # ``above``: the positive's logit less the maximum, which is exact
+    intra_loss = softplus(-gap)
+    weight, log_weight, loss = sigmoid(-gap), gap * 0.0, intra_loss
+    if DUAL:
+        inter_gap = (inter_above - tl.log2(inter_total)) * LN2 - shift
+        weight = sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
+        log_weight = softplus(gap) - softplus(inter_gap)
+        loss = weight * softplus_over_sigmoid(gap)
+    return loss, intra_loss, weight, log_weight

@@ -1,0 +1,134 @@
+"""What every launch needs to know: the kernels, the device, dtypes, and arguments as kernels take them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..calls import KeySet, Pairs
+from .tables import Tile, power_of_two
+
+
+class Kernels(NamedTuple):
+    """The kernels' modules, and Triton's language."""
+
+    forward: ModuleType
+    keys: ModuleType
+    symmetric: ModuleType
+    language: Any
+    version: str
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """The only import of Triton."""
+    import triton
+
+    from . import forward, keys, symmetric
+
+    return Kernels(forward, keys, symmetric, triton.language, triton.__version__)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors, as TRITON_INTERPRET=1 asks at the first use."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def dot_dtype(query: Tensor, keys: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """What is multiplied: autocast's dtype, or the one that holds both."""
+    return torch.promote_types(query.dtype, keys.dtype) if autocast is None else autocast
+
+
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients before backward multiplies them. bfloat16's are rounded once, as grad is mostly 1 or a power of two;
+    float16's might not fit before a loss scale."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def wave(tile: Tile, blocks: int, x: Tensor) -> int:
+    """How many splits of so many blocks give every multiprocessor eight warps."""
+    return max(1, 8 * parallel(x) // (tile.warps * blocks))
+
+
+def must_clean(one: KeySet) -> bool:
+    """Whether keys that are left out may hold NaN, and so must not enter a product."""
+    return one.pairs.by_pair and not one.trusted
+
+
+def left_out(pairs: Pairs) -> tuple[Any, ...]:
+    """Query ids, key ids with their strides, and mask with its strides; None and zeros where there are none."""
+    query_ids, key_ids, mask = pairs.query_ids, pairs.key_ids, pairs.mask
+    if query_ids is None or key_ids is None:
+        query_ids, key_ids = None, None
+    elif query_ids.dtype != key_ids.dtype:  # Triton would compare int8's -1 as 255
+        query_ids, key_ids = query_ids.long(), key_ids.long()
+    if query_ids is not None:
+        query_ids = query_ids.contiguous()
+    mask = None if mask is None else mask.view(torch.uint8)
+    return query_ids, key_ids, *_two_strides(key_ids), mask, *_two_strides(mask)
+
+
+def _two_strides(x: Tensor | None) -> tuple[int, int]:
+    """Of (N, K); of (K,) a row's is 0."""
+    if x is None:
+        return 0, 0
+    return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
+
+
+def piece_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
+    return {1: dtype, 2: torch.float16, 3: torch.bfloat16}[count]
+
+
+def strides_of(x: Tensor) -> tuple[int, ...]:
+    """Of (PIECES, R, D); of (R, D) a piece's is 0."""
+    return x.stride() if x.dim() == 3 else (0, *x.stride())
+
+
+def dimensions(pairs: Pairs) -> dict[str, int]:
+    return {"IDS": dims_of(pairs.key_ids) if pairs.by_ids else 0, "MASKED": dims_of(pairs.mask)}
+
+
+def dims_of(x: Tensor | None) -> int:
+    return 0 if x is None else x.dim()
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    tl = kernels().language
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+def needs_64_bits(x: Tensor) -> bool:
+    """Whether offsets into it need 64 bits."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
+
+
+def parallel(x: Tensor) -> int:
+    return _multiprocessors(x.device.index) if x.device.type == "cuda" else 4
+
+
+def arch(x: Tensor) -> int:
+    major, minor = capability(x.device.index) if x.device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def padded(d: int) -> int:
+    return max(16, power_of_two(d))
+
+
+def blocks_of(length: int, block: int) -> int:
+    return -(-length // block)

@@ -1,0 +1,203 @@
+"""Backward, and both directions between two views: from a call's record to launches of kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..calls import (
+    KeySet,
+    KeysGradient,
+    Pairs,
+    Row,
+    RowLosses,
+    RowOutputs,
+    SymmetricGradient,
+    SymmetricGradients,
+    SymmetricLosses,
+    SymmetricOutputs,
+    gradient_eps,
+)
+from . import arguments
+from .arguments import (
+    blocks_of,
+    dimensions,
+    dot_dtype,
+    kernels,
+    left_out,
+    must_clean,
+    needs_64_bits,
+    padded,
+    piece_dtype,
+    strides_of,
+)
+from .launch import row_losses
+from .tables import LITTLE_SHARED_MEMORY, Tile, Weight, keys_tile, pieces, symmetric_tile
+
+# ------------------------------------------------------------------------------------------------------ keys' gradient
+
+
+def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
+    """``tile`` is for tests and benchmarks; None takes the table's."""
+    query, (n, d), one = call.query, call.query.shape, call.first
+    keys, pairs, device, block_d = one.keys, one.pairs, call.query.device, padded(call.query.shape[1])
+    dtype = dot_dtype(query, keys, call.autocast)
+    weights, prepared = _row_weights(call, call.normalize, query.dtype if one.own else dtype, not one.own)
+    out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
+    options = {"D": d, "BLOCK_D": block_d, **dimensions(pairs), "NORMALIZE_KEYS": one.normalize}
+    strides = prepared.stride() if one.own else strides_of(prepared)
+    rows = (prepared, *strides, keys, *keys.stride(), weights)
+    if keys.dim() == 3:
+        k, block = keys.shape[1], 32
+        kernels().keys.keys_gradient_own[(n * blocks_of(k, block),)](
+            *rows, *left_out(pairs), out, n, k, blocks_of(k, block), eps,
+            BLOCK_KEYS=block, enable_fp_fusion=True, **options,
+        )  # fmt: skip
+        return out
+    if pairs.picked is not None:
+        by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
+        starts = torch.searchsorted(by_key, torch.arange(len(keys) + 1, device=device))
+        kernels().keys.keys_gradient_picked[(len(keys),)](
+            *rows, order, starts, *left_out(pairs), out, n, len(keys), pairs.picked.shape[1], eps,
+            BLOCK_ROWS=32, CLEAN=must_clean(one), enable_fp_fusion=True, **options,
+        )  # fmt: skip
+        return out
+    offset, width, modulus = pairs.band or (0, 0, 1)
+    per_view = modulus if pairs.band else len(keys)
+    count = pieces(dtype, call.normalize)
+    tile = tile or keys_tile(dtype, block_d, per_view, arguments.arch(query), count)
+    if arguments.arch(query) in LITTLE_SHARED_MEMORY or options["IDS"] == 2 or options["MASKED"] == 2:
+        tile = tile._replace(stages=1)
+    band = ""
+    if pairs.band:
+        band = "cyclic" if n == modulus or width + tile.resident < n else "any"
+    blocks_per_view = blocks_of(per_view, tile.resident)
+    blocks = blocks_per_view * (len(keys) // per_view)
+    columns = blocks_of(width + tile.resident - 1 if band == "cyclic" else n, tile.streamed)
+    per_split, splits = _keys_splits(columns, blocks, tile, query)
+    whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
+    parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
+    kernels().keys.keys_gradient[(blocks, splits)](
+        *rows, _largest(weights, prepared.dtype), call.grad, *left_out(pairs), pairs.filled, parts,
+        n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed,
+        BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BAND=band, WHOLE=n == modulus,
+        SMALL=modulus < tile.streamed, CLEAN=must_clean(one), PIECES=count, STAGES=tile.stages,
+        FOLDED=call.normalize and dtype != torch.float32 and call.grad.dim() == 0, WIDE=needs_64_bits(prepared),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **options,
+    )  # fmt: skip
+    if not whole:
+        _merge_splits(parts, keys, out, one.normalize, must_clean(one))
+    return out
+
+
+def _row_weights(
+    call: KeysGradient | SymmetricGradient, normalize: bool, dtype: torch.dtype, multiplied: bool
+) -> tuple[Tensor, Tensor]:
+    """``weights`` (len(Weight), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
+    x, rows, t = call[0], call.rows, call.learned_temperature
+    scaled = multiplied and normalize and dtype == torch.float16 and x.dtype == dtype
+    (n, d), count = x.shape, pieces(dtype, normalize) if multiplied else 1
+    weights = torch.empty((len(Weight), n), dtype=torch.float32, device=x.device)
+    prepared = None
+    if count > 1:
+        prepared = torch.empty((count, n, d), dtype=piece_dtype(dtype, count), device=x.device)
+    elif scaled or x.dtype != dtype:
+        prepared = torch.empty((n, d), dtype=dtype, device=x.device)
+    grad_stride = call.grad.stride(0) if call.grad.dim() else 0
+    kernels().keys.row_weights[(blocks_of(n, 16),)](
+        x, *x.stride(), call.grad, grad_stride, rows.contiguous(), t, weights, prepared, n, float(call.temperature),
+        D=d, BLOCK_D=padded(d), BLOCK=16, NORMALIZE=normalize, POWER=scaled, PIECES=count,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return weights, x if prepared is None else prepared
+
+
+def _largest(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The largest weight of a row, which float16 is scaled by."""
+    return weights[Weight.PULL].abs().amax() if dtype == torch.float16 else None
+
+
+def _keys_splits(columns: int, blocks: int, tile: Tile, x: Tensor) -> tuple[int, int]:
+    """Tiles per split, and splits."""
+    per_split = blocks_of(columns, min(8, arguments.wave(tile, blocks, x)))
+    return per_split, blocks_of(columns, per_split)
+
+
+def _merge_splits(parts: Tensor, raw: Tensor, out: Tensor, normalize: bool, clean: bool) -> None:
+    kernels().keys.merge_splits[(blocks_of(len(raw), 8),)](
+        parts, raw, *raw.stride(), out, len(raw), len(parts), gradient_eps(raw.dtype),
+        D=raw.shape[1], BLOCK_D=padded(raw.shape[1]), BLOCK=8, NORMALIZE=normalize, CLEAN=clean,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- both directions between two views
+
+
+def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> SymmetricOutputs:
+    """Both directions' losses; their gradients are ``symmetric_gradient``'s."""
+
+    m = len(call.views) // 2
+
+    def outputs(query: Tensor, positive: Tensor, keys: Tensor, half: int = 0) -> RowOutputs:
+        one = KeySet(keys, Pairs(band=[0, m - 1, m]), normalize=True)
+        return row_losses(
+            RowLosses(
+                query=query,
+                positive=positive,
+                first=one,
+                second=None,
+                temperature=call.temperature,
+                learned_temperature=call.learned_temperature,
+                inter_temperature=call.inter_temperature,
+                alpha=call.alpha,
+                normalize=True,
+                share=call.share,
+                reduced=True,
+                may_raise=False,
+                need_query_gradient=False,
+                need_positive_gradient=False,
+                need_keys_gradient=False,
+                need_metrics=False,
+                autocast=call.autocast,
+                backend=call.backend,
+            ),
+            tile,
+            half,
+        )
+
+    if not call.across:
+        out = outputs(call.views, call.views, call.views, m)
+        return SymmetricOutputs(out.loss, out.rows)
+    first, second = call.views.chunk(2)
+    there, back = outputs(first, second, second), outputs(second, first, first)
+    return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1))
+
+
+def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:
+    views, (n, d), t, across = call.views, call.views.shape, call.learned_temperature, call.across
+    dtype, new = views.dtype if call.autocast is None else call.autocast, torch.empty
+    weights, prepared = _row_weights(call, True, dtype, True)
+    tile = tile or symmetric_tile(dtype, padded(d), n, arguments.arch(views))
+    if arguments.arch(views) in LITTLE_SHARED_MEMORY:
+        tile = tile._replace(stages=1)
+    out = new((n, d), dtype=views.dtype, device=views.device)
+    blocks = 2 * blocks_of(n // 2, tile.resident) if across else blocks_of(n, tile.resident)
+    columns = (1 if across else 2) * blocks_of(n // 2 + tile.resident - 2, tile.streamed)
+    per_split, splits = _keys_splits(columns, blocks, tile, views)
+    parts = out if splits == 1 else new((splits, n, d), dtype=torch.float32, device=views.device)
+    along = None if t is None else new((splits, n), dtype=torch.float32, device=views.device)
+    kernels().symmetric.symmetric_rows[(blocks, splits)](
+        prepared, *strides_of(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
+        t, parts, along, n, n // 2, per_split * tile.streamed, float(call.temperature), gradient_eps(views.dtype),
+        D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=padded(d), ACROSS=across,
+        ONE_EXP=t is None and call.temperature >= 0.05, SMALL=n // 2 < tile.streamed, PIECES=pieces(dtype, True),
+        STAGES=tile.stages, WIDE=needs_64_bits(prepared), WHOLE_GRADIENT=splits == 1,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_splits(parts, views, out, True, False)
+    if t is None or along is None:
+        return SymmetricGradients(out, new(0, dtype=torch.float32, device=views.device))
+    of_positives = (weights[Weight.POSITIVE] * call.rows[Row.POSITIVE]).sum()
+    return SymmetricGradients(out, ((of_positives - along.sum() / 2) / t).to(torch.float32))

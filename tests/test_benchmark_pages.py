@@ -1,0 +1,275 @@
+"""What is published is what was measured: the newest rows, with their ages, and nothing that a person copied."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import history, pages, report
+from benchmarks.history import Age
+from benchmarks.measure import RESULTS, Row, read_csv, write_csv
+from benchmarks.runner import place
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the committed CSVs that pages are written from."""
+    copy = tmp_path / "results"
+    shutil.copytree(RESULTS, copy, ignore=lambda folder, names: [name for name in names if not name.endswith(".csv")])
+    for module in (report, pages, history):
+        monkeypatch.setattr(module, "RESULTS", copy)
+    return copy
+
+
+def gpu_row(**changes: str) -> Row:
+    """One of ours that is committed, changed."""
+    row = next(r for r in read_csv(RESULTS / "gpu.csv") if r["peer"] == "eqco_loss" and r["workload"] == "S1")
+    return row | changes
+
+
+def test_the_pages_and_figures_are_the_csvs() -> None:
+    report.main(report.Args(check=True))
+
+
+SECTION = {"gpu": "docs/benchmarks.md", "cpu": "docs/benchmarks.md", "step-cpu": "docs/benchmarks.md"}
+SECTION |= {"engines": "docs/benchmarks.md", "scaling-cpu": "docs/benchmarks.md", "ranks": "docs/scaling.md"}
+
+
+@pytest.mark.parametrize("name", SECTION)
+def test_a_changed_figure_is_found_out(name: str, results: Path) -> None:
+    """Whichever CSV it is in."""
+    rows = read_csv(results / f"{name}.csv")
+    column = next(x for x in ("graph_us", "us", "ms", "peak_extra_mb") if rows[0].get(x))
+    write_csv(results / f"{name}.csv", [row | ({column: "1.234"} if row[column] else {}) for row in rows])
+    with pytest.raises(SystemExit, match=f"{SECTION[name]}.*not what the CSVs say"):
+        report.main(report.Args(check=True))
+
+
+def test_the_readme_has_the_short_table_and_the_link() -> None:
+    text = (history.ROOT / "README.md").read_text()
+    assert "(docs/benchmarks.md)" in text
+    table = history.without_marks(pages.which_way())  # of a tree without git, too
+    for page in (text, (history.ROOT / "docs/benchmarks.md").read_text()):
+        assert table in history.without_marks(page)
+
+
+# ----------------------------------------------------------------------------------------------------------------- ages
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Three commits: kernels, a page, kernels again."""
+    monkeypatch.setattr(history, "ROOT", tmp_path)
+    history.age.cache_clear()
+    history.position.cache_clear()
+    (tmp_path / "eqco_loss/ops").mkdir(parents=True)
+    call(tmp_path, "init", "--quiet")
+    for name, text in (("eqco_loss/ops/kernel.py", "1"), ("page.md", "1"), ("eqco_loss/ops/kernel.py", "2")):
+        (tmp_path / name).write_text(text)
+        call(tmp_path, "add", "--all")
+        call(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", name)
+    yield tmp_path
+    history.age.cache_clear()
+    history.position.cache_clear()
+
+
+def call(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_ages(repository: Path) -> None:
+    commits = call(repository, "rev-list", "--reverse", "HEAD").splitlines()
+    assert [history.age(x[:7]) for x in commits] == [Age.OLDER, Age.OLDER, Age.CURRENT]
+    assert history.age("bf9cd70") is Age.UNKNOWN
+    assert history.age(f"{commits[2][:7]}+changes") is Age.UNKNOWN
+    assert [history.position(x) for x in (*commits, "bf9cd70")] == [1, 2, 3, None]
+    history.age.cache_clear()
+    (repository / "eqco_loss/ops/kernel.py").write_text("1")  # changed, and not committed
+    assert [history.age(x) for x in commits] == [Age.CURRENT, Age.CURRENT, Age.OLDER]
+
+
+def test_without_git_ages_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the check passes all the same, on pages that were written with it."""
+    history.age.cache_clear()
+    history.position.cache_clear()
+    monkeypatch.setattr(subprocess, "run", without_git)
+    assert history.age("HEAD") is Age.UNKNOWN
+    assert history.position("HEAD") is None
+    row = gpu_row()
+    assert history.mark(row) == " ‡"
+    assert history.notes([row]) == [history.NOTES[Age.UNKNOWN]]
+    report.main(report.Args(check=True))
+    history.age.cache_clear()
+    history.position.cache_clear()
+
+
+def without_git(*arguments: object, **options: object) -> None:
+    raise FileNotFoundError("git")
+
+
+def test_marks_are_of_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ages = {"old": Age.OLDER, "new": Age.CURRENT}
+    monkeypatch.setattr(history, "age", ages.__getitem__)
+    assert history.mark(gpu_row(commit="old")) == " †"
+    assert history.mark(gpu_row(commit="old", peer="eqco_loss, torch.compile")) == " †"
+    assert history.mark(gpu_row(commit="old", peer="torch.compile")) == ""
+    assert history.mark(gpu_row(commit="new")) == ""
+    assert history.mark({"what": "the whole step, eqco_loss, K = 16", "commit": "old"}) == " †"
+    assert history.mark({"engine": "wide", "commit": "old"}) == " †"
+    text = "\n".join(" | ".join(line) for line in pages.case_lines([gpu_row(commit="old")], 10, graph=True))
+    assert "eqco_loss †" in text
+
+
+# --------------------------------------------------------------------------------------------------------- newest rows
+
+
+def test_the_newest_row_of_a_case_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "position", {"a": 1, "b": 2, "new": None}.__getitem__)
+    rows = [gpu_row(commit=commit, date=date) for commit, date in (("b", "2026-01-02"), ("a", "2026-01-02"))]
+    key = history.KEYS["gpu"]
+    assert history.newest(rows, key) == rows[:1]
+    assert history.newest(rows[::-1], key) == rows[:1]
+    assert history.newest([rows[0], rows[1] | {"date": "2026-01-03"}], key)[0]["commit"] == "a"
+    assert history.newest([rows[0], rows[0] | {"commit": "new"}], key)[0]["commit"] == "new"  # it comes later
+    assert len(history.newest([rows[0], rows[0] | {"device": "another"}, rows[0] | {"peer": "b"}], key)) == 3
+
+
+def test_a_case_is_of_one_device(tmp_path: Path) -> None:
+    """Of its newest row: ways on two GPUs are no comparison."""
+    old, new = gpu_row(date="2026-01-01"), gpu_row(date="2026-01-02", device="another")
+    write_csv(tmp_path / "gpu.csv", [old, old | {"peer": "torch.compile"}, new])
+    assert history.shown(tmp_path / "gpu.csv") == [new]
+    assert history.shown(tmp_path / "none.csv") == []
+
+
+def test_a_run_is_added(results: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    new = gpu_row(graph_us="12.5", date="2999-01-01", commit="new")
+    another = gpu_row(n="4", date="2999-01-01")
+    write_csv(run / "gpu.csv", [new, another])
+    before = read_csv(results / "gpu.csv")
+    history.add(run, place)
+    after = read_csv(results / "gpu.csv")
+    assert len(after) == len(before) + 1
+    assert new in after
+    assert gpu_row() not in after
+    history.add(run, place)  # once more changes nothing
+    assert read_csv(results / "gpu.csv") == after
+
+
+def test_what_cannot_be_added(results: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(
+        SystemExit, match=r"has no CSV of a run\. Its names begin with gpu, cpu, scaling, step, engines"
+    ):
+        report.main(report.Args(add=run))
+    write_csv(run / "gpu.csv", [{"workload": "S1"}])
+    with pytest.raises(SystemExit, match=r"gpu.csv is cut, or has other columns than"):
+        report.main(report.Args(add=run))
+    with pytest.raises(SystemExit, match="check, add: expected one of them"):
+        report.main(report.Args(add=run, check=True))
+
+
+# ------------------------------------------------------------------------------------------------ what a page says
+
+
+def test_what_the_tests_showed_on_a_gpu(results: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    origin = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": "0000000", "date": "2026-01-02"}
+    write_csv(run / "tests-gpu.csv", [{"status": "0", "passed": "343", "failed": "0", "skipped": "2"} | origin])
+    history.add(run, place)
+    text = "Tests of the kernels on it: 343 passed, 0 failed, 2 skipped ‡; a GPU, torch 2.11, commits 0000000"
+    assert text in pages.every_case("gpu")()
+    stopped = {"status": "124", "passed": "", "failed": "", "skipped": ""}
+    write_csv(run / "tests-gpu.csv", [stopped | origin | {"date": "2026-01-03"}])
+    history.add(run, place)
+    assert "stopped before they ended, status 124 ‡; a GPU" in pages.every_case("gpu")()
+
+
+def test_those_that_beat_us_come_first_and_what_is_missing_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "age", lambda commit: Age.CURRENT)
+    ours = gpu_row(graph_us="20", ms="2")
+    rows = [
+        ours,
+        gpu_row(peer="slow", graph_us="40", ms="4"),
+        gpu_row(peer="sooner", graph_us="30", ms="1", host_ms="0.5"),
+        gpu_row(peer="fast", graph_us="5", ms="3", peak_extra_mb=""),
+        gpu_row(peer="waiting", graph_us="", no_graph="waits for the host", ms="4", times_faster_graph=""),
+        gpu_row(peer="absent", status="out of memory"),
+    ]
+    first, *lines = pages.case_lines(rows, 9, graph=True)
+    assert first[0].endswith("faster than ours: fast (4.00 x on the GPU); sooner (2.00 x in wall-clock)")
+    assert [line[0].strip("*") for line in lines] == [
+        "fast",
+        "eqco_loss",
+        "sooner",
+        "slow",
+        "waiting",
+        "absent",
+    ]
+    assert lines[0][6] == ""
+    assert lines[4][1:3] == ["waits for the host", ""]
+    assert lines[5][1] == "out of memory"
+    assert pages.faster_than_ours([ours]) == "nobody is faster than ours"
+    assert pages.faster_than_ours(rows[1:]) == "ours has not been measured"
+
+
+def test_figures_are_for_a_person() -> None:
+    assert [pages.number(x, ".4g") for x in ("", "0.8743", "84.21", "33142.7", "1021")] == [
+        "",
+        "0.8743",
+        "84.21",
+        "33,140",
+        "1021",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plain", "expected"),
+    [
+        ({"graph_us": "10", "ms": "3"}, "torch.compile"),
+        ({"graph_us": "20", "ms": "1"}, "either"),
+        ({"graph_us": "30", "ms": "1"}, "ours; in a CUDA graph where the GPU waits for Python"),
+        ({"graph_us": "30", "ms": "2"}, "ours"),
+        ({"graph_us": "", "ms": "1"}, "torch.compile"),
+        ({"graph_us": "", "ms": "2.05"}, "either"),
+        ({"graph_us": "", "ms": "3"}, "ours"),
+    ],
+)
+def test_advice(plain: Row, expected: str) -> None:
+    assert pages.advice(gpu_row(graph_us="20", ms="2"), gpu_row(**plain)) == expected
+
+
+def test_no_row_is_above_the_limit() -> None:
+    """Of no CSV; and a row for which another count of operations was taken has none."""
+    for path in (RESULTS / f"{name}.csv" for name in ("cpu", "gpu", "scaling-cpu")):
+        shares = [pages.limit_share(row) for row in history.shown(path) if row["status"] == "timed"]
+        assert any(shares)
+        assert all(float(share.removesuffix(" %")) <= 100 for share in shares if share)
+    row = gpu_row(limit_share="0.5", limit_operations="")
+    assert pages.limit_share(row) == "50 %"
+    assert pages.limit_share(row | {"operations": "1e+09"}) == ""
+    case = pages.case_of(row)
+    kept = {"limit_operations": str(4 * case.operations), "limit_bytes": "1e30", "graph_us": "1e6"}
+    assert pages.limit_share(row | kept | {"operations": "1e+09"}) == "25 %"
+
+
+def test_scaling_in_d_is_a_table_and_a_column_of_the_figure() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = [row for row in read_csv(RESULTS / "scaling-cpu.csv") if row["peer"] == "eqco_loss"]
+    one = next(row for row in rows if row["workload"] == "S1" and row["n"] == "1024")
+    widths = [one | {"d": d, "ms": ms} for d, ms in (("32", "3"), ("64", "4"), ("256", "5"))]
+    assert report.draw_scaling(rows).axes[0].get_subplotspec().get_gridspec().ncols == 2
+    figure = report.draw_scaling(rows + widths)
+    assert figure.axes[0].get_subplotspec().get_gridspec().ncols == 3
+    assert list(figure.axes[2].lines[0].get_xdata()) == [32, 64, 128, 256]
+    (table,) = pages.sweeps([row for row in rows + widths if row["workload"] == "S1"], "d", ("n",))
+    assert "S1 against D: N = 1024, float32" in table
+    assert "| 32 | 3" in table

@@ -1,0 +1,433 @@
+"""A run of the benchmarks: what comes first, what a failure leaves, and the ways of a GPU as far as a CPU can tell."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_check, measure, peers, runner, scaling, step, variants, workloads
+from benchmarks.measure import Limits, Timing, read_csv
+from benchmarks.peers import PEERS
+from benchmarks.registry import Loss, Peer, UnavailableError
+from benchmarks.runner import Plan
+from benchmarks.workloads import Case, Problem
+
+S1, C1 = Case("S1", 9, 8, 16), Case("C1", 9, 8, 16)
+SMALL = [Case("M1", 6, 40, 16), Case("M2", 6, 40, 16), Case("T1", 6, 40, 16), S1, C1, Case("S2", 7, 12, 16)]
+SMALL.append(Case("P1", 9, 4, 16))
+
+
+def the(name: str, case: Case = S1) -> Peer:
+    return next(one for one in PEERS if one.name == name and one.wanted(case))
+
+
+ENDLESS = Limits(1e18, 1e18)
+
+
+def run(*wanted: Peer, machine: Limits = ENDLESS, **options: Any) -> list[measure.Row]:
+    return runner.run(S1, list(wanted), "cpu", 1, 60.0, machine, **options)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr(runner, "limits", lambda device, dtype, size: ENDLESS)
+    return Plan(device="cpu", rounds=1, step_limit=60.0, out=tmp_path / "out.csv")
+
+
+# --------------------------------------------------------------------------------------------------- order and deadline
+
+
+def test_cases_come_by_worth(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First ours, plain code and torch.compile of every case; then ours otherwise; then the others."""
+    ran: list[tuple[str, list[str]]] = []
+
+    def record(case: Case, wanted: list[Peer], *of: Any) -> list[measure.Row]:
+        ran.append((case.workload, [one.name for one in wanted]))
+        return [runner.row_of(case, one, "out of memory") for one in wanted]
+
+    monkeypatch.setattr(runner, "run", record)
+    runner.run_all([S1, C1], lambda case, one: True, plan._replace(deadline=1e6))
+    assert [workload for workload, _ in ran] == ["S1", "C1"] * 3
+    assert set(ran[0][1]) == {"eqco_loss", "eager cross entropy", "torch.compile"}
+    assert set(ran[1][1]) == {"eqco_loss", "eager CLIP", "torch.compile"}
+    assert ran[2][1][0] == "eager cross entropy"  # again, for the ratio
+    assert all(name.startswith("eqco_loss, ") for name in ran[2][1][1:])
+    assert "info-nce-pytorch" in ran[4][1]
+    rows = read_csv(plan.out)
+    expected = sorted(one.name for case in (S1, C1) for one in PEERS if one.wanted(case))
+    assert sorted(row["peer"] for row in rows) == expected  # each once
+
+
+def test_a_deadline_keeps_what_is_finished(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A case takes 40 of the clock's seconds; for the third there is no time."""
+    clock = [0.0]
+
+    def slow(case: Case, wanted: list[Peer], *of: Any) -> list[measure.Row]:
+        clock[0] += 40
+        return [runner.row_of(case, one, "out of memory") for one in wanted]
+
+    monkeypatch.setattr(runner, "run", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    runner.run_all([S1, C1, SMALL[0]], lambda case, one: True, plan._replace(deadline=100.0))
+    assert {row["workload"] for row in read_csv(plan.out)} == {"S1", "C1"}
+    firsts = {"eqco_loss", "torch.compile", "eager cross entropy", "eager CLIP"}
+    assert {row["peer"] for row in read_csv(plan.out)} == firsts
+    assert "no time for 7 more cases: what is finished is written" in capsys.readouterr().out
+
+
+def test_a_way_that_had_not_begun_at_the_end_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    rows = run(the("eager cross entropy"), the("eager masked"), the("eqco_loss"), end=1.5)
+    assert [row["peer"] for row in rows] == ["eager cross entropy", "eager masked"]
+
+
+def test_the_matrix_has_what_it_should() -> None:
+    found = workloads.cases("cuda", workloads.DTYPES)
+    assert len(found) == len(set(found))
+    for n in (4096, 32768):
+        assert {case.d for case in found if case.workload == "C1" and case.n == n} >= {512, 768, 1024}
+    assert {case.dtype for case in found if case.workload == "M1"} == set(workloads.DTYPES)
+    wide = next(case for case in found if case.workload == "S1" and case.d == 256)
+    assert {"eqco_loss, triton", "eqco_loss, wide"} <= {one.name for one in PEERS if one.wanted(wide)}
+    assert not the("eqco_loss, wide", wide).wanted(S1)
+    for case in (*found, *workloads.cases("cpu", ("float32",)), *workloads.quick_cases(("float32",))):
+        assert case.workload in workloads.WORKLOADS
+
+
+def test_scaling_is_in_k_n_and_d(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Case] = []
+    monkeypatch.setattr(scaling, "run_all", lambda cases, wants, plan: found.extend(cases))
+    scaling.main(scaling.Args(device="cpu", largest_k=2**8, largest_n=2**8, largest_d=2**8))
+    assert len(found) == len(set(found))
+    assert [case.k for case in found if case.workload == "M1"] == [16, 64, 256]
+    assert [case.n for case in found if case.workload == "S1" and case.d == 128] == [64, 256]
+    assert [case.d for case in found if case.workload == "S1" and case.d != 128] == [32, 64, 256]
+    assert {one.name for one in PEERS if one.wanted(S1) and scaling.wants(S1, one)} == {
+        "eqco_loss",
+        "torch.compile",
+        "eager cross entropy",
+        "eager masked",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+
+def breaking(after: int) -> Callable[[Problem], Loss]:
+    """Right, until its memory is gone."""
+
+    def prepare(problem: Problem) -> Loss:
+        loss, calls = peers.eager_batch(problem), iter(range(after))
+
+        def limited() -> Tensor:
+            if next(calls, None) is None:
+                raise torch.OutOfMemoryError("no memory")
+            return loss()
+
+        return limited
+
+    return prepare
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_memory_that_ends_at_any_time_is_a_row(after: int) -> None:
+    rows = run(the("eager cross entropy"), Peer("broken", ("S1",), breaking(after)), the("eqco_loss"))
+    assert [row["status"] for row in rows] == ["timed", "out of memory", "timed"]
+
+
+def test_a_case_that_does_not_fit_is_rows(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one is measured."""
+    real = Problem
+
+    def too_large(case: Case, device: str) -> Problem:
+        if case is S1:
+            raise torch.OutOfMemoryError("no memory")
+        return real(case, device)
+
+    monkeypatch.setattr(runner, "Problem", too_large)
+    runner.run_all([S1, C1], lambda case, one: one.name.startswith("eager") or one.name == "eqco_loss", plan)
+    rows = {(row["workload"], row["peer"]): row["status"] for row in read_csv(plan.out)}
+    assert rows["S1", "eqco_loss"] == "the case as a whole: out of memory"
+    assert rows["C1", "eqco_loss"] == "timed"
+
+
+def test_a_lost_gpu_ends_the_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was finished stays; nothing is written over it by failures that say nothing."""
+
+    def record(case: Case, wanted: list[Peer], *of: Any) -> list[measure.Row]:
+        if case is C1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return [runner.row_of(case, one, "timed") | {"limit_share": "1"} for one in wanted]
+
+    monkeypatch.setattr(runner, "run", record)
+    monkeypatch.setattr(runner, "lost", lambda device: True)
+    monkeypatch.setattr(runner, "show", lambda case, rows: None)
+    with pytest.raises(SystemExit) as end:
+        runner.run_all([S1, C1], lambda case, one: one.name == "eqco_loss", plan)
+    assert end.value.code == 1
+    assert "the GPU is lost: C1 N=9 K=8 D=16 fails: RuntimeError: CUDA error" in capsys.readouterr().err
+    assert [row["workload"] for row in read_csv(plan.out)] == ["S1"]
+
+
+def test_rows_of_another_device_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    for device, status in (("one", "timed"), ("two", "timed"), ("one", "out of memory")):
+        runner.add_rows(out, [runner.row_of(S1, the("eqco_loss"), status) | {"device": device}])
+    assert [(row["device"], row["status"]) for row in read_csv(out)] == [("one", "out of memory"), ("two", "timed")]
+
+
+# ----------------------------------------------------------------------------------------------------- machine's limits
+
+
+def test_nothing_is_above_the_limit() -> None:
+    """Where products and copies were measured too low, the fastest way is the limit."""
+    rows = run(the("eager cross entropy"), the("eager masked"), the("eqco_loss"), machine=Limits(1.0, 1.0))
+    assert max(float(row["limit_share"]) for row in rows) == 1.0
+    assert all(0 < float(row["limit_share"]) <= 1 for row in rows)
+    fastest = max(rows, key=lambda row: float(row["limit_share"]))
+    assert float(fastest["limit_operations"]) == pytest.approx(1e3 * S1.operations / float(fastest["ms"]), rel=1e-3)
+
+
+def test_a_limit_that_was_reached_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For later cases, also after one that has no row."""
+    given = []
+
+    def record(
+        case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: float, machine: Limits, *of: Any
+    ) -> Any:
+        given.append(machine.operations)
+        known = {"limit_operations": "5e18"} if case is S1 else {}
+        return [runner.row_of(case, one, "out of memory", known) for one in wanted]
+
+    monkeypatch.setattr(runner, "run", record)
+    runner.run_all([S1, C1, SMALL[0]], lambda case, one: one.name == "eqco_loss", plan)
+    assert given == [1e18, 5e18, 5e18]
+
+
+def test_the_limit_counts_what_a_way_may_convert_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that is slow in bfloat16, and a GPU whose float32 can be six products in bfloat16."""
+    rates = {torch.float32: 60.0, torch.bfloat16: 6.0, torch.float16: 3.0}
+    monkeypatch.setattr(measure, "products_a_second", lambda device, dtype, shape: rates[dtype])
+    most = measure.most_products.__wrapped__
+    assert [most("cpu", dtype) for dtype in ("float32", "bfloat16", "amp", "float16")] == [60.0] * 4
+    rates[torch.bfloat16] = 900.0
+    assert [most("cuda", dtype) for dtype in ("float32", "high", "bfloat16", "amp")] == [150.0, 300.0, 900.0, 900.0]
+    assert most("cuda", "float16") == 3.0
+
+
+def test_needed_products() -> None:
+    """Of N x K x D multiply-adds: two, three where keys learn; half of a symmetric matrix of logits is enough."""
+    for workload, products in (("M1", 2), ("P1", 2), ("S1", 3), ("C1", 3)):
+        assert Case(workload, 10, 20, 30).operations == products * 2 * 10 * 20 * 30
+    assert Case("S2", 10, 18, 30).operations == 1.5 * 2 * 20 * 18 * 30
+
+
+def test_the_real_limits_are_numbers() -> None:
+    found = measure.limits("cpu", "float32", 1e5)
+    assert found.operations > 1e8
+    assert found.bytes > 1e7
+
+
+# ------------------------------------------------------------------------------------------------------- ways of a GPU
+
+
+@pytest.mark.parametrize("name", ["memeff CLIP", "memeff InfoNCE"])
+def test_a_missing_peer_prints_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "memeff", None)
+    monkeypatch.setattr(peers, "gpu_only", lambda problem: None)
+    case = C1 if "CLIP" in name else S1
+    with pytest.raises(UnavailableError, match=r'memeff is not installed .*: pip install -e "\.\[benchmarks\]"'):
+        the(name, case).prepare(Problem(case, "cpu"))
+
+
+def test_memeff_is_asked_for_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit rows, the temperature, no mask of false negatives, and the gradient's textbook scale."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Package:
+        def __getattr__(self, name: str) -> Any:
+            return lambda temperature, **options: asked.append((name, options | {"temperature": temperature}))
+
+    monkeypatch.setattr(peers, "load", lambda package: Package())
+    monkeypatch.setattr(peers, "gpu_only", lambda problem: None)
+    for name, case in (("memeff CLIP", C1), ("memeff InfoNCE", S1)):
+        the(name, case).prepare(Problem(case, "cpu"))
+    common = {"normalized_inputs": True, "stable": False, "temperature": workloads.T}
+    assert asked == [("MemoryEfficientCLIPLoss", common), ("MemoryEfficientQwen3Loss", common | {"margin": 2.0})]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.workload)
+def test_a_graphed_callable_computes_from_its_arguments(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what a graph's replay is given: tensors that the loss did not know when it was prepared."""
+    monkeypatch.setattr(variants, "gpu_only", lambda problem, why: None)
+    monkeypatch.setattr(
+        torch.cuda, "make_graphed_callables", lambda function, samples: (function(*samples), function)[1]
+    )
+    problem = Problem(case, "cpu")
+    answer = runner.ready(the("eqco_loss, make_graphed_callables", case), problem, problem.truth(), 60.0)
+    assert not isinstance(answer, str), answer
+    assert answer.error < 1e-5
+    assert answer.replays
+
+
+def test_ours_is_compiled_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[tuple[str | None, bool]] = []
+
+    def record(loss: Loss, dynamic: bool, mode: str | None) -> Loss:
+        modes.append((mode, dynamic))
+        return loss
+
+    monkeypatch.setattr(torch, "compile", record)
+    monkeypatch.setattr(variants, "gpu_only", lambda problem, why: None)
+    problem = Problem(S1, "cpu")
+    for name in ("eqco_loss, torch.compile", "eqco_loss, torch.compile reduce-overhead"):
+        answer = runner.ready(the(name), problem, problem.truth(), 60.0)
+        assert not isinstance(answer, str), answer
+        assert answer.error < 1e-5
+    assert modes == [(None, False), ("reduce-overhead", False)]
+
+
+def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: one is captured, one waits for the host, one is too large, and one is graphs already."""
+    failures: dict[str, Exception] = {
+        "waits": RuntimeError("called a synchronizing CUDA operation"),
+        "waits otherwise": RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+        "large": torch.OutOfMemoryError("no memory"),
+        "other": RuntimeError("something\nelse"),
+    }
+    problem = Problem(S1, "cpu")
+    loss = peers.eager_batch(problem)
+    names = ("graph", *failures, "replays")
+    steps = {name: (lambda name=name: [loss(), name]) for name in names}
+    ways = {name: runner.Way(loss, steps[name], 0.0, 1.0, name == "replays") for name in names}
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    def captured(call: Callable[[], list[Any]]) -> Graph:
+        name = call()[1]
+        if name in failures:
+            raise failures[name]
+        return Graph()
+
+    def gpu(calls: dict[str, Any], rounds: int, cycles: int = measure.REPLAY) -> dict[str, tuple[Timing, Timing]]:
+        return {name: (Timing(2e-5, 2e-5, 2e-5),) * 2 for name in calls}
+
+    for name, fake in (("captured", captured), ("interleave_gpu", gpu), ("kernels_launched", lambda call: 3)):
+        monkeypatch.setattr(runner, name, fake)
+    monkeypatch.setattr(runner, "peak_extra_bytes", lambda call, device: 1000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = runner.measure(ways, "cuda", 1)
+    assert {name: way.no_graph for name, way in found.items()} == {
+        "graph": "",
+        "waits": "waits for the host",
+        "waits otherwise": "waits for the host",
+        "large": "no memory for its graph",
+        "other": "no CUDA graph: something",
+        "replays": "",
+    }
+    assert {name for name, way in found.items() if way.graph} == {"graph", "replays"}
+    assert {name for name, way in found.items() if way.peak_bytes is None} == {"replays"}
+    row = runner.figures(found["waits"], found["graph"], S1, ENDLESS)
+    assert row["no_graph"] == "waits for the host"
+    assert float(row["host_ms"]) > 0
+    assert "graph_us" not in row
+    assert runner.figures(found["replays"], found["graph"], S1, ENDLESS)["times_faster_graph"] == "1.000"
+
+
+def test_engines_refuse_by_name() -> None:
+    case = Case("C1", 9, 8, 256)
+    for name in ("triton", "wide"):
+        peer = the(f"eqco_loss, {name}", case)
+        with pytest.raises(UnavailableError, match="no CPU path"):
+            peer.prepare(Problem(case, "cpu"))
+
+
+def test_what_a_gpu_owes_comes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part with the time that is left, one that fails stops no other, and the end comes before the deadline."""
+    clock, ran = [0.0], []
+
+    def part(name: str, seconds: float) -> Callable[..., int]:
+        def spend(*arguments: Any) -> int:
+            plans = [x.deadline for x in arguments if isinstance(x, Plan)] or [None]
+            ran.append((name, plans[0]))
+            clock[0] += seconds
+            if name == "kernels":
+                raise RuntimeError("broken")
+            return 3
+
+        return spend
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_check, "check_device", lambda device: None)
+    for name, seconds in (("tests", 100.0), ("run_all", 150.0), ("kernels", 10.0), ("engines", 5.0)):
+        monkeypatch.setattr(gpu_check, name, part(name, seconds))
+    monkeypatch.setattr(step, "main", part("step", 60.0))
+    monkeypatch.setattr(scaling, "main", part("scaling", 20.0))
+    assert gpu_check.main(gpu_check.Args(out=tmp_path)) == 3
+    names = ["tests", "run_all", "kernels", "step", "run_all", "scaling", "engines"]
+    assert [name for name, _ in ran] == names
+    assert [seconds for name, seconds in ran if name == "run_all"] == [200.0, 540.0 - 320.0 - 100.0]
+    ran.clear()
+    gpu_check.main(gpu_check.Args(out=tmp_path, skip=("tests", "kernels", "scaling"), deadline=230.0))
+    assert [name for name, _ in ran] == ["run_all", "step", "engines"]  # nothing is left for other ways
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("343 passed, 2 skipped in 61.02s", ("343", "0", "2")),
+        ("1 failed, 342 passed in 61.02s (0:01:01)", ("342", "1", "0")),
+        ("ERROR tests/test_cuda.py", ("", "", "")),
+    ],
+)
+def test_a_gpus_tests_are_counted(line: str, expected: tuple[str, ...]) -> None:
+    row = gpu_check.counted(line, 1)
+    assert tuple(row[name] for name in ("passed", "failed", "skipped")) == expected
+    assert row["status"] == "1"
+
+
+# -------------------------------------------------------------------------------------------------- a training step
+
+
+def test_the_loss_inside_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one model; the other's rows stay."""
+    monkeypatch.setattr(step, "ALONE", ("eqco_loss",))
+    out = tmp_path / "step.csv"
+    for models in (("resnet50",), ("resnet18",), ("resnet18",)):
+        step.main(step.Args(models=models, batch_size=2, image_size=32, rounds=1, out=out))
+    rows = read_csv(out)
+    whats = ["the whole step, a product for a loss, K = 1", "the whole step, eager masked, K = 1"]
+    whats += ["the whole step, eqco_loss, K = 1", "eager masked, alone, K = 1", "eqco_loss, alone, K = 1"]
+    whats += ["eager MoCo, alone, K = 65536", "eqco_loss, alone, K = 65536"]
+    for model in ("resnet50", "resnet18"):
+        mine = {row["what"]: row for row in rows if row["model"] == model}
+        assert sorted(mine) == sorted(whats)
+        inside = mine["the whole step, eqco_loss, K = 1"]
+        share = float(inside["host_ms"]) / float(inside["ms"])
+        assert float(inside["share_of_step"]) == pytest.approx(share, rel=0.01)
+        assert 0 < share < 1
+    assert len(rows) == 2 * len(whats)
+
+
+def test_a_step_of_either_loss_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain code for SiMo's loss and ours, in the same step from the same weights."""
+    weights = []
+    for name in ("eager masked", "eqco_loss"):
+        one = step.SimoStep("resnet18", 4, 32, "cpu")
+        one(step.criteria(4, 3, "cpu")[name])
+        assert len(one.marks) == 4
+        weights.append(torch.cat([x.detach().flatten() for x in one.encoder.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+    assert (weights[0] - torch.cat([x.flatten() for x in one.key_encoder.parameters()])).abs().max() > 1e-6
