@@ -20,7 +20,7 @@ import torch
 import tyro
 from pretrain.checkpoint import CheckpointError, restore_encoder
 from pretrain.encoders import Encoder
-from pretrain.run import fail, written_whole
+from pretrain.run import fail, print_any_name, written_whole
 from torch import Tensor, nn
 
 Format = Literal["torchvision", "timm", "detectron2"]
@@ -57,6 +57,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    print_any_name()
     try:
         encoder, saved = restore_encoder(args.checkpoint)
     except CheckpointError as error:

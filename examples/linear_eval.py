@@ -48,7 +48,7 @@ from pretrain.data import (
 from pretrain.encoders import Encoder
 from pretrain.evaluate import features_of
 from pretrain.pictures import show
-from pretrain.run import check_device, command, fail, written_whole
+from pretrain.run import check_device, command, fail, print_any_name, written_whole
 from pretrain.schedule import set_learning_rate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -94,6 +94,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    print_any_name()
     check(args)
     fabric = make_fabric(args)
     try:

@@ -1,6 +1,6 @@
 """Several runs in one figure: loss, contrast accuracy, feature std, kNN and online probe, with a band over seeds.
 
-    python examples/plot_runs.py runs/* --out runs.png
+    python examples/plot_runs.py runs/*         # the figure is runs/runs.png; other files there are passed over
 
 Runs whose config.json differs in nothing but the seed are one curve, their mean, in a band from the least to the most.
 The legend says in what the curves differ.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pretrain.run import MEASURED, PANELS, fail, written_whole
+from pretrain.run import MEASURED, PANELS, fail, print_any_name, written_whole
 
 # Of config.json's arguments, what makes no other curve: where the run is, how it is computed, what is measured of it
 IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "tensorboard", "compile", "channels_last"}
@@ -37,12 +37,14 @@ class Record:
 
 
 def main(args: Args) -> None:
-    if not args.runs:
+    print_any_name()
+    runs = [path for path in args.runs if not path.is_file()]  # runs/* finds the figure of the last time, too
+    if not runs:
         fail("runs: expected one run directory or more, got none.")
-    records = [read(directory) for directory in args.runs]
+    records = [read(directory) for directory in runs]
     groups = grouped(records)
     names = legend([group[0].arguments for group in groups])
-    out = args.out or args.runs[0].resolve().parent / "runs.png"
+    out = args.out or runs[0].resolve().parent / "runs.png"
     draw(groups, names, out)
     for name, group in zip(names, groups, strict=True):
         knn = [list(record.curves["knn"].values())[-1] for record in group if record.curves["knn"]]

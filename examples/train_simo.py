@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
+from pretrain.arguments import CIFAR, IMAGENET, Common, check, parse, ranks
 from pretrain.norms import gathered, shuffled
 from pretrain.run import clear_errors
 from pretrain.training import Training, mean_of
@@ -51,6 +51,7 @@ def main(args: Args) -> None:
             sampling="rolled" if args.sampling == "shared" else args.sampling,
             gather=ranks() > 1,
         )
+    check(args)
     k = min(args.num_negatives, args.batch_size // args.accumulate - 1)
     label = f"k{k}-" + (f"alpha{args.alpha:g}" if args.eqco else "infonce")
     training = Training("simo", args, label)

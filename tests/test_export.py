@@ -234,6 +234,7 @@ def test_a_figure_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         plot_runs.main(plot_runs.Args(tuple(runs), tmp_path / "figures" / name))
     plot_runs.main(plot_runs.Args(tuple(runs)))
     assert (tmp_path / "runs.png").is_file()  # beside the runs, wherever the command is given
+    plot_runs.main(plot_runs.Args((*runs, tmp_path / "runs.png")))  # which a shell's * then finds
     output = capsys.readouterr().out
     assert "eqco True: 3 run(s), kNN 41.0 % (40.0 to 42.0)" in output
     assert "eqco False: 2 run(s), kNN 30.5 % (30.0 to 31.0)" in output

@@ -1,23 +1,37 @@
 """Files as people have them: depths, damage, names and folders that a training script must take, or refuse by name."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets  # type: ignore[import-untyped]
 from PIL import Image
 
 from . import scripts
 
 from pretrain import data, pictures  # isort: skip
-from pretrain.run import Run  # isort: skip
+from pretrain.run import Run, quoted  # isort: skip
 
 GRADIENT = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+
+
+def tiff(pixels: bytes, bits: int, white: int) -> bytes:
+    """64 x 64 gray pixels of so many bits; PIL itself cannot write all that people have."""
+    entries = [(256, 3, 1, 64), (257, 3, 1, 64), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, int(white > 0))]
+    entries += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 64), (279, 4, 1, len(pixels))]
+    directory = b"".join(np.array([entry], "<u2,<u2,<u4,<u4").tobytes() for entry in entries)
+    header = b"II*\0" + np.uint32(8 + len(pixels)).tobytes()
+    return header + pixels + np.uint16(len(entries)).tobytes() + directory + bytes(4)
 
 
 def save_gradient(mode: str, path: Path) -> None:
@@ -27,11 +41,7 @@ def save_gradient(mode: str, path: Path) -> None:
     elif mode == "I;12":  # a TIFF of 12 bits, packed two pixels in three bytes
         low, high = (GRADIENT.astype(np.int64) >> 4).reshape(-1, 2).T
         packed = np.stack([low >> 4, (low & 15) << 4 | high >> 8, high & 255], 1).astype(np.uint8).tobytes()
-        entries = [(256, 3, 1, 64), (257, 3, 1, 64), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1)]
-        entries += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 64), (279, 4, 1, len(packed))]
-        directory = b"".join(np.array([entry], "<u2,<u2,<u4,<u4").tobytes() for entry in entries)
-        header = b"II*\0" + np.uint32(8 + len(packed)).tobytes()
-        path.write_bytes(header + packed + np.uint16(len(entries)).tobytes() + directory + bytes(4))
+        path.write_bytes(tiff(packed, bits=12, white=255))
     else:
         Image.fromarray(GRADIENT.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(path)
 
@@ -60,6 +70,16 @@ def test_a_png_of_mode_i_has_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     older.format = "PNG"
     pixels = np.asarray(pictures.eight_bits(older, tmp_path))
     assert np.abs(pixels - GRADIENT / 257).max() <= 0.51
+
+
+def test_a_tiff_whose_white_is_zero(tmp_path: Path) -> None:
+    """PIL turns it round up to 8 bits, and not beyond."""
+    for bits, dtype in ((8, np.uint8), (16, np.uint16)):
+        path = tmp_path / f"{bits}.tif"
+        scaled = (GRADIENT * ((2**bits - 1) / 65535)).round().astype(dtype)
+        path.write_bytes(tiff(scaled.tobytes(), bits, white=0))
+        pixels = np.asarray(pictures.read_image(path))
+        assert (pixels[0, 0].tolist(), pixels[-1, -1].tolist()) == ([255] * 3, [0] * 3)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I", "signed or 32-bit integers"), ("F", "32-bit floats")])
@@ -195,6 +215,47 @@ def test_a_split_folder_by_any_of_its_names(held_out: str, tmp_path: Path) -> No
     assert (found.train_size, found.test_size) == (12, 12)
 
 
+def test_of_several_test_folders_the_first_with_classes(tmp_path: Path) -> None:
+    """ImageNet's test images come without labels, and so without folders; those of val have both."""
+    for seed, split in enumerate(("train/cat", "val/cat", "test")):
+        scripts.make_images(tmp_path / split, 12 + seed, seed)
+    assert open_images(tmp_path).test_size == 13
+    scripts.make_images(tmp_path / "test" / "cat", 5, 0)
+    assert open_images(tmp_path).test_size == 5
+
+
+def test_a_hidden_folder_is_no_class(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        scripts.make_images(tmp_path / split / "cat", 12, 0)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    assert open_images(tmp_path).classes == 1
+
+
+def test_splits_one_folder_deeper_are_an_error(tmp_path: Path) -> None:
+    """They were one class, whose training images were also those of the test."""
+    for split in ("Train", "val"):
+        scripts.make_images(tmp_path / "imagenet" / split / "cat", 12, 0)
+    with pytest.raises(data.DataError) as error:
+        open_images(tmp_path)
+    assert str(error.value).endswith(f"but {tmp_path}/imagenet in it has one. Give --data-dir {tmp_path}/imagenet.")
+
+
+def test_a_test_folder_among_torchvisions_files_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``data/`` may hold other folders than those of the data set that is asked for."""
+    for name in ("test", "cifar-10-batches-py"):
+        (tmp_path / name).mkdir()
+    asked = list[Path]()
+
+    def offline(root: Path, **how: object) -> NoReturn:
+        asked.append(root)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    with pytest.raises(data.DataError, match="does not hold cifar10"):
+        data.open_data("cifar10", tmp_path, seed=0, device=torch.device("cpu"))
+    assert asked == [tmp_path]
+
+
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
@@ -226,6 +287,37 @@ def test_names_that_are_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert r"1 of 25 images cannot be read and are left out, the first is" in output
     assert r"train/cat/\xe9.png" in output
     assert r"caf\xe93.png cannot be decoded" in output
+
+
+def test_folders_whose_names_are_no_utf_8(tmp_path: Path) -> None:
+    """Training, the linear probe and the figure, where standard output takes UTF-8 alone."""
+    root, directory = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"r\xe9sultat")
+    for seed, split in enumerate(("train", "valid")):
+        for name in (b"th\xe9", b"tea"):
+            scripts.make_images(root / split / os.fsdecode(name), 12, seed)
+
+    def of(script: str, *words: str) -> str:
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(scripts.EXAMPLES / script), *words]
+        done = subprocess.run(command, capture_output=True, timeout=100, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    words = [f"--data-dir={root}", "--arch=small", "--image-size=16", "--epochs=1", "--batch-size=8", "--workers=0"]
+    assert "r\\udce9sultat" in of("train_simo.py", *words, f"--run-dir={directory}")
+    config = json.loads((directory / "config.json").read_text())
+    assert config["arguments"]["data_dir"] == str(root)
+    assert "is finished" in of("train_simo.py", *words, f"--run-dir={directory}")
+    assert "top-1" in of("linear_eval.py", str(directory), "--epochs=1", "--batch-size=8", "--workers=0")
+    assert json.loads((directory / "linear_eval.json").read_text())["checkpoint"] == str(directory / "checkpoint.pt")
+    assert "figure:" in of("plot_runs.py", str(directory))
+
+
+@pytest.mark.parametrize("name", [b"plain", b"two words", b"it's", b"caf\xe9's \\n.png", "caf\xe9".encode()])
+def test_a_command_can_be_pasted(name: bytes) -> None:
+    pasted = quoted(os.fsdecode(name))
+    assert pasted.isprintable()
+    assert subprocess.run(["bash", "-c", f"printf %s {pasted}"], capture_output=True, check=True).stdout == name
 
 
 def test_a_class_without_an_image_is_named_with_its_split(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import tyro
 
 from .encoders import Arch
 from .norms import Norm
-from .run import fail
+from .run import fail, print_any_name
 from .schedule import Schedule
 
 Dataset = Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder"]
 # What may change when a run is resumed
-FREE = ("data_dir", "run_dir", "workers", "tensorboard", "save_minutes", "knn_device")
+FREE = ("data_dir", "run_dir", "workers", "tensorboard", "save_minutes", "knn", "knn_device")
 
 
 def ranks() -> int:
@@ -117,6 +117,7 @@ def dataset_of(words: list[str]) -> str:
 
 def parse(words: list[str], defaults: dict[str, Args], description: str | None) -> Args:
     """``defaults`` of each data set; the description is the script's docstring."""
+    print_any_name()
     dataset = dataset_of(words)
     default = defaults["digits"]  # of an unknown one, which is tyro's to refuse
     if dataset in get_args(Dataset):

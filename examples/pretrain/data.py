@@ -405,7 +405,7 @@ def open_data(
     if dataset == "imagefolder" and data_dir is None:
         raise DataError("data_dir: imagefolder needs one. Give --data-dir DIR, with DIR/train/<class>/* in it.")
     root = Path("data") if data_dir is None else data_dir
-    if dataset == "imagefolder" or split_folders(root)[0] is not None:
+    if dataset == "imagefolder" or any(path.name.lower() in TRAIN for path in subfolders(root)):
         splits, classes, note, digest = image_files(root, limit, once)
         name = root.resolve().name if dataset == "imagefolder" else dataset
     else:
@@ -473,6 +473,12 @@ def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
         raise DataError(f"data_dir: {legible(root)} is {what}. Give a folder of images.")
     train_folder, held_out = split_folders(root)
     if train_folder is None:
+        for folder in subfolders(root):
+            if any(path.name.lower() in TRAIN for path in subfolders(folder)):
+                raise DataError(
+                    f"data_dir: {legible(root)} has no train folder, but {legible(folder)} in it has one. Give "
+                    f"--data-dir {legible(folder)}."
+                )
         samples, classes = image_folder(root)
         return *hold_out(samples), classes
     samples, classes = image_folder(train_folder)
@@ -490,17 +496,15 @@ def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
 
 def split_folders(root: Path) -> tuple[Path | None, Path | None]:
     """The folders of training and of test images; None and None where the folders in ``root`` are classes."""
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
-        return None, None
+    folders = subfolders(root)
     train = [path for name in TRAIN for path in folders if path.name.lower() == name]
     test = [path for name in TEST for path in folders if path.name.lower() == name]
     if not train and not test:
         return None, None
     others = [path for path in folders if path not in (*train, *test)]
     if len(train) == 1 and (test or not others):
-        return train[0], test[0] if test else None
+        labelled = [path for path in test if subfolders(path)]  # ImageNet's test has no labels, its val has
+        return train[0], (labelled or test)[0] if test else None
     found = legible(", ".join(path.name for path in folders[:8])) + (", ..." if len(folders) > 8 else "")
     raise DataError(
         f"data_dir: {legible(root)} holds the folders {found}, and which of them are the training and the test "
@@ -509,15 +513,29 @@ def split_folders(root: Path) -> tuple[Path | None, Path | None]:
     )
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """Without hidden ones, which programs leave behind; none where the folder is not there."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def image_folder(folder: Path) -> tuple[list[Sample], list[str]]:
     from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
 
+    class VisibleFolders(ImageFolder):  # type: ignore[misc]
+        def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
+            names = [path.name for path in subfolders(Path(directory))]
+            if not names:
+                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+            return names, {name: i for i, name in enumerate(names)}
+
     try:
-        found = ImageFolder(folder)
+        found = VisibleFolders(folder)
     except FileNotFoundError as error:  # no class, or a class without an image
         layout = "train/<class>/* and test/<class>/*, or <class>/*"
         reason = str(error).split(" Supported")[0].rstrip(".")
-        empty = [path for path in sorted(folder.iterdir()) if path.is_dir() and not has_image(path)]
+        empty = [path for path in subfolders(folder) if not has_image(path)]
         if empty:
             reason = f"the class folder {legible(empty[0])} has none. Put images into it, or remove it from every split"
         raise DataError(f"data_dir: expected images as {layout}; {legible(reason)}.") from None

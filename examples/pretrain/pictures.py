@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
-BITS_PER_SAMPLE = 258  # TIFF's tag
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
 DAMAGED = 0.1  # share of images above which there is something wrong with the folder
 STAND_INS = 10  # images in a row that are tried before it is called an error
 
@@ -152,6 +152,8 @@ def eight_bits(image: Image.Image, path: Path) -> Image.Image:
     if top == 255:
         return image
     pixels = np.asarray(image).astype(np.int64)
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which PIL heeds up to 8 bits
+        pixels = top - pixels
     return Image.fromarray(((pixels * 255 + top // 2) // top).clip(0, 255).astype(np.uint8))
 
 

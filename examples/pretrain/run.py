@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 
 from .data import DataError
+from .pictures import legible
 
 Row = dict[str, float | int | None]
 PANELS = (  # of the curves: column, title, top
@@ -33,6 +34,7 @@ PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss"
 
 def fail(message: object) -> NoReturn:
     rank = os.environ.get("RANK", "0")
+    message = legible(message)
     raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
 
 
@@ -91,7 +93,20 @@ def command() -> str:
         start = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
         if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
             start += [f"--nnodes={nodes}", "..."]
-    return shlex.join([*start, *sys.argv])
+    return " ".join(quoted(word) for word in [*start, *sys.argv])
+
+
+def quoted(word: str) -> str:
+    """For a shell. Bytes that are not UTF-8 go as bash writes them."""
+    if legible(word) == word:
+        return shlex.quote(word)
+    return "$'" + legible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def print_any_name() -> None:
+    """Names of files and folders that are not UTF-8 must not end a script that tells of them."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def peak_memory_mb(device: torch.device) -> int:

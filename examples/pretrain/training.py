@@ -275,7 +275,8 @@ class Training(Generic[Args]):
 
     def _finish(self) -> None:
         rows = self.run.rows
-        self.run.result = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]} if self.args.knn else {}
+        measured = {"knn_untrained": rows[0]["knn"], "knn": rows[-1]["knn"]}
+        self.run.result = {name: value for name, value in measured.items() if value is not None}
         if self.probe is not None:
             self.run.result["online_probe"] = rows[-1]["online_probe"]
         if self.args.probe:
@@ -505,9 +506,9 @@ def mean_of(first: LossMetrics, second: LossMetrics) -> LossMetrics:
 
 
 def summary(result: Row) -> str:
-    figures = []
-    if "knn" in result:
-        figures = [f"kNN {result['knn_untrained']:.1f} % untrained, {result['knn']:.1f} % trained"]
+    when = {"knn_untrained": "untrained", "knn": "trained"}
+    knn = [f"{result[name]:.1f} % {word}" for name, word in when.items() if name in result]
+    figures = [f"kNN {', '.join(knn)}"] if knn else []
     probes = [name for name in ("online_probe", "linear_probe") if name in result]
     figures += [f"{name.replace('_', ' ')} {result[name]:.1f} %" for name in probes]
     return ("; ".join(figures) or "Nothing was measured") + "."
