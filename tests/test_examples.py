@@ -443,7 +443,10 @@ def test_other_epochs_are_another_run(simo: Script, tmp_path: Path) -> None:
     assert "--epochs decides the learning rate of every step, so that other epochs are another run." in output
 
 
-def test_a_directory_is_named_by_the_k_that_is_used(simo: Script, tmp_path: Path) -> None:
+def test_a_directory_is_named_by_the_k_that_is_used(
+    simo: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where its default directory goes
     words = ["--no-knn", "--no-probe", "--limit=300", "--epochs=1", "--batch-size=8", "--num-negatives=100"]
     assert "run      runs/simo-digits-k7-alpha256-seed0" in simo.run(*words)
 

@@ -31,7 +31,11 @@ from tests.tolerance import assert_as_exact_as_eager
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 N, K, D = 22, 37, 19
-BOTH = (False, 50.0, 0.2, True), (True, None, 0.2, False), (False, 9.0, 0.02, True)
+BOTH: tuple[tuple[bool, float | None, float, bool], ...] = (
+    (False, 50.0, 0.2, True),
+    (True, None, 0.2, False),
+    (False, 9.0, 0.02, True),
+)
 Answers = dict[str, Tensor]
 STEPS = chunks.steps  # the real ones; see many_chunks
 
