@@ -6,14 +6,17 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -377,56 +380,70 @@ def test_knn_is_the_weighted_vote() -> None:
     assert evaluate.knn_accuracy(encoder, digits, k=7) == pytest.approx(100 * right / 100)
 
 
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operation makes."""
+class Living(TorchDispatchMode):
+    """The most bytes that tensors made under it hold at a time."""
 
-    elements: int
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak, self.known = 0, 0, WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor._base is None:
-                self.elements = max(self.elements, tensor.numel())
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage.nbytes())
         return out
 
+    def freed(self, size: int) -> None:
+        self.now -= size
 
-class SmallBatches(data.PlacedDigits):
-    """One placement, made before anybody watches."""
 
-    placements = 1
+class ManyImages(data.PlacedDigits):
+    """8,000 noisy ones of ten classes, a few pixels each, that a wide encoder makes a large bank of."""
 
-    def __init__(self) -> None:
-        super().__init__(seed=0, device=torch.device("cpu"), limit=400)
-        whole = {split: list(super(SmallBatches, self).labelled(split, 0)) for split in ("train", "test")}
-        self.whole = {split: [torch.cat(x) for x in zip(*found, strict=True)] for split, found in whole.items()}
+    def __init__(self, placements: int) -> None:
+        super().__init__(seed=0, device=torch.device("cpu"), limit=2)
+        generator = torch.Generator().manual_seed(0)
+        self.placements, self.train_size, self.test_size = placements, 8000, 400
+        means = torch.randn(10, 8, generator=generator)
+        for split, size in (("train", 8000), ("test", 400)):
+            self.labels[split] = torch.randint(10, (size,), generator=generator)
+            self.images[split] = means[self.labels[split]] + 2 * torch.randn(size, 8, generator=generator)
 
     def labelled(self, split: str, placement: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = self.whole[split]
-        yield from zip(images.split(16), labels.split(16), strict=True)
+        yield from zip(self.images[split].split(256), self.labels[split].split(256), strict=True)
 
 
-def test_knn_holds_one_bank_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second bank, and never the similarities of all images; the answer is that of one product of all."""
-    digits = SmallBatches()
-    expected = evaluate.knn_accuracy(Pixels(), digits, k=20)
-    monkeypatch.setattr(evaluate, "AT_ONCE", 64)
-    seen: Any = Largest()  # type: ignore[no-untyped-call]
-    seen.elements = 0
-    with seen:
-        found = evaluate.knn_accuracy(Pixels(), digits, k=20)
-    assert found == expected
-    bank = digits.size("train") * 1024
-    assert seen.elements <= bank, f"a tensor of {seen.elements / bank:.1f} banks"
-    similarities: list[int] = []
-    product = torch.Tensor.__matmul__
+class Wide(encoders.Encoder):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 2048), 2048, nn.Identity())
 
-    def watched(a: Tensor, b: Tensor) -> Tensor:
-        similarities.append(b.shape[1])
-        return product(a, b)
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.backbone(images)
+        return features
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
-    evaluate.knn_accuracy(Pixels(), digits, k=20)
-    assert max(similarities) == 64
+
+@pytest.mark.parametrize("placements", [1, 2])
+def test_knn_holds_one_bank(placements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that it needs besides, 1.2 of them, and the answer is that of one product of everything.
+
+    What a block takes does not grow with the bank, so a small bank needs small blocks.
+    """
+    monkeypatch.setattr(evaluate, "AT_ONCE", 512)
+    torch.manual_seed(0)
+    many, encoder = ManyImages(placements), Wide()
+    with Living() as living:
+        found = evaluate.knn_accuracy(encoder, many, k=20)
+    bank = 8000 * 2048 * 4
+    assert 1 <= living.peak / bank <= 1.2
+    train, test = (F.normalize(encoder.features(many.images[split]).detach()) for split in ("train", "test"))
+    cosine, nearest = (test @ train.T).topk(20)
+    votes = torch.zeros(400, 10).scatter_add_(1, many.labels["train"][nearest], (cosine / 0.1).exp())
+    assert found == pytest.approx(100 * (votes.argmax(1) == many.labels["test"]).float().mean().item())
+    assert 15 < found < 95
 
 
 def test_a_run_without_knn(simo: Script, tmp_path: Path) -> None:
@@ -443,12 +460,30 @@ def test_other_epochs_are_another_run(simo: Script, tmp_path: Path) -> None:
     assert "--epochs decides the learning rate of every step, so that other epochs are another run." in output
 
 
-def test_a_directory_is_named_by_the_k_that_is_used(
-    simo: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # where its default directory goes
-    words = ["--no-knn", "--no-probe", "--limit=300", "--epochs=1", "--batch-size=8", "--num-negatives=100"]
-    assert "run      runs/simo-digits-k7-alpha256-seed0" in simo.run(*words)
+def test_a_directory_is_named_by_the_k_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the run makes its directory
+    train_simo.main(parse(["--no-knn", "--no-probe", "--limit=64", "--epochs=1", "--batch-size=8", "--device=cpu"]))
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["simo-digits-k7-alpha256-seed0"]
+
+
+@pytest.mark.parametrize("words", [[], ["--no-knn"]], ids=" ".join)
+def test_a_run_of_before_there_was_a_choice_of_knn(simo: Script, tmp_path: Path, words: list[str]) -> None:
+    """Its checkpoint does not know the argument, and it goes on all the same, with a kNN or without."""
+    short = [*SHORT, "--no-probe", f"--run-dir={tmp_path / 'run'}"]
+    simo.run(*short, die=("replace", 6), code=-signal.SIGKILL)
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    assert not {"knn", "knn_device"} & saved["fixed"].keys()
+    output = simo.run(*short, *words)
+    assert "resumed after epoch" in output
+    untrained = f"kNN {saved['rows'][0]['knn']:.1f} % untrained"
+    assert (f"\n{untrained}. Results" if words else f"\n{untrained}, ") in output
+
+
+def test_a_run_without_knn_can_be_given_one(simo: Script, tmp_path: Path) -> None:
+    short = [*SHORT, "--no-probe", f"--run-dir={tmp_path / 'run'}"]
+    simo.run(*short, "--no-knn", die=("replace", 6), code=-signal.SIGKILL)
+    assert re.search(r"\nkNN \d+\.\d % trained\. Results", simo.run(*short))
 
 
 def test_learning_rates() -> None:
@@ -489,6 +524,7 @@ def test_resnet_stems_and_the_head() -> None:
         (["--temperature=-1"], "temperature"),
         (["--batch-size=1"], "batch_size: expected 2 or more, got 1"),
         (["--batch-size=2000"], "batch_size: expected at most the number of training images, 1500, got 2000"),
+        (["--accumulate=0"], "accumulate: expected 1 or more, got 0"),
         (["--epochs=0"], "epochs: expected 1 or more, got 0"),
         (["--limit=0"], "limit: expected 2 or more, got 0"),
         (["--key-momentum=1.5"], "key_momentum"),

@@ -87,26 +87,29 @@ def knn_accuracy(
     finds the nearest of them to all test images; the ranks' finds are then merged, which is what one bank would give.
     """
     device = device or next(encoder.parameters()).device
+    hits = [knn_hits(encoder, data, placement, k, temperature, device) for placement in range(data.placements)]
+    return 100 * sum(int(x.sum()) for x in hits) / sum(map(len, hits))
+
+
+def knn_hits(encoder: Encoder, data: Data, placement: int, k: int, temperature: float, device: torch.device) -> Tensor:
+    """(M,), which of the test images the kNN gets right. The banks of one placement are gone when it returns."""
     _, ranks = position()
-    k = min(k, data.size("train"))
-    right = total = 0
-    for placement in range(data.placements):
-        bank = Bank.of(encoder, data, "train", placement, device)
-        test = Bank.of(encoder, data, "test", placement, device)
-        features, labels = everyones(test.features, ranks), everyones(test.labels, ranks)
-        for rows, truth in zip(features.split(1024), labels.split(1024), strict=True):
-            queries = rows.float() if device.type == "cpu" else rows
-            cosine, voters = bank.nearest(queries, k)
-            if ranks > 1:
-                found = (everyones(x, ranks, equal=True).unflatten(0, (ranks, -1)) for x in (cosine, voters))
-                cosine, voters = (x.movedim(0, 1).flatten(1) for x in found)  # (Q, ranks * k)
-                cosine, keep = cosine.topk(k)
-                voters = voters.gather(1, keep)
-            votes = cosine.new_zeros(len(rows), data.classes)
-            votes.scatter_add_(1, voters, (cosine / temperature).exp())
-            right += int((votes.argmax(1) == truth).sum())
-        total += len(labels)
-    return 100 * right / total
+    k, hits = min(k, data.size("train")), list[Tensor]()
+    bank = Bank.of(encoder, data, "train", placement, device)
+    test = Bank.of(encoder, data, "test", placement, device)
+    features, labels = everyones(test.features, ranks), everyones(test.labels, ranks)
+    for rows, truth in zip(features.split(1024), labels.split(1024), strict=True):
+        queries = rows.float() if device.type == "cpu" else rows
+        cosine, voters = bank.nearest(queries, k)
+        if ranks > 1:
+            found = (everyones(x, ranks, equal=True).unflatten(0, (ranks, -1)) for x in (cosine, voters))
+            cosine, voters = (x.movedim(0, 1).flatten(1) for x in found)  # (Q, ranks * k)
+            cosine, keep = cosine.topk(k)
+            voters = voters.gather(1, keep)
+        votes = cosine.new_zeros(len(rows), data.classes)
+        votes.scatter_add_(1, voters, (cosine / temperature).exp())
+        hits.append(votes.argmax(1) == truth)
+    return torch.cat(hits)
 
 
 def position() -> tuple[int, int]:
