@@ -38,7 +38,7 @@ import tyro
 from torch import Tensor
 
 from eqco_loss import functional
-from eqco_loss.ops import Pairs, operator, triton
+from eqco_loss.ops import Pairs, launcher, operator, triton
 from eqco_loss.ops.calls import Row
 from eqco_loss.ops.triton import arguments
 
@@ -337,6 +337,7 @@ def compiling(target: int, built: Callable[[str, str, Any, tuple[int, int], floa
         mock.patch.object(arguments, "arch", return_value=target),
         mock.patch.object(arguments, "parallel", return_value=132),
         mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(launcher, "_patterns", {}), mock.patch.object(launcher, "_pattern", return_value=None),  # each launch by Triton's own road
     ):
         yield
 

@@ -93,7 +93,12 @@ def no_launches(target: int, launches: list[str]) -> Iterator[None]:
     def auto(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, str]:
         return "triton", "fused kernels"
 
-    nothing: dict[str, Any] = {"function": None, "launch_metadata": lambda *of: None, "__del__": lambda *of: None}
+    nothing: dict[str, Any] = {
+        "function": None,
+        "launch_metadata": lambda *of: None,
+        "_init_handles": lambda self: None,
+        "__del__": lambda *of: None,
+    }
     triton.runtime.driver.set_active(NoGpu(target))
     with (
         mock.patch.multiple(CompiledKernel, run=property(run), create=True, **nothing),

@@ -18,6 +18,7 @@ from ..calls import (
     SymmetricOutputs,
     gradient_eps,
 )
+from ..launcher import launch
 from . import arguments
 from .arguments import (
     blocks_of,
@@ -49,7 +50,8 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     rows = (prepared, *strides, keys, *keys.stride(), weights)
     if keys.dim() == 3:
         k, block = keys.shape[1], 32
-        kernels().keys.keys_gradient_own[(n * blocks_of(k, block),)](
+        launch(
+            kernels().keys.keys_gradient_own, (n * blocks_of(k, block),),
             *rows, *left_out(pairs), out, n, k, blocks_of(k, block), eps,
             BLOCK_KEYS=block, enable_fp_fusion=True, **options,
         )  # fmt: skip
@@ -57,7 +59,8 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     if pairs.picked is not None:
         by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
         starts = torch.searchsorted(by_key, torch.arange(len(keys) + 1, device=device))
-        kernels().keys.keys_gradient_picked[(len(keys),)](
+        launch(
+            kernels().keys.keys_gradient_picked, (len(keys),),
             *rows, order, starts, *left_out(pairs), out, n, len(keys), pairs.picked.shape[1], eps,
             BLOCK_ROWS=32, CLEAN=must_clean(one), enable_fp_fusion=True, **options,
         )  # fmt: skip
@@ -77,7 +80,8 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     per_split, splits = _keys_splits(columns, blocks, tile, query)
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
-    kernels().keys.keys_gradient[(blocks, splits)](
+    launch(
+        kernels().keys.keys_gradient, (blocks, splits),
         *rows, _largest(weights, prepared.dtype), call.grad, *left_out(pairs), pairs.filled, parts,
         n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed,
         BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BAND=band, WHOLE=n == modulus,
@@ -104,7 +108,8 @@ def _row_weights(
     elif scaled or x.dtype != dtype:
         prepared = torch.empty((n, d), dtype=dtype, device=x.device)
     grad_stride = call.grad.stride(0) if call.grad.dim() else 0
-    kernels().keys.row_weights[(blocks_of(n, 16),)](
+    launch(
+        kernels().keys.row_weights, (blocks_of(n, 16),),
         x, *x.stride(), call.grad, grad_stride, rows.contiguous(), t, weights, prepared, n, float(call.temperature),
         D=d, BLOCK_D=padded(d), BLOCK=16, NORMALIZE=normalize, POWER=scaled, PIECES=count,
         enable_fp_fusion=True,
@@ -124,7 +129,8 @@ def _keys_splits(columns: int, blocks: int, tile: Tile, x: Tensor) -> tuple[int,
 
 
 def _merge_splits(parts: Tensor, raw: Tensor, out: Tensor, normalize: bool, clean: bool) -> None:
-    kernels().keys.merge_splits[(blocks_of(len(raw), 8),)](
+    launch(
+        kernels().keys.merge_splits, (blocks_of(len(raw), 8),),
         parts, raw, *raw.stride(), out, len(raw), len(parts), gradient_eps(raw.dtype),
         D=raw.shape[1], BLOCK_D=padded(raw.shape[1]), BLOCK=8, NORMALIZE=normalize, CLEAN=clean,
         enable_fp_fusion=True,
@@ -187,7 +193,8 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
     per_split, splits = _keys_splits(columns, blocks, tile, views)
     parts = out if splits == 1 else new((splits, n, d), dtype=torch.float32, device=views.device)
     along = None if t is None else new((splits, n), dtype=torch.float32, device=views.device)
-    kernels().symmetric.symmetric_rows[(blocks, splits)](
+    launch(
+        kernels().symmetric.symmetric_rows, (blocks, splits),
         prepared, *strides_of(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
         t, parts, along, n, n // 2, per_split * tile.streamed, float(call.temperature), gradient_eps(views.dtype),
         D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=padded(d), ACROSS=across,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calls import KeySet, LogSumExp, LogSumExpOutputs, Metric, Row, RowLosses, RowOutputs, gradient_eps
+from ..launcher import launch
 from . import arguments
 from .arguments import (
     blocks_of,
@@ -133,7 +134,8 @@ def _attend(
         first_split += visit.splits
     if not finish:
         block, at_once = combine_tile(splits, padded(d), outs is not None)
-        kernels().forward.combine[(blocks_of(n, block),)](
+        launch(
+            kernels().forward.combine, (blocks_of(n, block),),
             *queries, call.learned_temperature, *answers, n, half, splits, *numbers,
             BLOCK_ROWS=block, BLOCK_SPLITS=power_of_two(splits), AT_ONCE=at_once, FEW=splits <= 8,
             LOSS=positive is not None,
@@ -190,7 +192,8 @@ def _launch_own(
     keys, pairs = visit.one.keys, visit.one.pairs
     strides = keys.stride() if pairs.picked is None else (0, *keys.stride())
     picked_strides = (0, 0) if pairs.picked is None else pairs.picked.stride()
-    kernels().forward.attend_own[(call.query.shape[0], 1)](
+    launch(
+        kernels().forward.attend_own, (call.query.shape[0], 1),
         *queries, keys, *strides, pairs.picked, *picked_strides, *left_out(pairs), call.learned_temperature, *answers,
         call.query.shape[0], half, visit.columns, *split, *numbers,
         BLOCK_KEYS=visit.tile.streamed, **dimensions(pairs), NORMALIZE_KEYS=visit.one.normalize,
@@ -220,7 +223,8 @@ def _launch_shared(
     bounded = options.normalize and call.learned_temperature is None and lowest >= _lowest_bounded(dtype, how)
     bounded = bounded and count == 1  # float16's pieces hold no weights above 2 ** 16
     offset, width, modulus = pairs.band or (0, 0, 1)
-    kernels().forward.attend[(row_blocks, visit.splits)](
+    launch(
+        kernels().forward.attend, (row_blocks, visit.splits),
         *queries, keys, *strides_of(keys), factor, *left_out(pairs), pairs.filled, call.learned_temperature, *answers,
         n, half, keys.shape[-2], offset, width, modulus, visit.chunk, visit.splits // visit.views, *split, *numbers,
         BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, DOT=triton_dtype(dtype), PIECES=count,
@@ -253,7 +257,8 @@ def _prepared(
     factor = None  # where the copy is of unit rows
     if clean or not (converted or (copy and count > 1)):
         factor = torch.empty(k, dtype=torch.float32, device=device)
-    kernels().forward.prepare_rows[(blocks_of(k, 16),)](
+    launch(
+        kernels().forward.prepare_rows, (blocks_of(k, 16),),
         keys, *keys.stride(), out, factor, k, D=d, BLOCK_D=padded(d), BLOCK=16,
         NORMALIZE=one.normalize, POWER=not unit, CLEAN=clean, PIECES=count, enable_fp_fusion=True,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import Metric, Row, gradient_eps
 from ..gap_kernels import something, values
+from ..launcher import launch
 from .pointwise import Finished, Plane
 
 LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
@@ -374,7 +375,8 @@ def _launch_fold(tile, state, seek, weights, shrink):
     else:
         block_rows, block_keys = 32, 64
     stride = 0 if weights is None else weights.stride(0)
-    fold_kernel[(triton.cdiv(n, block_rows),)](
+    launch(
+        fold_kernel, (triton.cdiv(n, block_rows),),
         *pairs, state, state.stride(0), weights, stride, shrink, seek.ratio, seek.threshold, *numbers,
         WRAP=wrap, OWN=tile.key_scale.dim() == 2, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted,
         TWICE=weights is not None and k > block_keys, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=8,
@@ -392,7 +394,8 @@ def weights_both(tile, row, key, row_factor, out):
 def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
     pairs, numbers, wrap = _arguments(tile)
     n, k = tile.x.shape
-    weights_kernel[(triton.cdiv(n, 8), triton.cdiv(k, 256))](
+    launch(
+        weights_kernel, (triton.cdiv(n, 8), triton.cdiv(k, 256)),
         *pairs, base, factor, pull, key_base, key_pull, out, out.stride(0), *numbers,
         WRAP=wrap, OWN=tile.key_scale.dim() == 2, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
     )  # fmt: skip
@@ -401,7 +404,8 @@ def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
 def finish(call, similarity, state, known, metrics):
     n, new = len(similarity), similarity.new_empty
     found = Finished(new(n), new(len(Row), n), new(n))
-    finish_kernel[(triton.cdiv(n, 128),)](
+    launch(
+        finish_kernel, (triton.cdiv(n, 128),),
         similarity, state, state.stride(0), float(call.temperature), call.learned_temperature,
         float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.ratio,
         found.losses, found.factor, found.rows, metrics, n,
@@ -422,7 +426,8 @@ def measured(x, products):
     )
     block_d = min(1024, triton.next_power_of_2(d))
     block_rows = max(1, 2048 // block_d)
-    measure_kernel[(triton.cdiv(n, block_rows),)](
+    launch(
+        measure_kernel, (triton.cdiv(n, block_rows),),
         x, *x.stride(), out, *new, n, d, float(gradient_eps(x.dtype)),
         POWER=products == x.dtype, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -432,12 +437,13 @@ def measured(x, products):
 def dots(a, b, factor, out):
     d = a.shape[1]
     block = min(2048, triton.next_power_of_2(d))
-    dots_kernel[(len(a),)](a, *a.stride(), b, *b.stride(), factor, out, d, BLOCK_D=block, num_warps=4)
+    launch(dots_kernel, (len(a),), a, *a.stride(), b, *b.stride(), factor, out, d, BLOCK_D=block, num_warps=4)
 
 
 def through_unit(raw, gradient, factor, other, other_factor, out):
     n, d = raw.rows.shape
-    through_unit_kernel[(n,)](
+    launch(
+        through_unit_kernel, (n,),
         *(raw.rows, *raw.rows.stride(), raw.inverse, raw.gradient_inverse),
         *(gradient, 0 if gradient is None else gradient.stride(0), factor),
         *(other, *((0, 0) if other is None else other.stride()), other_factor, out, out.stride(0), d),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..calls import LOG2E as _LOG2E
+from ..launcher import launch
 from .kernels import INTER_TOTAL, MAXIMUM, TOTAL, WEIGHTED
 from .pointwise import MINIMUM as _MINIMUM
 from .pointwise import Plane
@@ -269,7 +270,8 @@ def statistics(views, logit_scale, call, state, seek):
                 parts[PART_MAXIMUM.value].fill_(_MINIMUM)
                 parts[PART_MAXIMUM.value + 1 :].zero_()
         for bounded in _forms(call.temperature, call.inter_temperature, call.learned_temperature):
-            statistics_kernel[grid](
+            launch(
+                statistics_kernel, grid,
                 *(x, x.stride(0), logit_scale, views.scale),
                 *(of_rows, of_rows.stride(0), of_columns, of_columns.stride(0)),
                 *(float(call.temperature), call.learned_temperature, seek.ratio),
@@ -282,7 +284,8 @@ def statistics(views, logit_scale, call, state, seek):
 
 def _fold_parts(parts, state, seek):
     n = parts.shape[2]
-    fold_parts_kernel[(triton.cdiv(n, 32),)](
+    launch(
+        fold_parts_kernel, (triton.cdiv(n, 32),),
         parts, parts.stride(0), parts.shape[1], state, state.stride(0), seek.ratio, n,
         WEIGH=seek.weighted, BLOCK_TILES=32, BLOCK_ROWS=32, num_warps=4,
     )  # fmt: skip
@@ -292,7 +295,8 @@ def weights(views, logit_scale, call, anchors, some, columns, out):
     """The weights of some rows and columns, ``out`` (R, C), for both of whose roles ``anchors`` has bases and pulls."""
     x = _rows(views.multiplied)
     for bounded in _forms(call.temperature, None, call.learned_temperature):
-        weights_kernel[(triton.cdiv(out.shape[0], BLOCK), triton.cdiv(out.shape[1], BLOCK))](
+        launch(
+            weights_kernel, (triton.cdiv(out.shape[0], BLOCK), triton.cdiv(out.shape[1], BLOCK)),
             *(x, x.stride(0), logit_scale, views.scale, anchors.base, anchors.pull, out, out.stride(0)),
             *(float(call.temperature), call.learned_temperature),
             *(some.start, some.stop, columns.start, columns.stop, len(x) // 2, x.shape[1]),
