@@ -49,9 +49,9 @@ def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def dot_dtype(query: Tensor, keys: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+def dot_dtype(query: torch.dtype, keys: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
     """What is multiplied: autocast's dtype, or the one that holds both."""
-    return torch.promote_types(query.dtype, keys.dtype) if autocast is None else autocast
+    return torch.promote_types(query, keys) if autocast is None else autocast
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,14 +60,51 @@ def unit_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def wave(tile: Tile, blocks: int, x: Tensor) -> int:
+def wave(tile: Tile, blocks: int, multiprocessors: int) -> int:
     """How many splits of so many blocks give every multiprocessor eight warps."""
-    return max(1, 8 * parallel(x) // (tile.warps * blocks))
+    return max(1, 8 * multiprocessors // (tile.warps * blocks))
 
 
-def must_clean(one: KeySet) -> bool:
-    """Whether keys that are left out may hold NaN, and so must not enter a product."""
-    return one.pairs.by_pair and not one.trusted
+class KeyFacts(NamedTuple):
+    """What of a set of keys decides how it is visited."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    band: tuple[int, ...]  # () for none
+    picked: int  # for each query, 0 if none are
+    ids: int  # dimensions of the keys' ids, 0 where there are none
+    masked: int  # the same of the mask
+    normalize: bool
+    clean: bool  # whether keys that are left out may hold NaN, and so must not enter a product
+
+    @property
+    def own(self) -> bool:
+        return len(self.shape) == 3 or self.picked > 0
+
+    @property
+    def columns(self) -> int:
+        """How many keys each query has of its own."""
+        return self.picked or self.shape[1]
+
+    @property
+    def wide(self) -> bool:
+        return _span(self.shape, self.strides) >= 2**31
+
+
+def facts(one: KeySet) -> KeyFacts:
+    pairs, keys = one.pairs, one.keys
+    return KeyFacts(
+        shape=keys.shape,
+        strides=keys.stride(),
+        dtype=keys.dtype,
+        band=tuple(pairs.band),
+        picked=0 if pairs.picked is None else pairs.picked.shape[1],
+        ids=pairs.key_ids.dim() if pairs.query_ids is not None and pairs.key_ids is not None else 0,
+        masked=0 if pairs.mask is None else pairs.mask.dim(),
+        normalize=one.normalize,
+        clean=pairs.by_pair and not one.trusted,
+    )
 
 
 def left_out(pairs: Pairs) -> tuple[Any, ...]:
@@ -99,14 +136,6 @@ def strides_of(x: Tensor) -> tuple[int, ...]:
     return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
-def dimensions(pairs: Pairs) -> dict[str, int]:
-    return {"IDS": dims_of(pairs.key_ids) if pairs.by_ids else 0, "MASKED": dims_of(pairs.mask)}
-
-
-def dims_of(x: Tensor | None) -> int:
-    return 0 if x is None else x.dim()
-
-
 def triton_dtype(dtype: torch.dtype) -> Any:
     tl = kernels().language
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
@@ -114,7 +143,11 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 def needs_64_bits(x: Tensor) -> bool:
     """Whether offsets into it need 64 bits."""
-    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
+    return _span(x.shape, x.stride()) >= 2**31
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def parallel(x: Tensor) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,12 +25,12 @@ from ..calls import (
 from ..launcher import launch
 from . import arguments
 from .arguments import (
+    KeyFacts,
     blocks_of,
-    dimensions,
     dot_dtype,
+    facts,
     kernels,
     left_out,
-    must_clean,
     needs_64_bits,
     padded,
     piece_dtype,
@@ -38,17 +42,42 @@ from .tables import LITTLE_SHARED_MEMORY, Tile, Weight, keys_tile, pieces, symme
 # ------------------------------------------------------------------------------------------------------ keys' gradient
 
 
+class _KeysPlan(NamedTuple):
+    """How the gradient of shared keys is computed."""
+
+    blocks: int  # of keys
+    splits: int  # of the rows
+    sizes: tuple[int, ...]  # the kernel's integers: the band's three, blocks per view, rows of a split
+    whole: bool  # whether the kernel stores the gradient, and no shares of it
+    constants: dict[str, Any]
+
+
 def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     """``tile`` is for tests and benchmarks; None takes the table's."""
     query, (n, d), one = call.query, call.query.shape, call.first
-    keys, pairs, device, block_d = one.keys, one.pairs, call.query.device, padded(call.query.shape[1])
-    dtype = dot_dtype(query, keys, call.autocast)
+    keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
+    dtype = dot_dtype(query.dtype, keys.dtype, call.autocast)
     weights, prepared = _row_weights(call, call.normalize, query.dtype if one.own else dtype, not one.own)
     out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
-    options = {"D": d, "BLOCK_D": block_d, **dimensions(pairs), "NORMALIZE_KEYS": one.normalize}
-    strides = prepared.stride() if one.own else strides_of(prepared)
-    rows = (prepared, *strides, keys, *keys.stride(), weights)
-    if keys.dim() == 3:
+    if not one.own:
+        plan = _keys_plan(
+            *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
+            *(arguments.arch(query), arguments.parallel(query), arguments.wave),
+        )
+        parts = out
+        if not plan.whole:
+            parts = torch.empty((plan.splits, *keys.shape), dtype=torch.float32, device=device)
+        launch(
+            kernels().keys.keys_gradient, (plan.blocks, plan.splits),
+            prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
+            call.grad, *left_out(pairs), pairs.filled, parts, n, len(keys), *plan.sizes, **plan.constants,
+        )  # fmt: skip
+        if not plan.whole:
+            _merge_splits(parts, keys, out, one.normalize, found.clean)
+        return out
+    rows = (prepared, *prepared.stride(), keys, *keys.stride(), weights)
+    options = {"D": d, "BLOCK_D": padded(d), "IDS": found.ids, "MASKED": found.masked, "NORMALIZE_KEYS": one.normalize}
+    if pairs.picked is None:
         k, block = keys.shape[1], 32
         launch(
             kernels().keys.keys_gradient_own, (n * blocks_of(k, block),),
@@ -56,42 +85,71 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
             BLOCK_KEYS=block, enable_fp_fusion=True, **options,
         )  # fmt: skip
         return out
-    if pairs.picked is not None:
-        by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
-        starts = torch.searchsorted(by_key, torch.arange(len(keys) + 1, device=device))
-        launch(
-            kernels().keys.keys_gradient_picked, (len(keys),),
-            *rows, order, starts, *left_out(pairs), out, n, len(keys), pairs.picked.shape[1], eps,
-            BLOCK_ROWS=32, CLEAN=must_clean(one), enable_fp_fusion=True, **options,
-        )  # fmt: skip
-        return out
-    offset, width, modulus = pairs.band or (0, 0, 1)
-    per_view = modulus if pairs.band else len(keys)
-    count = pieces(dtype, call.normalize)
-    tile = tile or keys_tile(dtype, block_d, per_view, arguments.arch(query), count)
-    if arguments.arch(query) in LITTLE_SHARED_MEMORY or options["IDS"] == 2 or options["MASKED"] == 2:
+    by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
+    starts = torch.searchsorted(by_key, torch.arange(len(keys) + 1, device=device))
+    launch(
+        kernels().keys.keys_gradient_picked, (len(keys),),
+        *rows, order, starts, *left_out(pairs), out, n, len(keys), pairs.picked.shape[1], eps,
+        BLOCK_ROWS=32, CLEAN=found.clean, enable_fp_fusion=True, **options,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys_plan(
+    n: int,
+    one: KeyFacts,
+    dtype: torch.dtype,  # of the products
+    normalize: bool,
+    scalar: bool,  # whether the loss's gradient is one number
+    wide: bool,  # whether offsets into the rows need 64 bits
+    tile: Tile | None,
+    arch: int,
+    multiprocessors: int,
+    wave: Callable[[Tile, int, int], int],
+) -> _KeysPlan:
+    (k, d), count = one.shape, pieces(dtype, normalize)
+    offset, width, modulus = one.band or (0, 0, 1)
+    per_view = modulus if one.band else k
+    tile = tile or keys_tile(dtype, padded(d), per_view, arch, count)
+    if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
         tile = tile._replace(stages=1)
     band = ""
-    if pairs.band:
+    if one.band:
         band = "cyclic" if n == modulus or width + tile.resident < n else "any"
     blocks_per_view = blocks_of(per_view, tile.resident)
-    blocks = blocks_per_view * (len(keys) // per_view)
+    blocks = blocks_per_view * (k // per_view)
     columns = blocks_of(width + tile.resident - 1 if band == "cyclic" else n, tile.streamed)
-    per_split, splits = _keys_splits(columns, blocks, tile, query)
+    per_split, splits = _splits(columns, wave(tile, blocks, multiprocessors))
+    constants = {
+        "D": d,
+        "BLOCK_D": padded(d),
+        "BLOCK_KEYS": tile.resident,
+        "BLOCK_ROWS": tile.streamed,
+        "BAND": band,
+        "WHOLE": n == modulus,
+        "SMALL": modulus < tile.streamed,
+        "IDS": one.ids,
+        "MASKED": one.masked,
+        "NORMALIZE_KEYS": one.normalize,
+        "CLEAN": one.clean,
+        "FOLDED": normalize and dtype != torch.float32 and scalar,
+        "PIECES": count,
+        "STAGES": tile.stages,
+        "WIDE": wide,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
-    parts = out if whole else torch.empty((splits, *keys.shape), dtype=torch.float32, device=device)
-    launch(
-        kernels().keys.keys_gradient, (blocks, splits),
-        *rows, _largest(weights, prepared.dtype), call.grad, *left_out(pairs), pairs.filled, parts,
-        n, len(keys), offset, width, modulus, blocks_per_view, per_split * tile.streamed,
-        BLOCK_KEYS=tile.resident, BLOCK_ROWS=tile.streamed, BAND=band, WHOLE=n == modulus,
-        SMALL=modulus < tile.streamed, CLEAN=must_clean(one), PIECES=count, STAGES=tile.stages,
-        FOLDED=call.normalize and dtype != torch.float32 and call.grad.dim() == 0, WIDE=needs_64_bits(prepared),
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True, **options,
-    )  # fmt: skip
-    if not whole:
-        _merge_splits(parts, keys, out, one.normalize, must_clean(one))
-    return out
+    sizes = offset, width, modulus, blocks_per_view, per_split * tile.streamed
+    return _KeysPlan(blocks, splits, sizes, whole, constants)
+
+
+def _splits(columns: int, wave: int) -> tuple[int, int]:
+    """Tiles per split, and splits."""
+    per_split = blocks_of(columns, min(8, wave))
+    return per_split, blocks_of(columns, per_split)
 
 
 def _row_weights(
@@ -120,12 +178,6 @@ def _row_weights(
 def _largest(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The largest weight of a row, which float16 is scaled by."""
     return weights[Weight.PULL].abs().amax() if dtype == torch.float16 else None
-
-
-def _keys_splits(columns: int, blocks: int, tile: Tile, x: Tensor) -> tuple[int, int]:
-    """Tiles per split, and splits."""
-    per_split = blocks_of(columns, min(8, arguments.wave(tile, blocks, x)))
-    return per_split, blocks_of(columns, per_split)
 
 
 def _merge_splits(parts: Tensor, raw: Tensor, out: Tensor, normalize: bool, clean: bool) -> None:
@@ -190,7 +242,7 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
     out = new((n, d), dtype=views.dtype, device=views.device)
     blocks = 2 * blocks_of(n // 2, tile.resident) if across else blocks_of(n, tile.resident)
     columns = (1 if across else 2) * blocks_of(n // 2 + tile.resident - 2, tile.streamed)
-    per_split, splits = _keys_splits(columns, blocks, tile, views)
+    per_split, splits = _splits(columns, arguments.wave(tile, blocks, arguments.parallel(views)))
     parts = out if splits == 1 else new((splits, n, d), dtype=torch.float32, device=views.device)
     along = None if t is None else new((splits, n), dtype=torch.float32, device=views.device)
     launch(
