@@ -337,7 +337,7 @@ def compiling(target: int, built: Callable[[str, str, Any, tuple[int, int], floa
         mock.patch.object(arguments, "arch", return_value=target),
         mock.patch.object(arguments, "parallel", return_value=132),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launcher, "_patterns", {}), mock.patch.object(launcher, "_pattern", return_value=None),  # each launch by Triton's own road
+        mock.patch.object(launcher, "DIRECT", False),  # or the second launch of a kernel would be a real one
     ):
         yield
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+DIRECT = True  # False, for benchmarks and tests, takes Triton's own road at every launch
 MOST_KEPT = 1024  # compiled kernels of one pattern, so that strides which change at every step fill no memory
 
 
@@ -34,7 +35,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """``kernel[grid](*arguments, **constants)``: a tensor and more, all constexprs, and Triton's options."""
     kind = (id(kernel), *map(type, arguments), *constants)
     pattern = _patterns[kind] if kind in _patterns else _patterns.setdefault(kind, _pattern(kernel, arguments))
-    if pattern is None or max(pattern.others(arguments), default=0) >= 2**31:
+    if pattern is None or not DIRECT or max(pattern.others(arguments), default=0) >= 2**31:
         kernel[grid](*arguments, **constants)
         return
     tensors = pattern.tensors(arguments)

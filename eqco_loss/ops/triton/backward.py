@@ -37,7 +37,7 @@ from .arguments import (
     strides_of,
 )
 from .launch import row_losses
-from .tables import LITTLE_SHARED_MEMORY, Tile, Weight, keys_tile, pieces, symmetric_tile
+from .tables import LITTLE_SHARED_MEMORY, Tile, keys_tile, pieces, symmetric_tile
 
 # ------------------------------------------------------------------------------------------------------ keys' gradient
 
@@ -58,6 +58,7 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
     dtype = dot_dtype(query.dtype, keys.dtype, call.autocast)
     weights, prepared = _row_weights(call, call.normalize, query.dtype if one.own else dtype, not one.own)
+    grad = None if call.grad.dim() else call.grad
     out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
     if not one.own:
         plan = _keys_plan(
@@ -70,12 +71,12 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
         launch(
             kernels().keys.keys_gradient, (plan.blocks, plan.splits),
             prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
-            call.grad, *left_out(pairs), pairs.filled, parts, n, len(keys), *plan.sizes, **plan.constants,
+            grad, *left_out(pairs), pairs.filled, parts, n, len(keys), *plan.sizes, **plan.constants,
         )  # fmt: skip
         if not plan.whole:
             _merge_splits(parts, keys, out, one.normalize, found.clean)
         return out
-    rows = (prepared, *prepared.stride(), keys, *keys.stride(), weights)
+    rows = (prepared, *prepared.stride(), keys, *keys.stride(), weights, grad)
     options = {"D": d, "BLOCK_D": padded(d), "IDS": found.ids, "MASKED": found.masked, "NORMALIZE_KEYS": one.normalize}
     if pairs.picked is None:
         k, block = keys.shape[1], 32
@@ -155,20 +156,22 @@ def _splits(columns: int, wave: int) -> tuple[int, int]:
 def _row_weights(
     call: KeysGradient | SymmetricGradient, normalize: bool, dtype: torch.dtype, multiplied: bool
 ) -> tuple[Tensor, Tensor]:
-    """``weights`` (len(Weight), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
-    x, rows, t = call[0], call.rows, call.learned_temperature
+    """``weights`` (len(Row), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
+    x, rows, grad = call[0], call.rows.contiguous(), call.grad
     scaled = multiplied and normalize and dtype == torch.float16 and x.dtype == dtype
     (n, d), count = x.shape, pieces(dtype, normalize) if multiplied else 1
-    weights = torch.empty((len(Weight), n), dtype=torch.float32, device=x.device)
+    if count == 1 and not scaled and x.dtype == dtype and grad.dim() == 0:
+        return rows, x
+    weights = torch.empty_like(rows)
     prepared = None
     if count > 1:
         prepared = torch.empty((count, n, d), dtype=piece_dtype(dtype, count), device=x.device)
     elif scaled or x.dtype != dtype:
         prepared = torch.empty((n, d), dtype=dtype, device=x.device)
-    grad_stride = call.grad.stride(0) if call.grad.dim() else 0
     launch(
         kernels().keys.row_weights, (blocks_of(n, 16),),
-        x, *x.stride(), call.grad, grad_stride, rows.contiguous(), t, weights, prepared, n, float(call.temperature),
+        x, *x.stride(), *(grad, grad.stride(0)) if grad.dim() else (None, 0), rows, call.learned_temperature, weights,
+        prepared, n, float(call.temperature),
         D=d, BLOCK_D=padded(d), BLOCK=16, NORMALIZE=normalize, POWER=scaled, PIECES=count,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -177,7 +180,7 @@ def _row_weights(
 
 def _largest(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The largest weight of a row, which float16 is scaled by."""
-    return weights[Weight.PULL].abs().amax() if dtype == torch.float16 else None
+    return weights[Row.STORED_PULL].abs().amax() if dtype == torch.float16 else None
 
 
 def _merge_splits(parts: Tensor, raw: Tensor, out: Tensor, normalize: bool, clean: bool) -> None:
@@ -248,7 +251,8 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
     launch(
         kernels().symmetric.symmetric_rows, (blocks, splits),
         prepared, *strides_of(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
-        t, parts, along, n, n // 2, per_split * tile.streamed, float(call.temperature), gradient_eps(views.dtype),
+        call.grad, t, parts, along, n, n // 2, per_split * tile.streamed, float(call.temperature),
+        gradient_eps(views.dtype),
         D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=padded(d), ACROSS=across,
         ONE_EXP=t is None and call.temperature >= 0.05, SMALL=n // 2 < tile.streamed, PIECES=pieces(dtype, True),
         STAGES=tile.stages, WIDE=needs_64_bits(prepared), WHOLE_GRADIENT=splits == 1,
@@ -258,5 +262,5 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
         _merge_splits(parts, views, out, True, False)
     if t is None or along is None:
         return SymmetricGradients(out, new(0, dtype=torch.float32, device=views.device))
-    of_positives = (weights[Weight.POSITIVE] * call.rows[Row.POSITIVE]).sum()
-    return SymmetricGradients(out, ((of_positives - along.sum() / 2) / t).to(torch.float32))
+    of_positives = (weights[Row.PULL] * weights[Row.TOTAL] * call.rows[Row.POSITIVE]).sum()
+    return SymmetricGradients(out, ((of_positives - along.sum() / 2) * (call.grad / t)).to(torch.float32))

@@ -6,9 +6,13 @@
 import triton
 import triton.language as tl
 
-from ..calls import Row
 from .parts import (
-    LOG2E,
+    BASE,
+    PULL,
+    SCALE,
+    SHIFT,
+    STORED_PULL,
+    TOTAL,
     UNIT,
     add_product,
     cut,
@@ -20,17 +24,11 @@ from .parts import (
     product,
     read_temperature,
     store_pieces,
-    store_plane,
     store_rows,
+    store_weights,
     through_unit,
     wrapped,
 )
-from .tables import Weight
-
-ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
-SCALE, BASE, PULL = (tl.constexpr(int(plane)) for plane in (Weight.SCALE, Weight.BASE, Weight.PULL))
-INVERSE, BOUNDED_PULL = tl.constexpr(int(Weight.INVERSE)), tl.constexpr(int(Weight.BOUNDED_PULL))
-POSITIVE, SHIFT = tl.constexpr(int(Weight.POSITIVE)), tl.constexpr(int(Weight.SHIFT))
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -39,10 +37,11 @@ def row_weights(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, POWER: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
-    """What a row brings to backward, ``out`` (len(Weight), n).
+    """What a row brings to backward, ``out`` (len(Row), n), from ``rows_in``, which forward left.
 
-    Also, where ``prepared`` is given, the rows in the dtype of the products: unit ones, or with POWER multiplied by a
-    power of two near 1 / norm, which rounds nothing. ``out`` is then of the prepared rows.
+    Where each row has a gradient of its own, ``grad``, PULL is multiplied by it. Where ``prepared`` is given, it gets
+    the rows in the dtype of the products: unit ones, or with POWER multiplied by a power of two near 1 / norm, which
+    rounds nothing; ``out`` is then of the prepared rows.
     """
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -61,19 +60,12 @@ def row_weights(
             store_pieces(prepared, rows, n, q * factor[:, None], D, BLOCK_D, PIECES)
             inverse = inverse / factor
     plane = n.to(tl.int64)
-    g = tl.load(grad + rows.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float32)
-    base = tl.load(rows_in + ROW_BASE * plane + rows, mask=valid, other=0.0)
-    pull = g * tl.load(rows_in + ROW_PULL * plane + rows, mask=valid, other=0.0)
-    store_plane(out, SCALE, rows, n, inverse * (LOG2E / t))
-    store_plane(out, BASE, rows, n, base)
-    store_plane(out, PULL, rows, n, pull * inverse)
-    store_plane(out, INVERSE, rows, n, inverse)
-    above = tl.minimum(base - LOG2E / t, 126.0)  # more only where raw rows have larger logits, and nobody asks for it
-    store_plane(out, BOUNDED_PULL, rows, n, pull * inverse / tl.exp2(above))
-    size = tl.abs(pull * inverse)
-    shift = tl.where(size == 0.0, float("-inf"), tl.log2(tl.where(size == 0.0, 1.0, size)) - base)
-    store_plane(out, SHIFT, rows, n, shift)
-    store_plane(out, POSITIVE, rows, n, pull * tl.load(rows_in + ROW_TOTAL * plane + rows, mask=valid, other=0.0))
+    base = tl.load(rows_in + BASE * plane + rows, mask=valid, other=0.0)
+    total = tl.load(rows_in + TOTAL * plane + rows, mask=valid, other=0.0)
+    pull = tl.load(rows_in + PULL * plane + rows, mask=valid, other=0.0)
+    if grad is not None:
+        pull *= tl.load(grad + rows.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float32)
+    store_weights(out, rows, n, base, total, pull, inverse, t)
 
 
 # ---------------------------------------------------------------------------------------------------------- shared keys
@@ -91,7 +83,7 @@ def collect(
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
-    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and the size of PULL.
+    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL.
     """
     plane = n.to(tl.int64)
     start = lo
@@ -120,7 +112,7 @@ def collect(
                 shift = tl.where(present, shift, float("-inf"))
             x = tl.exp2(s * scale[None, :] + shift[None, :])
         else:
-            base, pull = tl.load(weights + BASE * plane + row), tl.load(weights + PULL * plane + row) * prescale
+            base, pull = tl.load(weights + BASE * plane + row), tl.load(weights + STORED_PULL * plane + row) * prescale
             if COMPARE == "tail":
                 pull = tl.where(present, pull, 0.0)
             x = tl.exp2(s * scale[None, :] - base[None, :]) * pull[None, :]
@@ -163,8 +155,9 @@ def keys_gradient(
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
 
-    ``out`` (splits, k, D) gets the shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the
-    gradient. BAND: "" for none, "cyclic" where places are visited in order, "any" where every row is compared.
+    ``grad``, where it is given, is the gradient of the loss, which is one number. ``out`` (splits, k, D) gets the
+    shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the gradient. BAND: "" for none, "cyclic"
+    where places are visited in order, "any" where every row is compared.
     """
     block, view_start, limit = tl.program_id(0), 0, k
     if BAND != "":
@@ -212,10 +205,10 @@ def keys_gradient(
         D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
         PIECES, STAGES, WIDE,
     )  # fmt: skip
-    if FOLDED:
-        acc = acc * tl.where(tl.load(grad) < 0.0, -1.0, 1.0)
     if half:
         acc = acc / prescale
+    if grad is not None:
+        acc = acc * tl.load(grad).to(tl.float32)
     if key_count is not None:
         acc = tl.where((key_row < tl.load(key_count))[:, None], acc, 0.0)
     at = out + (tl.program_id(1).to(tl.int64) * k + view_start) * D
@@ -246,7 +239,7 @@ def merge_splits(
 
 @triton.jit(do_not_specialize=["n", "k", "blocks"])
 def keys_gradient_own(
-    query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, weights, query_ids, key_ids,
+    query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, weights, grad, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, blocks, eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr,
@@ -257,7 +250,9 @@ def keys_gradient_own(
     column = tl.program_id(0) % blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     plane = n.to(tl.int64)
     scale, base = tl.load(weights + SCALE * plane + row), tl.load(weights + BASE * plane + row)
-    pull = tl.load(weights + PULL * plane + row)
+    pull = tl.load(weights + STORED_PULL * plane + row)
+    if grad is not None:
+        pull *= tl.load(grad).to(tl.float32)
     row_ids = row
     if IDS != 0:
         row_ids = tl.load(query_ids + row)
@@ -283,7 +278,7 @@ def keys_gradient_own(
 
 @triton.jit(do_not_specialize=["n", "k", "picks"])
 def keys_gradient_picked(
-    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, order, starts, query_ids, key_ids,
+    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, grad, order, starts, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, picks, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr,
@@ -307,7 +302,7 @@ def keys_gradient_picked(
         q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
         scale = tl.load(weights + SCALE * plane + row, mask=keep, other=0.0)
         base = tl.load(weights + BASE * plane + row, mask=keep, other=0.0)
-        pull = tl.load(weights + PULL * plane + row, mask=keep, other=0.0)
+        pull = tl.load(weights + STORED_PULL * plane + row, mask=keep, other=0.0)
         row_ids = row
         if IDS != 0:
             row_ids = tl.load(query_ids + row, mask=keep, other=0)
@@ -317,6 +312,8 @@ def keys_gradient_picked(
         )  # fmt: skip
         p = tl.where(keep, tl.exp2(tl.sum(q * unit, 1) * scale - base) * pull, 0.0)
         acc += tl.sum(p[:, None] * q, 0)[None, :]
+    if grad is not None:
+        acc = acc * tl.load(grad).to(tl.float32)
     if NORMALIZE_KEYS:
         acc = through_unit(acc, x, eps, False)
     store_rows(out, this, k, acc, D, BLOCK_D)

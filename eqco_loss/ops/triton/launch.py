@@ -84,7 +84,7 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     ``tile`` is for tests and benchmarks; None takes the table's.
     """
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
-    losses, rows, nothing = new(n), new(len(Row), n), new(0)
+    losses, rows = new(n), new(len(Row), n)
     query_gradient = new(n, d, dtype=unit_dtype(call.query.dtype)) if call.need_query_gradient else None
     positive_gradient = new(n, d, dtype=unit_dtype(call.positive.dtype)) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
@@ -104,11 +104,11 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     _attend(call, call.sets, options, tile, half, call.positive, numbers, outputs)
     return RowOutputs(
         losses.sum() if call.reduced else losses,
-        nothing if query_gradient is None else query_gradient,
-        nothing if positive_gradient is None else positive_gradient,
-        nothing,
+        new(0) if query_gradient is None else query_gradient,
+        new(0) if positive_gradient is None else positive_gradient,
+        new(0),
         rows,
-        nothing if metrics is None else metrics,
+        new(0) if metrics is None else metrics,
     )
 
 

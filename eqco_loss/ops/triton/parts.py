@@ -25,7 +25,9 @@ CENTRE = tl.constexpr(-1.0)  # the fixed maximum of unit rows' logits: half of w
 MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
 BASE, TOTAL, PULL, POSITIVE = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL, Row.POSITIVE))
-TEMPERATURE_GRADIENT = tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
+TEMPERATURE_GRADIENT, INVERSE = tl.constexpr(int(Row.TEMPERATURE_GRADIENT)), tl.constexpr(int(Row.INVERSE))
+SCALE, STORED_PULL = tl.constexpr(int(Row.SCALE)), tl.constexpr(int(Row.STORED_PULL))
+BOUNDED_PULL, SHIFT = tl.constexpr(int(Row.BOUNDED_PULL)), tl.constexpr(int(Row.SHIFT))
 METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
 METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
 METRIC_RANK, METRIC_NEGATIVE = tl.constexpr(int(Metric.RANK)), tl.constexpr(int(Metric.NEGATIVE))
@@ -269,13 +271,27 @@ def tie_broken(positive_logit):
 
 
 @triton.jit
-def store_softmax(out, rows, n, maximum, total):
-    """Store BASE and TOTAL, as calls.rounded_log_sum has them; return TOTAL."""
+def rounded_log_sum(maximum, total):
+    """BASE and TOTAL, as ``calls.rounded_log_sum`` has them."""
     base = maximum + tl.log2(total)
-    rest = total * tl.exp2(maximum - base)
+    return base, total * tl.exp2(maximum - base)
+
+
+@triton.jit
+def store_weights(out, rows, n, base, total, pull, inverse, t):
+    """What a row, multiplied as it is stored, brings to backward; ``out`` (len(Row), n)."""
+    stored_pull = pull * inverse
     store_plane(out, BASE, rows, n, base)
-    store_plane(out, TOTAL, rows, n, rest)
-    return rest
+    store_plane(out, TOTAL, rows, n, total)
+    store_plane(out, PULL, rows, n, pull)
+    store_plane(out, INVERSE, rows, n, inverse)
+    store_plane(out, SCALE, rows, n, inverse * (LOG2E / t))
+    store_plane(out, STORED_PULL, rows, n, stored_pull)
+    above = tl.minimum(base - LOG2E / t, 126.0)  # more only where raw rows have larger logits, and nobody asks for it
+    store_plane(out, BOUNDED_PULL, rows, n, stored_pull / tl.exp2(above))
+    size = tl.abs(stored_pull)
+    shift = tl.where(size == 0.0, float("-inf"), tl.log2(tl.where(size == 0.0, 1.0, size)) - base)
+    store_plane(out, SHIFT, rows, n, shift)
 
 
 @triton.jit
@@ -307,9 +323,9 @@ def finish(
         s * (LOG2E / t) - maximum, total, inter_above, inter_total, shift, DUAL
     )
     tl.store(loss + rows, row_loss * share, mask=rows < n)
-    rest = store_softmax(out_rows, rows, n, maximum, total)
+    base, rest = rounded_log_sum(maximum, total)
     factor = weight * share / t
-    store_plane(out_rows, PULL, rows, n, factor / rest)
+    store_weights(out_rows, rows, n, base, rest, factor / rest, q_inverse, t)
     store_plane(out_rows, POSITIVE, rows, n, s)
     temperature_gradient = zero
     if query_gradient is not None:
@@ -343,9 +359,9 @@ def finish_logsumexp(
     """The log-sum-exp in base e, the mean key, and what backward needs."""
     total = something(total)
     tl.store(lse + rows, (maximum + tl.log2(total)) * LN2, mask=rows < n)
-    rest = store_softmax(out_rows, rows, n, maximum, total)
+    base, rest = rounded_log_sum(maximum, total)
     zero = tl.zeros(rows.shape, tl.float32)
-    store_plane(out_rows, PULL, rows, n, 1.0 / (t * rest))
+    store_weights(out_rows, rows, n, base, rest, 1.0 / (t * rest), zero + 1.0, t)
     store_plane(out_rows, POSITIVE, rows, n, zero)
     store_plane(out_rows, TEMPERATURE_GRADIENT, rows, n, zero)
     if out_mean_key is not None:

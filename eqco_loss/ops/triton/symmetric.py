@@ -6,9 +6,15 @@
 import triton
 import triton.language as tl
 
-from .keys import BASE, BOUNDED_PULL, INVERSE, POSITIVE, PULL, SCALE
 from .parts import (
+    BASE,
+    BOUNDED_PULL,
+    INVERSE,
     LOG2E,
+    PULL,
+    SCALE,
+    STORED_PULL,
+    TOTAL,
     add_product,
     inverse_norm,
     load_pieces,
@@ -24,19 +30,19 @@ from .parts import (
 @triton.jit(do_not_specialize=["n", "m", "chunk"])
 def symmetric_rows(
     views, stride_piece, stride_n, stride_d, raw_views, raw_stride_n, raw_stride_d, weights, largest,
-    temperature_tensor, out, along, n, m, chunk, temperature, eps,
+    grad, temperature_tensor, out, along, n, m, chunk, temperature, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     ACROSS: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
     WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """A block of rows z (2M, D) against one split of the others.
 
-    For unit rows the gradient is sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view, a its
-    POSITIVE weight, P the softmax over both views or, ACROSS, the other one. ``along`` (splits, 2M), where it is given,
-    gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views`` (PIECES, 2M, D)
-    is in the dtype of the products, ``raw_views`` what was given. ``out`` gets the gradient, or, without
-    WHOLE_GRADIENT, (splits, 2M, D) shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible logit)
-    serves both softmaxes.
+    For unit rows the gradient is grad times sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p: p the row's other view,
+    a its PULL * TOTAL, P the softmax over both views or, ACROSS, the other one. ``along`` (splits, 2M), where it is
+    given, gets the product of the sum with z_i, of which a learned temperature's gradient is made. ``views``
+    (PIECES, 2M, D) is in the dtype of the products, ``raw_views`` what was given. ``out`` gets the gradient, or,
+    without WHOLE_GRADIENT, (splits, 2M, D) shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible
+    logit) serves both softmaxes.
     """
     t = read_temperature(temperature, temperature_tensor)
     block, split = tl.program_id(0), tl.program_id(1)
@@ -57,7 +63,7 @@ def symmetric_rows(
         most = tl.load(largest)
         prescale = 2048.0 / tl.where(most > 1e-30, most, 1.0)
     highest = LOG2E / t  # no logit is larger: with ONE_EXP no power of two leaves float32
-    pulls = weights + (BOUNDED_PULL if ONE_EXP else PULL) * plane
+    pulls = weights + (BOUNDED_PULL if ONE_EXP else STORED_PULL) * plane
     a = tl.load(pulls + rows) / inverse * prescale
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     width = m - 1
@@ -100,9 +106,11 @@ def symmetric_rows(
         tl.store(along + split.to(tl.int64) * n + rows, tl.sum(z * acc, 1) * inverse, mask=valid)
     if split == 0:
         other = tl.where(rows < m, rows + m, rows - m)
-        length = tl.load(weights + POSITIVE * plane + rows) + tl.load(weights + POSITIVE * plane + other)
+        length = tl.load(weights + PULL * plane + rows) * tl.load(weights + TOTAL * plane + rows)
+        length += tl.load(weights + PULL * plane + other) * tl.load(weights + TOTAL * plane + other)
         partner = load_rows(raw_views, other, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True).to(tl.float32)
         acc -= (length * inverse_norm(partner))[:, None] * partner
+    acc = acc * tl.load(grad).to(tl.float32)
     if WHOLE_GRADIENT:
         raw = load_rows(raw_views, rows, raw_stride_n, raw_stride_d, n, D, BLOCK_D, False, True)
         acc = through_unit(acc, raw, eps, False)

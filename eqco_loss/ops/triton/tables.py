@@ -28,18 +28,6 @@ class Part(IntEnum):
     LOGIT_SUM = 6
 
 
-class Weight(IntEnum):
-    """The planes of ``weights`` (len(Weight), N): what a row brings to the kernels of backward."""
-
-    SCALE = 0  # from products to logits in base 2: 1 / norm * log2(e) / t
-    BASE = 1
-    PULL = 2  # grad * PULL / norm, which multiplies the row as it is stored
-    INVERSE = 3  # 1 / norm
-    BOUNDED_PULL = 4  # PULL where 2 ** (logit - largest possible logit) stands for the softmax
-    POSITIVE = 5  # grad * PULL * TOTAL: what pulls the positive
-    SHIFT = 6  # log2 |PULL| - BASE: one number a row instead of two, which leaves registers
-
-
 class Tile(NamedTuple):
     resident: int  # rows that a program keeps
     streamed: int  # rows of a step of its loop

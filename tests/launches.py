@@ -1,0 +1,138 @@
+"""Does the launcher run the compiled kernels that Triton's own launcher would? A command, because pytest's process has
+Triton interpret kernels where there is no GPU.
+
+    python -m tests.launches
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.host import no_launches
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
+from eqco_loss.functional import negatives_logsumexp
+from eqco_loss.ops import launcher
+
+Launched = list[tuple[str, int]]  # of each launch, the compiled kernel's hash and how many arguments it got
+CONSTANTS = {"D": 32, "BLOCK_D": 32, "BLOCK": 16, "NORMALIZE": True, "POWER": False, "CLEAN": False, "PIECES": 1}
+
+
+@contextmanager
+def noted(found: Launched) -> Iterator[None]:
+    """Kernels are compiled for a GPU that need not be there, and a launch is only noted."""
+    from triton.compiler.compiler import CompiledKernel
+
+    def run(self: Any) -> Callable[..., None]:
+        def note(x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
+            found.append((self.hash, len(rest) - 3))  # launch metadata and two hooks come before the arguments
+
+        return note
+
+    with no_launches(90, []), mock.patch.object(CompiledKernel, "run", property(run)):
+        yield
+
+
+def launches(found: Launched, step: Callable[[], object], *, direct: bool) -> Launched:
+    found.clear()
+    with mock.patch.object(launcher, "DIRECT", direct):
+        step()
+    return list(found)
+
+
+def steps(n: int, d: int, dtype: torch.dtype, shift: int) -> dict[str, Callable[[], object]]:
+    """Losses of several kinds with their gradients; ``shift`` moves the queries' memory off 16 bytes."""
+    query = torch.randn(n * d + shift).to(dtype)[shift:].view(n, d).requires_grad_()
+    key = torch.randn(n, d).to(dtype).requires_grad_()
+    ids, queue = torch.arange(n) % 7, MomentumQueue(64, d, store_ids=True)
+    queue.enqueue(torch.randn(40, d), torch.arange(40))
+    given = torch.randn(d, 50).to(dtype).T  # (K, D), column by column
+
+    def gradients(loss: Tensor) -> object:
+        return torch.autograd.grad(loss, [query, key], allow_unused=True)
+
+    return {
+        "batch": lambda: gradients(EqCoLoss()(query, key)),
+        "both directions": lambda: gradients(EqCoLoss(symmetric=True)(query, key)),
+        "views": lambda: gradients(DualTempInfoNCE(symmetric=True, in_batch="views")(query, key)),
+        "random": lambda: gradients(EqCoLoss(num_negatives=3, sampling="random")(query, key)),
+        "queue": lambda: gradients(EqCoLoss()(query, key, queue, query_ids=ids)),
+        "columns": lambda: gradients(EqCoLoss(reduction="none")(query, key, given).sum()),
+        "log-sum-exp": lambda: gradients(negatives_logsumexp(query, key).sum()),
+    }
+
+
+def same_kernels(found: Launched) -> int:
+    count = 0
+    for n, d, dtype, shift in ((40, 24, torch.bfloat16, 0), (40, 24, torch.bfloat16, 1), (5, 16, torch.float32, 0)):
+        for name, step in steps(n, d, dtype, shift).items():
+            by_triton = launches(found, step, direct=False)
+            assert by_triton, f"{name}: expected launches"
+            launches(found, step, direct=True)
+            with mock.patch("triton.runtime.jit.JITFunction.run", side_effect=AssertionError("bound again")):
+                directly = launches(found, step, direct=True)
+            assert directly == by_triton, f"{name}, {n} x {d}, {dtype}, shift {shift}"
+            count += len(directly)
+    return count
+
+
+def arguments_that_take_another_kernel(found: Launched) -> int:
+    """Each call differs from the first in one thing that Triton compiles another kernel for."""
+    from eqco_loss.ops.triton.arguments import kernels
+
+    x, out, factor = torch.zeros(4, 32), torch.zeros(4, 32), torch.zeros(4)
+    first = (x, 32, 1, out, factor, 4)
+    others = [
+        (x.half(), *first[1:]),
+        (torch.zeros(4 * 32 + 1)[1:], *first[1:]),  # not aligned to 16 bytes
+        (x, 33, *first[2:]),  # a stride that 16 does not divide
+        (x, 32, 2, *first[3:]),  # one that is not 1
+        (x, 2**31, *first[2:]),  # one of 64 bits
+        (x, 32, 1, None, factor, 4),
+        (*first[:5], 2**31),  # a size of 64 bits, of which nothing else counts
+    ]
+
+    def kernel(call: tuple[Any, ...], direct: bool, **changed: bool) -> tuple[str, int]:
+        step = lambda: launcher.launch(kernels().forward.prepare_rows, (1,), *call, **{**CONSTANTS, **changed})  # noqa: E731
+        (one,) = launches(found, step, direct=direct)
+        return one
+
+    by_triton = [kernel(call, False) for call in (first, *others)]
+    assert len(set(by_triton)) == len(by_triton)
+    for _ in range(2):
+        assert [kernel(call, True) for call in (first, *others)] == by_triton
+        assert kernel((*first[:5], 16), True) == by_triton[0]
+        assert kernel(first, True, CLEAN=True) == kernel(first, False, CLEAN=True) != by_triton[0]
+    return len(by_triton)
+
+
+def what_is_kept_has_an_end(found: Launched) -> int:
+    from eqco_loss.ops.triton.arguments import kernels
+
+    x = torch.zeros(4, 32)
+    with mock.patch.object(launcher, "MOST_KEPT", 4), mock.patch.object(launcher, "_patterns", {}):
+        for stride in range(32, 52):
+            launcher.launch(kernels().forward.prepare_rows, (1,), x, stride, 1, None, x, 4, **CONSTANTS)
+        (pattern,) = launcher._patterns.values()
+        assert pattern is not None
+        assert 0 < len(pattern.compiled) <= 4
+        return len(pattern.compiled)
+
+
+def main() -> int:
+    found: Launched = []
+    with noted(found):
+        print(f"{same_kernels(found)} launches ran the kernels that Triton's launcher ran")
+        print(f"{arguments_that_take_another_kernel(found)} kinds of arguments ran a kernel each")
+        print(f"{what_is_kept_has_an_end(found)} kernels were kept of 20 strides")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
