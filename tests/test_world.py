@@ -1,0 +1,234 @@
+"""Every engine in the one world of inputs: losses, metrics and each gradient against float64 autograd of the formulas.
+
+python -m pytest tests/test_world.py -k triton
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from eqco_loss.ops import wide
+from eqco_loss.ops.backends import BACKENDS
+from eqco_loss.ops.calls import KeySet, LogSumExp, Pairs, Row, SymmetricLosses
+from eqco_loss.ops.wide import chunks, pointwise
+from tests import knobs
+from tests.cases import DEVICE
+from tests.tolerance import assert_as_exact_as_eager
+from tests.world import (
+    BOTH,
+    DTYPES,
+    KINDS,
+    Answers,
+    Case,
+    D,
+    K,
+    N,
+    assert_right,
+    dense_both,
+    dense_logsumexp,
+    draw,
+    keep_of,
+    key_sets,
+    ours,
+    ours_both,
+    ours_logsumexp,
+)
+
+ENGINES = ("torch", "triton", "wide by torch", "wide by kernels")
+INTERPRETED = ("triton", "wide by kernels") if DEVICE.type == "cpu" else ()  # slow: one of the settings for each dtype
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Tiles and chunks so small that sizes which fit a test have several, with ragged ends."""
+    name: str = request.param
+    if name in ("triton", "wide by kernels"):
+        pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
+    if name.startswith("wide"):
+        small_chunks(monkeypatch)
+    if name == "wide by torch":
+        monkeypatch.setattr(pointwise, "_kernels", lambda x: None)
+    with knobs.tiles(100):
+        yield name
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (chunks, wide):
+        monkeypatch.setattr(module, "steps", lambda n, k, *_: (min(n, 9), min(k, 16)))
+        monkeypatch.setattr(module, "own_rows", lambda keys: 9 if keys.dim() == 3 else len(keys))
+    if importlib.util.find_spec("triton") is not None and DEVICE.type == "cpu":
+        from eqco_loss.ops.wide import mutual
+
+        monkeypatch.setattr(mutual, "BLOCK", 32)
+        monkeypatch.setattr(mutual, "BLOCK_D", 16)
+
+
+def case_of(engine: str, kind: str = "all", dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
+    if engine == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels take no float64")
+    return Case(kind, engine.split()[0], dtype, **changes)
+
+
+def some_of(settings: tuple[Any, ...], engine: str, place: int) -> tuple[Any, ...]:
+    place %= len(settings)
+    return settings[place : place + 1] if engine in INTERPRETED else settings
+
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"dual": True, "alpha": None, "reduced": True},
+    {"normalize": False, "learned": False},
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients(kind: str, dtype: torch.dtype, engine: str) -> None:
+    for changes in some_of(CHANGES, engine, DTYPES.index(dtype) + KINDS.index(kind)):
+        assert_right(case_of(engine, kind, dtype, **changes))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["all", "everything", "own", "picked", "two sets"])
+def test_autocast(kind: str, autocast: torch.dtype, engine: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_right(case_of(engine, kind, dtype, autocast=autocast, dual=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_low_temperature_and_a_large_alpha(dtype: torch.dtype, engine: str) -> None:
+    assert_right(case_of(engine, "all", dtype, temperature=0.02, alpha=2.0**20, learned=False))
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("across", [True, False], ids=["across", "views"])
+def test_both_directions(across: bool, dtype: torch.dtype, autocast: torch.dtype | None, engine: str) -> None:
+    place = DTYPES.index(dtype) + across + (autocast is not None)
+    for dual, alpha, temperature, learned in some_of(BOTH, engine, place):
+        case = case_of(engine, dtype=dtype, temperature=temperature, learned=learned, reduced=True)
+        found: list[tuple[Answers, Answers, Answers]] = []
+        for seed in range(4):  # the error of a single number may be small by chance, eager's as ours
+            call = SymmetricLosses(
+                views=draw(2 * 19, D, dtype=dtype, seed=seed),
+                across=across,
+                temperature=temperature,
+                learned_temperature=case.learned_temperature(),
+                inter_temperature=1.0 if dual else None,
+                alpha=alpha,
+                share=[1, 38],
+                autocast=autocast if dtype != torch.float64 else None,
+                backend=case.backend,
+            )
+            grad = case.grad(1)
+            found.append((ours_both(call, grad), dense_both(call, grad, None), dense_both(call, grad, torch.float64)))
+        for name in found[0][0]:
+            got, eager, truth = (
+                torch.stack([one[name].cpu() for one in answers]) for answers in zip(*found, strict=True)
+            )
+            assert_as_exact_as_eager(got, eager, truth, name, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logsumexp(kind: str, dtype: torch.dtype, engine: str) -> None:
+    case = case_of(engine, kind, dtype)
+    sets, n = key_sets(kind, dtype, False)
+    query, t = draw(n, D, dtype=dtype) * 0.2, torch.tensor(0.7, device=DEVICE)
+    call = LogSumExp(query.to(dtype), sets[0], 1.0, t, True, None, case.backend)
+    grad = case.grad(n)
+    got, eager, truth = (
+        ours_logsumexp(call, grad),
+        *(dense_logsumexp(call, grad, one) for one in (dtype, torch.float64)),
+    )
+    for name, x in got.items():
+        assert_as_exact_as_eager(x.cpu(), eager[name].cpu(), truth[name].cpu(), name, temperature=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------ the edges
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["ids", "mask", "mask of pairs", "own ids", "picked"])
+def test_what_is_left_out_may_hold_anything(kind: str, dtype: torch.dtype, engine: str) -> None:
+    """Loss and gradients as if it were not there, and its own gradient is 0; who does meet it gets NaN."""
+    call = case_of(engine, kind, dtype, reduced=True, learned=False).call()
+    one = call.first
+    keep = keep_of(one.pairs, len(call.query), K).to(DEVICE)
+    place, other = (0, 1) if kind != "own ids" else ((2, 3), (4, 5))
+    anything = one.keys.clone()
+    if kind == "own ids":
+        left = ~keep
+        anything[left] = math.nan
+        expected = one.keys.masked_fill(left[..., None], 0.0)
+    else:
+        ids, mask, picked = one.pairs.key_ids, one.pairs.mask, one.pairs.picked
+        if ids is not None:
+            ids[place], ids[other] = 77, 77
+            call.first.pairs.query_ids.fill_(77)  # type: ignore[union-attr]
+        if mask is not None:
+            mask[..., [place, other]] = False
+        if picked is not None:
+            picked.clamp_min_(2)
+        anything[place], anything[other] = math.nan, math.inf
+        expected = one.keys.clone()
+        expected[[place, other]] = 0.0
+    grad = torch.tensor(1.0, device=DEVICE, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    got = ours(call._replace(first=one._replace(keys=anything)), grad)
+    clean = ours(call._replace(first=one._replace(keys=expected)), grad)
+    for name, x in got.items():
+        assert x.equal(clean[name]), name
+    assert not bool(got["keys 0"][anything.isfinite().logical_not()].any())
+
+
+def test_a_key_that_is_not_finite_is_seen_by_who_meets_it(engine: str) -> None:
+    call = case_of(engine, "mask of pairs", learned=False).call()
+    assert call.first.pairs.mask is not None
+    call.first.keys[3] = math.inf
+    out = BACKENDS[call.backend].row_losses(call)
+    meets = call.first.pairs.mask[:, 3]
+    assert 0 < int(meets.sum()) < len(meets)
+    assert out.loss.isnan().equal(meets)
+    assert out.query_gradient.isnan().all(1).equal(meets)
+
+
+def test_a_query_without_negatives(engine: str) -> None:
+    call = case_of(engine, "mask of pairs", learned=False).call()
+    assert call.first.pairs.mask is not None
+    call.first.pairs.mask[6] = False
+    row_losses = BACKENDS[call.backend].row_losses
+    if DEVICE.type == "cpu" and engine != "triton":  # whose kernels cannot raise
+        with pytest.raises(ValueError, match=r"query 6 has no negatives left \(effective K = 0\)"):
+            row_losses(call)
+    out = row_losses(call._replace(may_raise=False))
+    assert out.loss.isnan().nonzero().flatten().tolist() == [6]
+    assert out.rows[Row.PULL].isnan().nonzero().flatten().tolist() == [6]
+
+
+def test_a_set_without_keys(engine: str) -> None:
+    call = case_of(engine, "two sets", learned=False).call()
+    empty = KeySet(call.query[:0], Pairs(), True)
+    with_empty, without = call._replace(first=empty), call._replace(first=call.sets[1], second=None)
+    got, expected = (ours(one, case_of(engine).grad(N)) for one in (with_empty, without))
+    assert got["loss"].equal(expected["loss"])
+    assert got["keys 1"].equal(expected["keys 0"])
+    assert got["keys 0"].shape == (0, D)
+
+
+@pytest.mark.parametrize("t", [0.0, -1.0, math.nan])
+def test_a_learned_temperature_that_is_not_positive_gives_nan(t: float, engine: str) -> None:
+    call = case_of(engine, dual=True).call()
+    out = BACKENDS[call.backend].row_losses(call._replace(learned_temperature=torch.tensor(t, device=DEVICE)))
+    assert bool(torch.cat([out.loss[:, None], out.query_gradient], 1).isnan().all())
+
+
+@pytest.mark.parametrize("kind", ["everything", "two sets", "own ids", "batch"])
+def test_the_same_bits_every_time(kind: str, engine: str) -> None:
+    case = case_of(engine, kind, torch.bfloat16)
+    call = case.call()
+    first, again = (ours(call, case.grad(len(call.query))) for _ in range(2))
+    assert all(x.equal(again[name]) for name, x in first.items())
