@@ -25,15 +25,16 @@ from typing import NamedTuple
 import tyro
 
 ROOT = Path(__file__).parents[1]
-KERNELS = "tests/test_kernels.py", "tests/test_both_roles.py", "tests/test_inputs.py"
+FUSED = ("tests/test_world.py", "tests/test_kernels.py", "tests/test_both_roles.py", "-k", "not wide and not torch-")
+WIDE = ("tests/test_world.py", "tests/test_wide.py", "-k", "kernels")
 TESTS = {  # the files of kernels, and what tests them
-    "triton/parts.py": KERNELS,
-    "triton/forward.py": KERNELS,
-    "triton/keys.py": KERNELS,
-    "triton/symmetric.py": ("tests/test_both_roles.py", *KERNELS[:1]),
-    "wide/kernels.py": ("tests/test_wide.py",),
-    "wide/mutual.py": ("tests/test_wide.py",),
-    "gap_kernels.py": KERNELS,
+    "triton/parts.py": FUSED,
+    "triton/forward.py": FUSED,
+    "triton/keys.py": FUSED,
+    "triton/symmetric.py": FUSED,
+    "wide/kernels.py": WIDE,
+    "wide/mutual.py": WIDE,
+    "gap_kernels.py": FUSED,
 }
 SIGNS: dict[type[ast.AST], tuple[str, str]] = {ast.Add: ("+", "-"), ast.Sub: ("-", "+")}
 COMPARISONS: dict[type[ast.AST], tuple[str, str]] = {
@@ -42,7 +43,12 @@ COMPARISONS: dict[type[ast.AST], tuple[str, str]] = {
     ast.NotEq: ("!=", "=="),
     ast.Gt: (">", ">="),
 }
-SAME: dict[str, str] = {}  # of a mutation's name, why nobody could see it
+SAME = {  # of a change's kernel and text, why nobody could see it
+    "partners: half > 0 with >=": "without a second view both branches give the rows themselves",
+    "attend: rows < n with <=": "the ids of a row beyond the last are read, and nothing of that row is stored",
+    "attend_own: row + tl.arange(0, 1) with -": "a range of one element is 0",
+    "load_part: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
+}
 
 
 class Mutation(NamedTuple):
@@ -58,6 +64,10 @@ class Mutation(NamedTuple):
     def name(self) -> str:
         return f"{self.file}:{self.kernel}:{self.line}: {self.what}"
 
+    @property
+    def same(self) -> str | None:
+        return SAME.get(f"{self.kernel}: {self.what}")
+
 
 @dataclass(frozen=True)
 class Args:
@@ -65,7 +75,7 @@ class Args:
     signs: int = 2  # of each kernel, spread over it
     masks: int = 4  # parts of masks and comparisons of each kernel
     jobs: int = 2
-    seconds: float = 120.0  # that the tests of a change may take; more is a hang, and so caught
+    seconds: float = 900.0  # that the tests of a change may take; more is a hang, and so caught
     list: bool = False  # print the changes and run nothing
 
 
@@ -76,9 +86,9 @@ def main(args: Args) -> int:
         return 0
     survived = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for one, found in zip(every, pool.map(lambda one: caught_by(one, args.seconds), every), strict=True):
-            survived += found is None and one.name not in SAME
-            print(f"{one.name:110} {found or SAME.get(one.name, 'SURVIVES')}", flush=True)
+        for one, found in zip(every, pool.map(lambda one: one.same or caught_by(one, args.seconds), every), strict=True):
+            survived += found is None
+            print(f"{one.name:110} {found or 'SURVIVES'}", flush=True)
     print(f"{len(every)} changes, {survived} survive")
     return 1 if survived else 0
 
@@ -139,21 +149,12 @@ def caught_by(one: Mutation, seconds: float) -> str | None:
         path = copy / "eqco_loss" / "ops" / one.file
         text = path.read_text()
         path.write_text(text[: one.start] + one.text + text[one.stop :])
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            *TESTS[one.file],
-        ]
+        options = ("-x", "-q", "--no-header", "-p", "no:cacheprovider")
+        command = [sys.executable, "-m", "pytest", *options, *TESTS[one.file]]
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
-                [*command, *TESTS[one.file]],
+                command,
                 cwd=copy,
                 env=environment,
                 capture_output=True,

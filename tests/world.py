@@ -50,7 +50,7 @@ def integers(*shape: int, high: int, seed: int = 0) -> Tensor:
 def key_sets(kind: str, dtype: torch.dtype, normalize: bool) -> tuple[list[KeySet], int]:
     """One or two sets of keys, and how many queries there are."""
     keys, pairs = draw(K, D, seed=3, dtype=dtype), Pairs()
-    n = 10 if kind in ("own", "own ids") else N  # of keys (N, K, D) the interpreter visits each
+    n = 5 if kind in ("own", "own ids") else N  # of keys (N, K, D) the interpreter visits each
     second = []
     if kind in ("ids", "ids of pairs", "own ids"):
         shape = (K,) if kind == "ids" else (n, K)
@@ -58,9 +58,15 @@ def key_sets(kind: str, dtype: torch.dtype, normalize: bool) -> tuple[list[KeySe
     if kind in ("mask", "mask of pairs"):
         mask = integers(*((K,) if kind == "mask" else (N, K)), high=3, seed=6) > 0
         pairs = Pairs(mask=mask)
-    if kind == "everything":
+    if kind == "everything":  # that a queue may leave out
         ids = integers(N, high=4, seed=4), integers(K, high=4, seed=5).int()
-        pairs = Pairs(*ids, integers(N, K, high=3, seed=6) > 0, torch.tensor(K - 9, device=DEVICE), band=[3, 30, 37])
+        pairs = Pairs(*ids, integers(N, K, high=3, seed=6) > 0, torch.tensor(K - 9, device=DEVICE))
+    if kind == "rolled ids":
+        n, ids = K, (integers(K, high=4, seed=4), integers(K, high=4, seed=5))
+        pairs = Pairs(*ids, band=[0, 5, K])
+    if kind == "picked ids":
+        picked = [torch.randperm(K, generator=torch.Generator().manual_seed(i))[:9] for i in range(N)]
+        pairs = Pairs(integers(N, high=4, seed=4), integers(K, high=4, seed=5), picked=torch.stack(picked).to(DEVICE))
     if kind == "count":
         pairs = Pairs(filled=torch.tensor(21, device=DEVICE))
     if kind == "batch":
@@ -89,9 +95,23 @@ def key_sets(kind: str, dtype: torch.dtype, normalize: bool) -> tuple[list[KeySe
 
 
 KINDS = (
-    ("all ids|ids of pairs|own|own ids|mask|mask of pairs|everything|count|batch|views|ranks|rolled|picked|two sets")
-    .replace("all ids", "all|ids")
-    .split("|")
+    "all",
+    "ids",
+    "ids of pairs",
+    "own",
+    "own ids",
+    "mask",
+    "mask of pairs",
+    "everything",
+    "count",
+    "batch",
+    "views",
+    "ranks",
+    "rolled",
+    "rolled ids",
+    "picked",
+    "picked ids",
+    "two sets",
 )
 
 

@@ -60,6 +60,8 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
     weights, prepared = _row_weights(call, call.normalize, query.dtype if one.own else dtype, not one.own)
     grad = None if call.grad.dim() else call.grad
     out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
+    if out.numel() == 0:
+        return out
     if not one.own:
         plan = _keys_plan(
             *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),

@@ -306,8 +306,9 @@ def keys_gradient_picked(
         row_ids = row
         if IDS != 0:
             row_ids = tl.load(query_ids + row, mask=keep, other=0)
+        keys_at = tl.full([BLOCK_ROWS], key, tl.int64)  # a pointer for each row, as the masks of loads have
         keep = kept(
-            keep, row.to(tl.int64), key.to(tl.int64), row_ids, key_ids, ids_stride_n, ids_stride_k,
+            keep, row.to(tl.int64), keys_at, row_ids, key_ids, ids_stride_n, ids_stride_k,
             mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
         )  # fmt: skip
         p = tl.where(keep, tl.exp2(tl.sum(q * unit, 1) * scale - base) * pull, 0.0)
