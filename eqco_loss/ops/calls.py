@@ -207,6 +207,11 @@ class KeysGradient(NamedTuple):
     backend: str
 
 
+def loss_of(call: RowLosses | SymmetricLosses) -> str:
+    """Which loss a call asks for, by the name that every formula of a loss branches on."""
+    return "eqco" if call.inter_temperature is None else "dual"
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What the arithmetic runs in: float32, or float64 where the query is that."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

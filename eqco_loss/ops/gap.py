@@ -33,15 +33,18 @@ class Seen(NamedTuple):
         return (self.above - self.total.log2()) * LN2 - shift
 
 
-def values(intra: Seen, inter: Seen | None, count: int | Tensor, alpha: float | None) -> Values:
-    """``inter``: the same at the dual temperature's second one. ``count``: how many negatives a query has."""
+def values(loss: str, intra: Seen, inter: Seen | None, count: int | Tensor, alpha: float | None) -> Values:
+    """``loss`` is one of ``calls.loss_of``; ``inter`` the same as ``intra`` at the dual temperature's second one.
+
+    ``count`` says how many negatives a query has.
+    """
     shift: float | Tensor = 0.0
     if alpha is not None:
         shift = torch.log(alpha / count) if isinstance(count, Tensor) else math.log(alpha / count)
     gap = intra.gap(shift)
     zero, minus = torch.zeros_like(gap), -gap
     intra_loss = torch.logaddexp(zero, minus)
-    if inter is None:
+    if loss == "eqco" or inter is None:
         return Values(intra_loss, intra_loss, minus.sigmoid_(), None)
     inter_gap = inter.gap(shift)
     weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels

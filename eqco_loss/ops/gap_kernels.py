@@ -41,12 +41,14 @@ def something(total):
 
 
 @triton.jit
-def values(above, total, inter_above, inter_total, shift, DUAL: tl.constexpr):
-    """Loss, intra loss, weight = -d loss / d gap, and the logarithm of the dual temperature's weight."""
+def values(above, total, inter_above, inter_total, shift, LOSS: tl.constexpr):
+    """Of a loss of ``calls.loss_of``: its value, its value at the first temperature alone, -d loss / d gap, and the
+    logarithm of the dual temperature's weight.
+    """
     gap = (above - tl.log2(total)) * LN2 - shift  # ``above``: the positive's logit less the maximum, which is exact
     intra_loss = softplus(-gap)
     weight, log_weight, loss = sigmoid(-gap), gap * 0.0, intra_loss
-    if DUAL:
+    if LOSS == "dual":
         inter_gap = (inter_above - tl.log2(inter_total)) * LN2 - shift
         weight = sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
         log_weight = softplus(gap) - softplus(inter_gap)

@@ -32,6 +32,7 @@ from .calls import (
     SymmetricLosses,
     SymmetricOutputs,
     compute_dtype,
+    loss_of,
     plainly,
     rounded_log_sum,
     temperature_of,
@@ -157,7 +158,7 @@ def _values(positive_logit: Tensor, seen: _Seen, call: RowLosses | SymmetricLoss
     if call.inter_temperature is not None and seen.inter is not None:
         inter_logit = positive_logit * (temperature_of(call) / call.inter_temperature)
         inter = gap.Seen(inter_logit - seen.inter.maximum, seen.inter.total)
-    return gap.values(intra, inter, seen.known or seen.negatives, call.alpha)
+    return gap.values(loss_of(call), intra, inter, seen.known or seen.negatives, call.alpha)
 
 
 def _write_metrics(out: Tensor, values: gap.Values, seen: _Seen, scale: float | Tensor) -> None:

@@ -95,7 +95,7 @@ def visit(
     COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
     BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     FACTOR: tl.constexpr, CLEAN: tl.constexpr,
-    BOUNDED: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
+    BOUNDED: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
     PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
@@ -154,7 +154,7 @@ def visit(
             logits = s * row_scale[:, None]
             logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
             rank += tl.sum((logits > positive_logit[:, None]).to(tl.float32), 1)
-        if DUAL:
+        if LOSS == "dual":
             _, inter_maximum, inter_total, _ = fold(s, row_scale * ratio, inter_maximum, inter_total, BOUNDED)
         x, maximum, total, shrink = fold(s, row_scale, maximum, total, BOUNDED)
         if QUERY_GRADIENT:
@@ -187,7 +187,7 @@ def attend(
     DOT: tl.constexpr, PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr,
     BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr, BOUNDED: tl.constexpr,
-    ALPHA: tl.constexpr, DUAL: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
+    ALPHA: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
     FINISH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of rows against one split of the columns; with FINISH (one split) to the end."""
@@ -254,7 +254,7 @@ def attend(
             mask, mask_stride_n, mask_stride_k,
             first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n,
             D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
-            IDS, MASKED, FACTOR, CLEAN, BOUNDED, DUAL, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
+            IDS, MASKED, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
             1 if rest else STAGES, WIDE,
         )  # fmt: skip
     if COMPARE == "tail":
@@ -266,12 +266,12 @@ def attend(
             raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             loss, query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
     else:
         store_parts(
             parts, outs, first_split + split, splits, rows, n,
-            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, DUAL, METRICS,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, LOSS, METRICS,
         )  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def attend_own(
     parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
     n, half, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
+    NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
     QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """One row against keys of its own, (N, K, D), or those that it has picked of shared ones, in float32."""
@@ -335,7 +335,7 @@ def attend_own(
         if METRICS:
             logit_sum += tl.sum(tl.where(keep[None, :], s, 0.0), 1)
             rank += tl.sum((s > positive_logit[:, None]).to(tl.float32), 1)
-        if DUAL:
+        if LOSS == "dual":
             _, inter_maximum, inter_total, _ = fold(s, one * (t / inter_t), inter_maximum, inter_total, False)
         e, maximum, total, shrink = fold(s, one, maximum, total, False)
         if QUERY_GRADIENT:
@@ -345,12 +345,12 @@ def attend_own(
             raw_q, rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             loss, query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
     else:
         store_parts(
             parts, outs, first_split + tl.program_id(1), splits, rows, n,
-            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, DUAL, METRICS,
+            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, LOSS, METRICS,
         )  # fmt: skip
 
 
@@ -379,10 +379,9 @@ def combine(
     parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
     n, half, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
-    LOSS: tl.constexpr,
+    AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: their splits in a fixed order, then loss and gradients; without LOSS, log-sum-exp and mean key."""
+    """Some rows: their splits in a fixed order, then loss and gradients; without a LOSS, log-sum-exp and mean key."""
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     split = tl.arange(0, BLOCK_SPLITS)
@@ -392,7 +391,7 @@ def combine(
     q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
     zero = tl.zeros([BLOCK_ROWS], tl.float32)
     inter_maximum, inter_total, rank, logit_sum = zero, zero, zero, zero
-    if DUAL:
+    if LOSS == "dual":
         inter_maxima = load_part(parts, PART_INTER_MAXIMUM, split, splits, rows, n, MINIMUM)
         inter_totals = load_part(parts, PART_INTER_TOTAL, split, splits, rows, n, 0.0)
         inter_maximum = tl.max(inter_maxima, 0)
@@ -418,12 +417,12 @@ def combine(
             out = load_outs(outs, start + some, splits, rows, n, D, BLOCK_D)
             out_maxima = load_part(parts, PART_MAXIMUM, start + some, splits, rows, n, MINIMUM)
             mean_key += tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
-    if LOSS:
+    if LOSS != "none":
         finish(
             q, rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             loss, query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, DUAL,
+            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
     else:
         finish_logsumexp(rows, maximum, total, mean_key, loss, query_gradient, out_rows, n, t, D, BLOCK_D)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls import KeySet, LogSumExp, LogSumExpOutputs, Metric, Row, RowLosses, RowOutputs, gradient_eps
+from ..calls import KeySet, LogSumExp, LogSumExpOutputs, Metric, Row, RowLosses, RowOutputs, gradient_eps, loss_of
 from ..launcher import launch
 from . import arguments
 from .arguments import (
@@ -40,12 +40,11 @@ WARM = (0.1, 0.03)  # temperatures from which on a softmax may need no running m
 class _Options(NamedTuple):
     """What a pass over the keys is asked for, beside its tensors."""
 
-    loss: bool  # or log-sum-exps only
+    loss: str  # of ``calls.loss_of``, or "none" for log-sum-exps only
     normalize: bool
     query_gradient: bool
     metrics: bool
     warm: float  # the largest of ``WARM`` that no temperature is below
-    dual: bool
     alpha: bool
     autocast: torch.dtype | None
 
@@ -89,12 +88,11 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     positive_gradient = new(n, d, dtype=unit_dtype(call.positive.dtype)) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
     options = _Options(
-        loss=True,
+        loss=loss_of(call),
         normalize=call.normalize,
         query_gradient=call.need_query_gradient,
         metrics=call.need_metrics,
         warm=_warm(call),
-        dual=call.inter_temperature is not None,
         alpha=call.alpha is not None,
         autocast=call.autocast,
     )
@@ -116,12 +114,11 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
     lse, rows, mean_key = new(n), new(len(Row), n), new(n, d) if call.need_query_gradient else None
     options = _Options(
-        loss=False,
+        loss="none",
         normalize=False,
         query_gradient=call.need_query_gradient,
         metrics=False,
         warm=0.0,
-        dual=False,
         alpha=False,
         autocast=call.autocast,
     )
@@ -213,7 +210,7 @@ def _plan(
         "BLOCK_D": padded(d),
         "NORMALIZE": options.normalize,
         "ALPHA": options.alpha,
-        "DUAL": options.dual,
+        "LOSS": options.loss,
         "enable_fp_fusion": True,
     }
     more = common | {"QUERY_GRADIENT": options.query_gradient, "METRICS": options.metrics}
@@ -225,7 +222,7 @@ def _plan(
             visit, resident = _shared_keys(n, d, dtype, options, tile, one, arch, multiprocessors, wave, more)
             visits.append(visit)
     splits = sum(visit.splits for visit in visits)
-    finish = options.loss and len(visits) == 1 and splits == 1 and (sets[0].own or resident * d <= 8192)
+    finish = options.loss != "none" and len(visits) == 1 and splits == 1 and (sets[0].own or resident * d <= 8192)
     for visit in visits:
         visit.constants["FINISH"] = finish
     block, at_once = combine_tile(splits, padded(d), options.query_gradient)
@@ -234,7 +231,6 @@ def _plan(
         "BLOCK_SPLITS": power_of_two(splits),
         "AT_ONCE": at_once,
         "FEW": splits <= 8,
-        "LOSS": options.loss,
         "num_warps": 4,
     }
     return _Plan(visits, splits, finish, combine | common, block)
@@ -273,7 +269,7 @@ def _shared_keys(
     if tile is None and small:
         tile = small_tile(dtype, padded(d))
     elif tile is None:
-        plain = options.query_gradient and not options.dual and not options.metrics and not by_pair
+        plain = options.query_gradient and options.loss != "dual" and not options.metrics and not by_pair
         plain = plain and not (one.normalize and (dtype == torch.float16 or arch >= 100))
         converts = one.dtype != dtype and blocks_of(n, 64) <= _CONVERSIONS
         turned = converts and one.strides[1] != 1

@@ -300,7 +300,7 @@ def finish(
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what was seen of each row
     loss, query_gradient, positive_gradient, out_rows, metrics,
     n, half, t, inter_t, alpha, share, query_eps, positive_eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, DUAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """Losses, unit gradients and statistics of some rows. mean_key is the sum of exponentials times keys."""
     p = load_rows(positive, partners(rows, half), positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
@@ -317,10 +317,10 @@ def finish(
         shift = tl.log(alpha / tl.maximum(count, 1.0))
     total = something(total)
     inter_above = zero
-    if DUAL:
+    if LOSS == "dual":
         inter_above, inter_total = s * (LOG2E / inter_t) - inter_maximum, something(inter_total)
     row_loss, intra_loss, weight, log_weight = values(
-        s * (LOG2E / t) - maximum, total, inter_above, inter_total, shift, DUAL
+        s * (LOG2E / t) - maximum, total, inter_above, inter_total, shift, LOSS
     )
     tl.store(loss + rows, row_loss * share, mask=rows < n)
     base, rest = rounded_log_sum(maximum, total)
@@ -371,7 +371,7 @@ def finish_logsumexp(
 @triton.jit
 def store_parts(
     parts, outs, split, splits, rows, n, maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DUAL: tl.constexpr, METRICS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LOSS: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
     """One split's share: ``parts`` (len(Part), splits, n) and ``outs`` (splits, n, D)."""
     valid = rows < n
@@ -380,7 +380,7 @@ def store_parts(
     tl.store(at + PART_MAXIMUM * plane, maximum, mask=valid)
     tl.store(at + PART_TOTAL * plane, total, mask=valid)
     tl.store(at + PART_COUNT * plane, count, mask=valid)
-    if DUAL:
+    if LOSS == "dual":
         tl.store(at + PART_INTER_MAXIMUM * plane, inter_maximum, mask=valid)
         tl.store(at + PART_INTER_TOTAL * plane, inter_total, mask=valid)
     if METRICS:

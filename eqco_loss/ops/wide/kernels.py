@@ -13,7 +13,7 @@ import triton.language as tl
 from ..calls import LN2 as _LN2
 from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
-from ..calls import Metric, Row, gradient_eps
+from ..calls import Metric, Row, gradient_eps, loss_of
 from ..gap_kernels import something, values
 from ..launcher import launch
 from .pointwise import Finished, Plane
@@ -199,7 +199,7 @@ def load_plane(state, stride, plane: tl.constexpr, rows, inside, other):
 def finish_kernel(
     similarity, state, state_stride, temperature, temperature_tensor, inter_t, known, alpha, share,
     losses, factor, out, metrics, n,
-    ALPHA: tl.constexpr, DUAL: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
+    ALPHA: tl.constexpr, LOSS: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the positives' similarities and the states to losses, ``Row`` and ``Metric``."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -219,9 +219,9 @@ def finish_kernel(
         shift = tl.log(alpha / tl.maximum(count, 1.0))  # of no negatives the maximum is NaN
     above = s * (LOG2E / t) - maximum
     inter_total = total
-    if DUAL:
+    if LOSS == "dual":
         inter_total = something(load_plane(state, state_stride, INTER_TOTAL, rows, inside, 1.0))
-    loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, DUAL)
+    loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, LOSS)
     tl.store(losses + rows, loss * share, mask=inside)
     pull = weight * (share / t)
     tl.store(factor + rows, pull, mask=inside)
@@ -409,7 +409,7 @@ def finish(call, similarity, state, known, metrics):
         similarity, state, state.stride(0), float(call.temperature), call.learned_temperature,
         float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.ratio,
         found.losses, found.factor, found.rows, metrics, n,
-        ALPHA=call.alpha is not None, DUAL=call.inter_temperature is not None, KNOWN=bool(known), BLOCK=128,
+        ALPHA=call.alpha is not None, LOSS=loss_of(call), KNOWN=bool(known), BLOCK=128,
         num_warps=4,
     )  # fmt: skip
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import gap
-from ..calls import LN2, LOG2E, Metric, Pairs, Row, RowLosses, SymmetricLosses, rounded_log_sum, temperature_of
+from ..calls import LN2, LOG2E, Metric, Pairs, Row, RowLosses, SymmetricLosses, loss_of, rounded_log_sum, temperature_of
 
 MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
@@ -201,7 +201,7 @@ def finish(
     intra, inter = gap.Seen(similarity * scale - maximum, total), None
     if call.inter_temperature is not None:
         inter = gap.Seen(intra.above * (t / call.inter_temperature), state[Plane.INTER_TOTAL])
-    values = gap.values(intra, inter, count, call.alpha)
+    values = gap.values(loss_of(call), intra, inter, count, call.alpha)
     factor, rows = values.weight * (call.ratio / t), similarity.new_zeros((len(Row), len(similarity)))
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, total)
     rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
