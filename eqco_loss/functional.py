@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _agree, negatives, ops
 from . import _validate as check
-from . import negatives, ops
 from .distributed import Gather, Ranks
 from .negatives import Direction
 from .ops import Metric, Row, RowLosses
@@ -155,7 +155,7 @@ def dual_temp_infonce(
 
 def compute_loss(settings: Settings, inputs: Inputs) -> Tensor:
     """The reduced loss."""
-    ranks = check.inputs(settings, inputs)
+    ranks = _agree.inputs(settings, inputs)
     if ranks is None and _symmetric_serves(settings, inputs):
         return _symmetric_loss(settings, inputs)
     return _sum([out.loss for out in _row_losses(settings, inputs, ranks)])
@@ -163,7 +163,7 @@ def compute_loss(settings: Settings, inputs: Inputs) -> Tensor:
 
 def compute_metrics(settings: Settings, inputs: Inputs) -> LossMetrics:
     """The reduced loss and what to log beside it."""
-    ranks = check.inputs(settings, inputs)
+    ranks = _agree.inputs(settings, inputs)
     outputs = _row_losses(settings, inputs, ranks, need_metrics=True)
     metrics = torch.cat([out.metrics for out in outputs], 1)  # (len(Metric), N), or of both directions 2N
     positive = torch.cat([out.rows[Row.POSITIVE] for out in outputs])

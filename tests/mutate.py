@@ -86,7 +86,9 @@ def main(args: Args) -> int:
         return 0
     survived = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for one, found in zip(every, pool.map(lambda one: one.same or caught_by(one, args.seconds), every), strict=True):
+        for one, found in zip(
+            every, pool.map(lambda one: one.same or caught_by(one, args.seconds), every), strict=True
+        ):
             survived += found is None
             print(f"{one.name:110} {found or 'SURVIVES'}", flush=True)
     print(f"{len(every)} changes, {survived} survive")

@@ -20,14 +20,15 @@ from eqco_loss import functional
 
 PACKAGE = Path(eqco_loss.__file__).parent
 
-MOST_LINES = 530
+MOST_LINES = 450
 
 # The one direction of imports. A module that is not here is a decision that nobody wrote down.
 MAY_IMPORT = {
     "__init__": {"losses", "queue", "momentum", "functional"},
     "losses": {"functional", "_validate", "distributed", "settings"},
-    "functional": {"_validate", "distributed", "negatives", "ops", "settings"},
+    "functional": {"_agree", "_validate", "distributed", "negatives", "ops", "settings"},
     "negatives": {"distributed", "ops", "queue", "settings"},
+    "_agree": {"_validate", "distributed", "queue", "settings"},
     "_validate": {"distributed", "queue", "settings"},
     "settings": {"distributed", "queue"},
     "queue": {"distributed"},
@@ -38,7 +39,8 @@ MAY_IMPORT = {
 # The same inside of ops: backends know the records and not each other.
 INSIDE_OPS = {
     "__init__": {"backends", "calls", "operator"},
-    "operator": {"backends", "calls", "definition"},
+    "operator": {"backends", "calls", "definition", "flat"},
+    "flat": {"calls"},
     "backends": {"tiles", "triton", "wide"},
     "wide": {"calls", "gap", "gap_kernels", "launcher"},
     "tiles": {"blocks", "calls", "definition", "flash", "gap"},
@@ -116,7 +118,7 @@ def test_torch_is_the_only_dependency(path: Path) -> None:
 
 def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() -> None:
     """The kernels' files import Triton, and one function of each backend imports those files."""
-    kernels_of = {"triton": {"parts", "forward", "keys", "symmetric"}, "wide": {"kernels", "mutual"}}
+    kernels_of = {"triton": {"parts", "forward", "keys", "symmetric"}, "wide": {"kernels", "launches", "mutual"}}
     places = []
     for path in files():
         tree = ast.parse(path.read_text())

@@ -1,7 +1,7 @@
 """The operators: registered from their records' fields, sent to a backend, and differentiated.
 
-An operator takes a record of ``calls.py`` and returns another. torch's dispatcher knows only flat arguments, so a
-record is flattened by its fields' names for it: ``first.pairs.key_ids`` is the argument ``first_pairs_key_ids``.
+An operator takes a record of ``calls.py`` and returns another. torch's dispatcher gets its fields one by one
+(``flat.py``).
 
 Private names of torch that are used here, and why:
 
@@ -15,9 +15,9 @@ Private names of torch that are used here, and why:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any, Generic, NamedTuple, Optional, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,10 @@ from torch import Tensor, nn
 from . import definition
 from .backends import BACKENDS
 from .calls import (
-    KeySet,
     KeysGradient,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
-    Pairs,
     Row,
     RowLosses,
     RowOutputs,
@@ -41,71 +39,12 @@ from .calls import (
     compute_dtype,
     temperature_of,
 )
+from .flat import Call, arguments, flatten, unflatten
 
-Call = TypeVar("Call", bound=NamedTuple)  # the record that an operator takes
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
 
 _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list, torch.dtype})
-_NESTED = (Pairs, KeySet)  # records inside of records
-
-
-# --------------------------------------------------------------------------------------------------- records, flattened
-
-
-class _Field(NamedTuple):
-    nested: type[Any] | None  # the record that it is
-    optional: bool
-
-
-def _fields(record: type[Any]) -> dict[str, tuple[Any, _Field]]:
-    """Each field's name, its type without None, and what it is."""
-    found = {}
-    for name, hint in get_type_hints(record).items():
-        kinds = [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
-        found[name] = kinds[0], _Field(kinds[0] if kinds[0] in _NESTED else None, kinds[0] is not hint)
-    return found
-
-
-_LAYOUTS = {
-    record: [field for _, field in _fields(record).values()]
-    for record in (*_NESTED, RowLosses, SymmetricLosses, SymmetricGradient, LogSumExp, KeysGradient)
-}
-
-
-def _arguments(record: type[Any], prefix: str = "", optional: bool = False) -> Iterator[tuple[str, Any]]:
-    """The flat arguments' names and types."""
-    for name, (kind, field) in _fields(record).items():
-        maybe = optional or field.optional
-        if field.nested is not None:
-            yield from _arguments(field.nested, f"{prefix}{name}_", maybe)
-        else:
-            plain = Sequence[int] if kind == list[int] else kind
-            yield prefix + name, Optional[plain] if maybe else plain  # noqa: UP045  # of a type that is a value
-
-
-def flatten(record: type[Any], call: Any) -> list[Any]:
-    """A record's values in the order of ``_arguments``; of an absent record, as many times None."""
-    flat: list[Any] = []
-    values = call if call is not None else [None] * len(_LAYOUTS[record])
-    for value, field in zip(values, _LAYOUTS[record], strict=True):
-        if field.nested is None:
-            flat.append(value)
-        else:
-            flat += flatten(field.nested, value)
-    return flat
-
-
-def unflatten(record: type[Call], flat: Sequence[Any]) -> Call:
-    return _unflatten(record, iter(flat))  # type: ignore[no-any-return]
-
-
-def _unflatten(record: type[Any], flat: Iterator[Any]) -> Any:
-    values: list[Any] = []
-    for field in _LAYOUTS[record]:
-        value = next(flat) if field.nested is None else _unflatten(field.nested, flat)
-        values.append(None if field.nested is KeySet and field.optional and value.keys is None else value)
-    return record(*values)
 
 
 # -------------------------------------------------------------------------------------------------------- the operator
@@ -125,15 +64,15 @@ class Operator(Generic[Call, Out]):
         backward: Callable[[Any, Call, Tensor], Gradients] | None = None,
     ) -> None:
         self.name, self.record, self.outputs, self.implementation = name, call, outputs, implementation
-        arguments = dict(_arguments(call))
-        self.places = [list(arguments).index(name) for name in differentiable]
+        fields = dict(arguments(call))
+        self.places = [list(fields).index(name) for name in differentiable]
         self.differentiable = differentiable
 
         def flat(*inputs: Any) -> Any:
             return _plain(self.run(unflatten(call, inputs)))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in arguments.items()]
+        parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
         returns = {Tensor: Tensor}.get(outputs) or tuple[(Tensor,) * len(outputs._fields)]  # type: ignore
         flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
         self.registered = torch.library.custom_op(

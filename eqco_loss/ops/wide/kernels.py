@@ -6,17 +6,15 @@ An absent tensor is None, which Triton compiles away. Statistics are float32.
 # mypy: ignore-errors
 # ruff: noqa: N803
 
-import torch
 import triton
 import triton.language as tl
 
 from ..calls import LN2 as _LN2
 from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
-from ..calls import Metric, Row, gradient_eps, loss_of
+from ..calls import Metric, Row
 from ..gap_kernels import something, values
-from ..launcher import launch
-from .pointwise import Finished, Plane
+from .pointwise import Plane
 
 LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
 ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
@@ -340,139 +338,3 @@ def through_unit_kernel(
             unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
             value = (value - (unit.to(tl.float32) * to_unit) * along) * length
         tl.store(out + row * out_stride + at, value.to(out.dtype.element_ty), mask=at < d)
-
-
-# ------------------------------------------------------------------------------------------------------------ launches
-
-
-def fold(tile, state, seek, weights):
-    shrink = torch.empty(len(tile.x), dtype=torch.float32, device=tile.x.device)
-    _launch_fold(tile, state, seek, weights, shrink)
-    return shrink
-
-
-def fold_both(tile, own, state, key_state, seek):
-    shrink = torch.empty(max(tile.x.shape), dtype=torch.float32, device=tile.x.device)
-    _launch_fold(tile, state, seek, None, shrink)
-    if own < tile.x.shape[1]:  # the tile turned around, of pairs that look the same from both sides
-        turned = tile._replace(
-            x=tile.x[:, own:].T,
-            row_scale=tile.key_scale[own:],
-            key_scale=tile.row_scale,
-            row=tile.key + own,
-            key=tile.row,
-        )
-        _launch_fold(turned, key_state, seek, None, shrink)
-
-
-def _launch_fold(tile, state, seek, weights, shrink):
-    pairs, numbers, wrap = _arguments(tile)
-    n, k = tile.x.shape
-    if tile.x.stride(1) == 1:
-        at_once = weights is not None and 2048 < k <= 4096  # so that one visit will do
-        block_keys = 4096 if at_once else min(2048, triton.next_power_of_2(k))
-        block_rows = max(1, min(triton.next_power_of_2(n), 2048 // block_keys))
-    else:
-        block_rows, block_keys = 32, 64
-    stride = 0 if weights is None else weights.stride(0)
-    launch(
-        fold_kernel, (triton.cdiv(n, block_rows),),
-        *pairs, state, state.stride(0), weights, stride, shrink, seek.ratio, seek.threshold, *numbers,
-        WRAP=wrap, OWN=tile.key_scale.dim() == 2, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted,
-        TWICE=weights is not None and k > block_keys, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=8,
-    )  # fmt: skip
-
-
-def weights(tile, base, factor, out):
-    _launch_weights(tile, base, factor, None, None, None, out)
-
-
-def weights_both(tile, row, key, row_factor, out):
-    _launch_weights(tile, row.base, row_factor, row.pull, key.base, key.pull, out)
-
-
-def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
-    pairs, numbers, wrap = _arguments(tile)
-    n, k = tile.x.shape
-    launch(
-        weights_kernel, (triton.cdiv(n, 8), triton.cdiv(k, 256)),
-        *pairs, base, factor, pull, key_base, key_pull, out, out.stride(0), *numbers,
-        WRAP=wrap, OWN=tile.key_scale.dim() == 2, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
-    )  # fmt: skip
-
-
-def finish(call, similarity, state, known, metrics):
-    n, new = len(similarity), similarity.new_empty
-    found = Finished(new(n), new(len(Row), n), new(n))
-    launch(
-        finish_kernel, (triton.cdiv(n, 128),),
-        similarity, state, state.stride(0), float(call.temperature), call.learned_temperature,
-        float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.ratio,
-        found.losses, found.factor, found.rows, metrics, n,
-        ALPHA=call.alpha is not None, LOSS=loss_of(call), KNOWN=bool(known), BLOCK=128,
-        num_warps=4,
-    )  # fmt: skip
-    return found
-
-
-def measured(x, products):
-    """Of rows (R, D): what is multiplied, (R, D), 1 / length, the same for gradients, and its scale, (R,) each."""
-    n, d = x.shape
-    new = torch.empty(3, n, dtype=torch.float32, device=x.device)
-    out = (
-        torch.empty((n, d), dtype=products, device=x.device)
-        if torch.float16 == products or products != x.dtype
-        else None
-    )
-    block_d = min(1024, triton.next_power_of_2(d))
-    block_rows = max(1, 2048 // block_d)
-    launch(
-        measure_kernel, (triton.cdiv(n, block_rows),),
-        x, *x.stride(), out, *new, n, d, float(gradient_eps(x.dtype)),
-        POWER=products == x.dtype, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    return (x if out is None else out), *new
-
-
-def dots(a, b, factor, out):
-    d = a.shape[1]
-    block = min(2048, triton.next_power_of_2(d))
-    launch(dots_kernel, (len(a),), a, *a.stride(), b, *b.stride(), factor, out, d, BLOCK_D=block, num_warps=4)
-
-
-def through_unit(raw, gradient, factor, other, other_factor, out):
-    n, d = raw.rows.shape
-    launch(
-        through_unit_kernel, (n,),
-        *(raw.rows, *raw.rows.stride(), raw.inverse, raw.gradient_inverse),
-        *(gradient, 0 if gradient is None else gradient.stride(0), factor),
-        *(other, *((0, 0) if other is None else other.stride()), other_factor, out, out.stride(0), d),
-        NORMALIZE=raw.normalize, BLOCK_D=min(2048, triton.next_power_of_2(d)), num_warps=4,
-    )  # fmt: skip
-
-
-def _arguments(tile):
-    """What ``load_logits`` needs of a tile: its tensors, its numbers, and how places wrap around a band."""
-    pairs, (n, k) = tile.pairs, tile.x.shape
-    query_ids, key_ids = (pairs.query_ids, pairs.key_ids) if pairs.by_ids else (None, None)
-    if key_ids is not None:
-        query_ids = query_ids.contiguous()
-        if query_ids.dtype != key_ids.dtype:  # Triton would compare int8's -1 as 255
-            query_ids, key_ids = query_ids.long(), key_ids.long()
-    tensors = (
-        *(tile.x, *tile.x.stride(), tile.row_scale, tile.key_scale, *_strides(tile.key_scale)),
-        *(query_ids, key_ids, *_strides(key_ids), pairs.mask, *_strides(pairs.mask), pairs.filled),
-    )
-    if not pairs.band:
-        return tensors, (n, k, tile.key, 0, 0, 1), 0
-    offset, width, modulus = pairs.band
-    wrap = 1 if max(n, k) <= modulus else 2
-    ahead = (tile.key - tile.row - offset - 1) % modulus
-    if wrap == 2:
-        ahead += triton.cdiv(n, modulus) * modulus
-    return tensors, (n, k, tile.key, ahead, width, modulus), wrap
-
-
-def _strides(x):
-    """Of (K,), which all rows share, or (N, K)."""
-    return (0, 0) if x is None else (0, x.stride(0)) if x.dim() == 1 else x.stride()

@@ -300,9 +300,9 @@ def _module(index: int | None) -> Any:
         return None
     if index is not None and torch.cuda.get_device_capability(index) < (8, 0):
         return None
-    from . import kernels
+    from . import launches
 
-    return kernels
+    return launches
 
 
 def mutual(multiplied: Tensor) -> Any:
