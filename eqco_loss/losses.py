@@ -12,6 +12,8 @@ from .distributed import Gather, HoldsGroup
 from .functional import LossMetrics
 from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
 
+__all__ = ["DualTempInfoNCE", "EqCoLoss", "LossMetrics"]
+
 
 class _Criterion(HoldsGroup):
     """What both losses share: the settings, and three ways to call them."""

@@ -214,3 +214,25 @@ def test_the_version_is_the_same_everywhere() -> None:
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest[1] == eqco_loss.__version__
+
+
+def test_the_description_for_package_indexes_has_no_relative_links() -> None:
+    """What pyproject.toml substitutes in the README, where none of the repository's files are beside it."""
+    section = (ROOT / "pyproject.toml").read_text().split("[tool.hatch.metadata.hooks.fancy-pypi-readme]")[1]
+    rules = re.findall(r"pattern = '(.+)', replacement = ['\"](.*)['\"]", section.split("\n[")[0])
+    assert len(rules) == 3
+    text = README.read_text()
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    assert [
+        line for line in text.splitlines() if re.search(r"\]\((?!https?:|mailto:|#)|<img (?!.*https?:)", line)
+    ] == []
+    code = r"^```.*?^```"
+    blocks_of = [re.findall(code, page, re.MULTILINE | re.DOTALL) for page in (README.read_text(), text)]
+    assert blocks_of[0] == blocks_of[1]
+
+
+def test_the_citation_has_both_papers() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert "EqCo: Equivalent Rules" in text
+    assert "Dual Temperature Helps" in text
