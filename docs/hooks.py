@@ -15,6 +15,7 @@ ELSEWHERE = {
     "training.md": "examples/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "first_steps.md": "docs/first_steps.ipynb",
 }
 LINK = re.compile(r"(!?)\[([^\[\]]+)\]\(([^()\s#:]+)(#[^()\s]*)?\)")
 
