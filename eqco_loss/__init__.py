@@ -4,5 +4,5 @@ from .losses import DualTempInfoNCE, EqCoLoss
 from .momentum import momentum_update
 from .queue import MomentumQueue
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DualTempInfoNCE", "EqCoLoss", "MomentumQueue", "momentum_update"]

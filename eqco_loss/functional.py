@@ -29,20 +29,31 @@ __all__ = ["LossMetrics", "cosine_momentum", "dual_temp_infonce", "eqco_loss", "
 
 
 class LossMetrics(NamedTuple):
-    """The loss, and what to log beside it: 0-dim, detached means over the rows."""
+    """The loss, and what to log beside it: 0-dim, detached means over the rows.
 
-    loss: Tensor  #: what the criterion returns; the only one with a gradient
-    top1_accuracy: Tensor  #: share of queries whose positive is more similar than every negative, by more than rounding
-    #: (1e-5), and without the margin, as MoCo logs: 0 for embeddings that have collapsed to one point
-    top5_accuracy: Tensor  #: share for which fewer than five negatives are as similar as the positive
-    positive_similarity: Tensor  #: s(q, k), between -1 and 1
-    negative_similarity: Tensor  #: mean s(q, n) over each query's negatives
-    effective_k: Tensor  #: K_i, the negatives that are left after exclusions
-    mi_estimate: (
-        Tensor  #: log(1 + alpha) - L in nats (EqCo, Theorem 1); a lower bound of the mutual information for alpha <= K
-    )
-    gradient_norm_bound: Tensor  #: (2 / t)(1 - p_i), above the norm of dL_i/dq_i for unit q_i (EqCo, Theorem 2)
-    mean_log_weight: Tensor  #: log of the dual-temperature weight; 0 for EqCo
+    Attributes:
+        loss: what the criterion returns; the only one with a gradient.
+        top1_accuracy: share of queries whose positive is more similar than every negative, by more than rounding
+            (1e-5), and without the margin, as MoCo logs: 0 for embeddings that have collapsed to one point.
+        top5_accuracy: share for which fewer than five negatives are as similar as the positive.
+        positive_similarity: s(q, k), between -1 and 1.
+        negative_similarity: mean s(q, n) over each query's negatives.
+        effective_k: K_i, the negatives that are left after exclusions.
+        mi_estimate: log(1 + alpha) - L in nats (EqCo, Theorem 1); a lower bound of the mutual information for
+            alpha <= K.
+        gradient_norm_bound: (2 / t)(1 - p_i), above the norm of dL_i/dq_i for unit q_i (EqCo, Theorem 2).
+        mean_log_weight: log of the dual-temperature weight; 0 for EqCo.
+    """
+
+    loss: Tensor
+    top1_accuracy: Tensor
+    top5_accuracy: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    effective_k: Tensor
+    mi_estimate: Tensor
+    gradient_norm_bound: Tensor
+    mean_log_weight: Tensor
 
 
 def eqco_loss(
@@ -64,13 +75,13 @@ def eqco_loss(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    """InfoNCE independent of the number of negatives: :class:`eqco_loss.EqCoLoss` as a function.
+    """InfoNCE independent of the number of negatives: ``eqco_loss.EqCoLoss`` as a function.
 
     Source: EqCo (Zhu et al. 2020), equations 1 and 5.
 
     Args:
         query, positive_key, negative_keys, query_ids, negative_ids, negative_mask: as in a call of
-            :class:`eqco_loss.EqCoLoss`.
+            ``eqco_loss.EqCoLoss``.
         temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in
             its constructor.
 
@@ -79,9 +90,9 @@ def eqco_loss(
         ``reduction="none"``.
 
     Raises:
-        ValueError, TypeError: as :class:`eqco_loss.EqCoLoss`.
+        ValueError, TypeError: as ``eqco_loss.EqCoLoss``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from eqco_loss.functional import eqco_loss
         >>> loss = eqco_loss(torch.randn(8, 16), torch.randn(8, 16), num_negatives=4, alpha=256)
@@ -113,24 +124,24 @@ def dual_temp_infonce(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    """InfoNCE with two temperatures: :class:`eqco_loss.DualTempInfoNCE` as a function.
+    """InfoNCE with two temperatures: ``eqco_loss.DualTempInfoNCE`` as a function.
 
     Source: Dual Temperature Helps Contrastive Learning Without Many Negative Samples (Zhang et al. 2022).
 
     Args:
         query, positive_key, negative_keys, query_ids, negative_ids, negative_mask: as in a call of
-            :class:`eqco_loss.DualTempInfoNCE`.
-        temperature, inter_temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, gather,
-            reduction, backend: as in its constructor.
+            ``eqco_loss.DualTempInfoNCE``.
+        temperature, inter_temperature, alpha: as in its constructor.
+        in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in its constructor.
 
     Shape:
         query, positive_key (N, D); negative_keys (K, D), (N, K, D), a MomentumQueue or None. Returns (), or (N,) with
         ``reduction="none"``.
 
     Raises:
-        ValueError, TypeError: as :class:`eqco_loss.DualTempInfoNCE`.
+        ValueError, TypeError: as ``eqco_loss.DualTempInfoNCE``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from eqco_loss.functional import dual_temp_infonce
         >>> loss = dual_temp_infonce(torch.randn(8, 16), torch.randn(8, 16), temperature=0.1, inter_temperature=1.0)
@@ -304,7 +315,7 @@ def negatives_logsumexp(
 
     Source: the ``lse_i`` of every contrastive loss here, for example EqCo (Zhu et al. 2020), equation 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from eqco_loss.functional import negatives_logsumexp
         >>> q, n = torch.randn(4, 8), torch.randn(100, 8)
@@ -353,7 +364,7 @@ def cosine_momentum(step: int, total_steps: int, base: float = 0.996, final: flo
     Raises:
         ValueError: a negative step, ``total_steps`` < 1, momenta outside [0, 1].
 
-    Example:
+    Examples:
         >>> from eqco_loss.functional import cosine_momentum
         >>> cosine_momentum(0, 100), cosine_momentum(100, 100)
         (0.996, 1.0)

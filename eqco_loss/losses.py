@@ -12,6 +12,8 @@ from .distributed import Gather, HoldsGroup
 from .functional import LossMetrics
 from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
 
+__all__ = ["DualTempInfoNCE", "EqCoLoss", "LossMetrics"]
+
 
 class _Criterion(HoldsGroup):
     """What both losses share: the settings, and three ways to call them."""
@@ -109,10 +111,9 @@ class _Criterion(HoldsGroup):
 
 
 class EqCoLoss(_Criterion):
-    r"""InfoNCE whose value and gradient do not depend on how many negatives it is given.
+    """InfoNCE whose value and gradient do not depend on how many negatives it is given.
 
-    .. math::
-        L_i = \log\Big(1 + \frac{\alpha}{K_i} \sum_j \exp\big((s(q_i, n_j) - s(q_i, k_i)) / t\big)\Big)
+        L_i = log(1 + (alpha / K_i) sum_j exp((s(q_i, n_j) - s(q_i, k_i)) / t))
 
     With s the cosine similarity and K_i the number of negatives that query i really has. ``alpha`` is how many
     negatives the loss mimics: SiMo trains with 16 and mimics 256 or 65536. ``alpha = K`` (or None) is InfoNCE. Exact,
@@ -124,7 +125,7 @@ class EqCoLoss(_Criterion):
     Args:
         temperature: t > 0, a number, or a 0-dim tensor, which may require a gradient. An ``nn.Parameter`` becomes the
             module's own. A compiled program has numbers built in: one that a schedule changes should be a tensor. One
-            that is computed from a parameter, such as CLIP's, belongs in :func:`eqco_loss.functional.eqco_loss`.
+            that is computed from a parameter, such as CLIP's, belongs in ``eqco_loss.functional.eqco_loss``.
         positional: nothing; it turns ``EqCoLoss(0.2, 16)``, which could mean two things, into an error that says so.
         alpha: how many negatives to mimic, > 0. None: as many as there are, row by row.
         in_batch: the batch's own negatives. None: ``"keys"`` if no ``negative_keys`` are given, else none. ``"keys"``:
@@ -151,7 +152,7 @@ class EqCoLoss(_Criterion):
         - query, positive_key: (N, D); row i of positive_key is query i's positive. float16, bfloat16, float32 or
           float64.
         - negative_keys: None for the other rows of positive_key; (K, D) shared by all queries; (N, K, D) per query; or
-          a :class:`MomentumQueue`.
+          a ``MomentumQueue``.
         - query_ids (N,), negative_ids (K,) or (N, K): integers. A negative with the query's id is left out; the
           positive always stays. In a batch query_ids serve both sides, and a queue uses the ids it stored.
         - negative_mask (K,) or (N, K): bool, beside a tensor of negative_keys; True where the key is a negative of the
@@ -167,7 +168,7 @@ class EqCoLoss(_Criterion):
         TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers, a
             mask that is not bool.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from eqco_loss import EqCoLoss
         >>> criterion = EqCoLoss(temperature=0.2, alpha=65536, num_negatives=16)
@@ -212,11 +213,9 @@ class EqCoLoss(_Criterion):
 
 
 class DualTempInfoNCE(_Criterion):
-    r"""InfoNCE with one temperature within each row and another across rows.
+    """InfoNCE with one temperature within each row and another across rows.
 
-    .. math::
-        L_i = \mathrm{sg}\left[\frac{1 - p_i(T)}{1 - p_i(t)}\right] (-\log p_i(t)), \qquad p_i(t) =
-        \mathrm{sigmoid}(gap_i(t))
+        L_i = sg[(1 - p_i(T)) / (1 - p_i(t))] (-log p_i(t)),    p_i(t) = sigmoid(gap_i(t))
 
     The small intra temperature t decides which negatives of a row matter; the large inter temperature T decides how
     much each row matters. The weight is detached (sg). Computed without 1 - p, so it stays finite where the published
@@ -228,17 +227,17 @@ class DualTempInfoNCE(_Criterion):
     Args:
         temperature: t > 0, within a row; a number or a 0-dim tensor, which may require a gradient.
         inter_temperature: T > 0, across rows; a number.
-        positional: nothing, as in :class:`EqCoLoss`.
+        positional: nothing, as in ``EqCoLoss``.
         alpha: how many negatives to mimic, > 0. None, the paper's loss: as many as there are.
-        in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in :class:`EqCoLoss`.
+        in_batch, num_negatives, sampling, symmetric, normalize, gather, reduction, backend: as in ``EqCoLoss``.
 
     Shape:
-        As :class:`EqCoLoss`.
+        As ``EqCoLoss``.
 
     Raises:
-        ValueError, TypeError: as :class:`EqCoLoss`.
+        ValueError, TypeError: as ``EqCoLoss``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from eqco_loss import DualTempInfoNCE
         >>> criterion = DualTempInfoNCE(temperature=0.1, inter_temperature=1.0)

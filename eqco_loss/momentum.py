@@ -41,7 +41,7 @@ def momentum_update(
     Shape:
         Every parameter keeps its own; they must agree pairwise.
 
-    Example:
+    Examples:
         >>> import copy, torch
         >>> from eqco_loss import momentum_update
         >>> query_encoder = torch.nn.Linear(2, 2)

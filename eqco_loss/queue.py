@@ -59,7 +59,7 @@ class MomentumQueue(HoldsGroup):
         ValueError, TypeError: sizes < 1, a dtype that is not floating, keys of another width, ids missing or not asked
             for.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from eqco_loss import EqCoLoss, MomentumQueue
         >>> queue = MomentumQueue(size=4, dim=2)
@@ -171,7 +171,7 @@ class MomentumQueue(HoldsGroup):
     def load_moco(self, queue: Tensor, pointer: Tensor | int = 0) -> None:
         """Take over MoCo's own buffers: ``queue`` (dim, size), as its checkpoints keep it, and ``queue_ptr``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from eqco_loss import MomentumQueue
             >>> state = {"module.queue": torch.randn(128, 4096), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}

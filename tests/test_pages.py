@@ -1,4 +1,4 @@
-"""The README is executed: every python block in order, down the page; every command names what exists."""
+"""The README and the pages are executed: python blocks from top to bottom, and every command names what exists."""
 
 import ast
 import importlib.util
@@ -11,27 +11,34 @@ from typing import Any
 import pytest
 import torch
 
+import eqco_loss
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS, ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 SHELLS = ("bash", "sh", "shell", "console")
+OF_DOCS = {"mkdocs"}  # programs of the extra "docs", which are not among the tests'
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def blocks(*languages: str) -> list[tuple[int, str]]:
-    """(line, text) of the README's fenced blocks in these languages."""
-    text = README.read_text() if README.exists() else ""
+def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
+    """(line, text) of a page's fenced blocks in these languages."""
+    text = page.read_text()
     found = re.finditer(r"^[ ]*```[ ]*(\w+)[^\n]*\n(.*?)^[ ]*```[ ]*$", text, re.MULTILINE | re.DOTALL)
     return [(text[: m.start()].count("\n") + 1, m[2]) for m in found if m[1] in languages]
 
 
 def test_readme_has_python_and_commands() -> None:
-    assert README.exists()
-    assert blocks("python"), "no python block"
-    assert blocks(*SHELLS), "no shell block"
+    assert blocks(README, "python"), "no python block"
+    assert blocks(README, *SHELLS), "no shell block"
 
 
-def test_every_fence_says_its_language() -> None:
+@each_page
+def test_every_fence_says_its_language(page: Path) -> None:
     """A block without a language would be skipped in silence."""
-    fences = re.findall(r"^[ ]*```[ ]*(\S*)", README.read_text(), re.MULTILINE)
+    fences = re.findall(r"^[ ]*```[ ]*(\S*)", page.read_text(), re.MULTILINE)
     assert len(fences) % 2 == 0
     opening = set(fences[::2])
     assert opening <= {"python", *SHELLS, "text", "bibtex", "toml", "yaml", "diff"}, (
@@ -39,18 +46,20 @@ def test_every_fence_says_its_language() -> None:
     )
 
 
-def test_python_blocks() -> None:
-    """Blocks share one namespace, top to bottom."""
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_blocks(page: Path) -> None:
+    """The blocks of a page share one namespace, top to bottom."""
     torch.manual_seed(0)
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for line, code in blocks("python"):
-        exec(compile("\n" * line + code, str(README), "exec"), namespace)
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
-def commands() -> list[tuple[int, str]]:
+def commands(page: Path) -> list[tuple[int, str]]:
     """(line, command), continuation lines joined, comments and prompts and what a command printed left out."""
     found = []
-    for line, text in blocks(*SHELLS):
+    for line, text in blocks(page, *SHELLS):
         prompted = any(row.startswith("$ ") for row in text.splitlines())
         for row in re.sub(r"\\\n\s*", " ", text).splitlines():
             row = row.strip()
@@ -139,10 +148,16 @@ def check_paths(arguments: list[str]) -> None:
             assert (ROOT / argument.split("::")[0]).exists(), f"{argument} does not exist"
 
 
-@pytest.mark.parametrize(("line", "command"), commands() or [(0, "false")])
-def test_shell_command(line: int, command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=f"{page.relative_to(ROOT)}:{line}: {command}")
+        for page in PAGES
+        for line, command in commands(page)
+    ],
+)
+def test_shell_command(command: str) -> None:
     """Scripts exist, modules can be run, flags are fields of the script's arguments, programs are known."""
-    assert line, "README.md has no shell block"
     for words in simple_commands(command):
         program, arguments = words[0], words[1:]
         if program in ("python", "python3", "torchrun"):
@@ -153,14 +168,71 @@ def test_shell_command(line: int, command: str) -> None:
             check_paths(arguments)
         elif "/" in program or program.startswith("."):
             assert (ROOT / program).exists(), f"{program} does not exist"
-        else:
+        elif program not in OF_DOCS:
             assert shutil.which(program) or importlib.util.find_spec(program), f"{program} is not there"
             check_paths(arguments)
 
 
-def test_links_to_files_exist() -> None:
-    """Images and files that the README points at."""
-    targets = re.findall(r"\]\(([^)#\s]+)|<img[^>]*src=\"([^\"]+)\"", README.read_text())
+@each_page
+def test_links_to_files_exist(page: Path) -> None:
+    """Images and files that a page points at, and headings of other pages."""
+    targets = re.findall(r"\]\(([^)\s]+)\)|<img[^>]*src=\"([^\"]+)\"", page.read_text())
     for target in (a or b for a, b in targets):
-        if "://" not in target and not target.startswith("mailto:"):
-            assert (ROOT / target).exists(), f"{target} does not exist"
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(file), f"{file.name} has no heading #{anchor}, but {anchors(file)}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, where mkdocs and GitHub make the same of them: of plain words."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    words = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"\s", "-", text) for text in words} & {re.sub(r"[\s-]+", "-", text) for text in words}
+
+
+@each_page
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    """`test_file.py::test_one`, and `test_two` after it."""
+    file = ""
+    for named, test in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page.read_text()):
+        file = named or file
+        assert file, f"{test}: of which file?"
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), f"{file} has no {test}"
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    """`mkdocs build --strict` says whether what is in it exists."""
+    navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\nplugins:")[0]
+    assert {page.name for page in DOCS} <= set(re.findall(r"\w+\.md", navigation))
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {eqco_loss.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == eqco_loss.__version__
+
+
+def test_the_description_for_package_indexes_has_no_relative_links() -> None:
+    """What pyproject.toml substitutes in the README, where none of the repository's files are beside it."""
+    section = (ROOT / "pyproject.toml").read_text().split("[tool.hatch.metadata.hooks.fancy-pypi-readme]")[1]
+    rules = re.findall(r"pattern = '(.+)', replacement = ['\"](.*)['\"]", section.split("\n[")[0])
+    assert len(rules) == 3
+    text = README.read_text()
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text)
+    assert [
+        line for line in text.splitlines() if re.search(r"\]\((?!https?:|mailto:|#)|<img (?!.*https?:)", line)
+    ] == []
+    code = r"^```.*?^```"
+    blocks_of = [re.findall(code, page, re.MULTILINE | re.DOTALL) for page in (README.read_text(), text)]
+    assert blocks_of[0] == blocks_of[1]
+
+
+def test_the_citation_has_both_papers() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert "EqCo: Equivalent Rules" in text
+    assert "Dual Temperature Helps" in text
