@@ -1,6 +1,7 @@
 """The README and the pages are executed: python blocks from top to bottom, and every command names what exists."""
 
 import ast
+import csv
 import importlib.util
 import re
 import shlex
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import eqco_loss
+from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -236,3 +238,31 @@ def test_the_citation_has_both_papers() -> None:
     text = (ROOT / "CITATION.cff").read_text()
     assert "EqCo: Equivalent Rules" in text
     assert "Dual Temperature Helps" in text
+
+
+def test_the_readmes_losses_run() -> None:
+    """Each call of the table "Which loss, for your case"."""
+    table = README.read_text().split("## Which loss")[1].split("##")[0]
+    calls = re.findall(r"`((?:EqCoLoss|DualTempInfoNCE|functional)[^`]*)`", table)
+    assert len(calls) >= 6
+    n, d = 16, 8
+    q, k, i, t = (torch.randn(n, d) for _ in range(4))
+    queue = MomentumQueue(32, d)
+    queue.enqueue(k)
+    names = {"q": q, "k": k, "i": i, "t": t, "queue": queue, "hard": torch.randn(n, 3, d), "scale": torch.tensor(2.0)}
+    names |= {"EqCoLoss": EqCoLoss, "DualTempInfoNCE": DualTempInfoNCE, "functional": functional}
+    for call in calls:
+        found = eval(call, names)
+        loss = found if isinstance(found, torch.Tensor) else found(q, k)
+        assert loss.isfinite(), call
+
+
+def test_the_first_run_is_what_was_measured() -> None:
+    """Its kNN and its time, as the spread of examples/results/first_run.csv."""
+    with (ROOT / "examples" / "results" / "first_run.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    text = " ".join(README.read_text().split())
+    knn, seconds = (sorted(float(row[name]) for row in rows if row[name]) for name in ("knn", "seconds"))
+    assert {row["untrained_knn"] for row in rows} == {"24.6"}
+    assert f"kNN rises from 24.6 % untrained to {knn[0]:g} to {knn[-1]:g} %" in text
+    assert f"After the install it takes {seconds[0]:g} to {seconds[-1]:g} seconds" in text
