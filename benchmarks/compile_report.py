@@ -38,7 +38,7 @@ import tyro
 from torch import Tensor
 
 from eqco_loss import functional
-from eqco_loss.ops import Pairs, launcher, operator, triton
+from eqco_loss.ops import Pairs, launcher, operator, triton, wide
 from eqco_loss.ops.calls import Row
 from eqco_loss.ops.triton import arguments
 
@@ -124,7 +124,8 @@ class Built(NamedTuple):
     @property
     def fails(self) -> bool:
         slow = self.spills_inside or self.serialised or self.older
-        return (slow and self.d <= (256 if self.dtype in HALF else 128)) or self.too_big
+        judged = self.case.startswith("wide") or self.d <= (256 if self.dtype in HALF else 128)
+        return (slow and judged) or self.too_big
 
     def figures(self, case: Case) -> str:
         if self.loop is None:
@@ -244,6 +245,29 @@ def symmetric(dtype: torch.dtype, d: int) -> object:
     return triton.symmetric_gradient(records.symmetric_gradient(views, empty(), empty(len(Row), VIEWS)))
 
 
+def by_wide(step: Callable[[Tensor], object]) -> Callable[[torch.dtype, int], object]:
+    """A step of the wide engine, which would take torch's own operations for tensors without memory."""
+
+    def launch(dtype: torch.dtype, d: int) -> object:
+        from eqco_loss.ops.wide import launches, pointwise
+
+        with mock.patch.object(pointwise, "_kernels", return_value=launches):
+            return step(empty(VIEWS, d, dtype=dtype))
+
+    return launch
+
+
+def wide_one_direction(views: Tensor) -> object:
+    q, keys = views.chunk(2)
+    wide.row_losses(records.row_losses(q, q, keys, Pairs(band=[0, len(q) - 1, len(q)]), normalize_keys=True))
+    return wide.keys_gradient(records.keys_gradient(q, keys, empty(), empty(len(Row), len(q))))
+
+
+def wide_both_directions(views: Tensor) -> object:
+    wide.symmetric_losses(records.symmetric_losses(views))
+    return wide.symmetric_gradient(records.symmetric_gradient(views, empty(), empty(len(Row), VIEWS)))
+
+
 QUEUE, BATCH, VIEWS = (256, 65536), (4096, 4096), 8192
 MANY = 2**24  # pairs of QUEUE and of BATCH
 CASES = [
@@ -269,6 +293,9 @@ CASES = [
     Case("NT-Xent, gradient", "bf16", 512, symmetric, VIEWS**2),
     Case("own keys' gradient", "bf16", 128, backward(256, 16, own=True)),
     Case("picked", "bf16", 128, picked),
+    Case("wide, one direction", "bf16", 512, by_wide(wide_one_direction)),
+    *(Case("wide, both directions", dtype, 512, by_wide(wide_both_directions), VIEWS**2, 1) for dtype in HALF),
+    Case("wide, both directions", "bf16", 500, by_wide(wide_both_directions), VIEWS**2, 1),
 ]
 
 
@@ -326,7 +353,8 @@ def compiling(target: int, built: Callable[[str, str, Any, tuple[int, int], floa
             kernel = run(self, *args, grid=grid, warmup=True, **options)
         text = report.getvalue()
         if text:  # else this very kernel has been built before
-            tile = options.get("BLOCK_ROWS", 0), options.get("BLOCK_KEYS", 0)
+            square = options.get("BLOCK", 0) if "mutual" in self.fn.__module__ else 0  # of the wide engine
+            tile = options.get("BLOCK_ROWS", square), options.get("BLOCK_KEYS", square)
             built(self.fn.__name__, text, kernel, tile, time.perf_counter() - start)
         return kernel
 

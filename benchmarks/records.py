@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eqco_loss.ops import KeySet, Pairs, RowLosses
-from eqco_loss.ops.calls import KeysGradient, SymmetricGradient
+from eqco_loss.ops.calls import KeysGradient, SymmetricGradient, SymmetricLosses
 
 T = 0.2
 
@@ -49,6 +49,21 @@ def keys_gradient(
         learned_temperature=None,
         normalize=True,
         autocast=autocast,
+        backend="triton",
+    )
+
+
+def symmetric_losses(views: Tensor, across: bool = True) -> SymmetricLosses:
+    """A mean of EqCo's losses in both directions."""
+    return SymmetricLosses(
+        views=views,
+        across=across,
+        temperature=T,
+        learned_temperature=None,
+        inter_temperature=None,
+        alpha=65536.0,
+        share=[1, len(views)],
+        autocast=None,
         backend="triton",
     )
 

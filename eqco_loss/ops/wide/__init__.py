@@ -197,7 +197,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
     state, s, mutual = new_state(n, like), like.new_empty(n), pointwise.mutual(views.multiplied)
     if mutual is not None:
-        mutual.statistics(views, logit_scale, call, state, seek)
+        mutual.statistics(mutual.steps_of(views.multiplied), views.scale, logit_scale, call, state, seek)
     else:
         for some, chunks in _mutual(n, views, call.across, like):
             for columns in chunks:
@@ -240,13 +240,14 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
         pointwise.through_unit(views.part(some).raw, gradient, largest / views.scale[some], *rest)
 
     mutual = pointwise.mutual(views.multiplied)
+    whole_steps = None if mutual is None else mutual.steps_of(views.multiplied)
     for some, chunks in _mutual(n, views, call.across, like, stored=mutual is None):
         gradient = like.new_empty((some.stop - some.start, d)) if call.across else sums[some]
         for columns in chunks:
             own = _own(some, columns)
             if mutual is not None:
                 weights = workspace.matrix(products, some.stop - some.start, columns.stop - columns.start)
-                mutual.weights(views, logit_scale, call, anchors, some, columns, weights)
+                mutual.weights(whole_steps, views.scale, logit_scale, call, anchors, some, columns, weights)
             else:
                 tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
                 weights = workspace.weights(tile.x)

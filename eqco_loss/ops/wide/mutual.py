@@ -33,7 +33,7 @@ PART_MAXIMUM, PART_TOTAL, PART_INTER, PART_WEIGHTED = (tl.constexpr(place) for p
 @triton.jit
 def multiplied(
     views, stride, row, row_stop, column, column_stop, d,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Products of the rows from ``row`` on with the columns from ``column`` on: two halves (BLOCK, BLOCK / 2).
 
@@ -45,12 +45,7 @@ def multiplied(
     x = tl.zeros((BLOCK, BLOCK), tl.float32)
     for first in range(0, d, BLOCK_D):
         feature = first + tl.arange(0, BLOCK_D)
-        if EVEN:
-            a, b = tl.load(at_rows + feature[None, :]), tl.load(at_columns + feature[None, :])
-        else:
-            inside = (feature < d)[None, :]
-            a = tl.load(at_rows + feature[None, :], mask=inside, other=0.0)
-            b = tl.load(at_columns + feature[None, :], mask=inside, other=0.0)
+        a, b = tl.load(at_rows + feature[None, :]), tl.load(at_columns + feature[None, :])
         x = tl.dot(a, tl.trans(b), acc=x)
     left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, BLOCK // 2)), (0, 2, 1)))
     return left, right
@@ -116,7 +111,7 @@ def statistics_kernel(
     views, stride, row_scale, key_scale, of_rows, rows_plane, of_columns, columns_plane,
     temperature, temperature_tensor, ratio, row_start, row_stop, column_start, column_stop, half, d,
     TRIANGLE: tl.constexpr, WEIGH: tl.constexpr, BOUNDED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile's share of the states: ``of_rows`` (planes, halves of tiles, rows), ``of_columns`` (planes, tiles,
     columns).
@@ -134,7 +129,7 @@ def statistics_kernel(
     place, beside = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK // 2)
     if TRIANGLE and column < row:  # the tile that is this one turned around has done this one's work
         return
-    left, right = multiplied(views, stride, row, row_stop, column, column_stop, d, BLOCK, BLOCK_D, EVEN)
+    left, right = multiplied(views, stride, row, row_stop, column, column_stop, d, BLOCK, BLOCK_D)
     highest = largest_logit(temperature, temperature_tensor)
     for right_half in tl.static_range(2):
         at_rows = (2 * j + right_half).to(tl.int64) * rows + place
@@ -210,7 +205,7 @@ def fold_parts_kernel(
 def weights_kernel(
     views, stride, row_scale, key_scale, base, pull, out, out_stride, temperature, temperature_tensor,
     row_start, row_stop, column_start, column_stop, half, d,
-    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr,
+    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) key_scale_i key_scale_j.
 
@@ -220,7 +215,7 @@ def weights_kernel(
         if is_bounded(temperature_tensor, None) != BOUNDED:
             return
     row, column = row_start + tl.program_id(0) * BLOCK, column_start + tl.program_id(1) * BLOCK
-    left, right = multiplied(views, stride, row, row_stop, column, column_stop, d, BLOCK, BLOCK_D, EVEN)
+    left, right = multiplied(views, stride, row, row_stop, column, column_stop, d, BLOCK, BLOCK_D)
     highest = largest_logit(temperature, temperature_tensor)
     rows = row + tl.arange(0, BLOCK)
     in_rows = rows < row_stop
@@ -253,9 +248,20 @@ def weights_kernel(
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def statistics(views, logit_scale, call, state, seek):
-    """``views`` are ``chunks.Rows`` (2M, D) in half precision; fills the state of all rows."""
-    x, n = _rows(views.multiplied), len(views.multiplied)
+def steps_of(x):
+    """Rows (2M, D) in half precision whose features lie side by side and fill whole steps, with zeros at the end.
+
+    A mask of the loads would make the loops spill.
+    """
+    missing = -x.shape[1] % BLOCK_D
+    if missing:
+        return torch.nn.functional.pad(x, (0, missing))
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def statistics(x, scale, logit_scale, call, state, seek):
+    """``x`` is of ``steps_of``, and ``scale`` of ``chunks.Rows``; fills the state of all rows."""
+    n = len(x)
     across = call.across
     anchors, first_key = (n // 2, n // 2) if across else (n, 0)
     step = max(BLOCK, PARTS * BLOCK // (3 * 4 * len(USED) * (n - first_key)) // BLOCK * BLOCK)
@@ -272,11 +278,11 @@ def statistics(views, logit_scale, call, state, seek):
         for bounded in _forms(call.temperature, call.inter_temperature, call.learned_temperature):
             launch(
                 statistics_kernel, grid,
-                *(x, x.stride(0), logit_scale, views.scale),
+                *(x, x.stride(0), logit_scale, scale),
                 *(of_rows, of_rows.stride(0), of_columns, of_columns.stride(0)),
                 *(float(call.temperature), call.learned_temperature, seek.ratio),
                 *(start, stop, column, n, n // 2, x.shape[1]),
-                TRIANGLE=not across, WEIGH=seek.weighted, BOUNDED=bounded, **_tile(x), **LAUNCH,
+                TRIANGLE=not across, WEIGH=seek.weighted, BOUNDED=bounded, BLOCK=BLOCK, BLOCK_D=BLOCK_D, **LAUNCH,
             )  # fmt: skip
         _fold_parts(of_rows, state[:, start:stop], seek)
         _fold_parts(of_columns, state[:, column:], seek)
@@ -291,16 +297,15 @@ def _fold_parts(parts, state, seek):
     )  # fmt: skip
 
 
-def weights(views, logit_scale, call, anchors, some, columns, out):
+def weights(x, scale, logit_scale, call, anchors, some, columns, out):
     """The weights of some rows and columns, ``out`` (R, C), for both of whose roles ``anchors`` has bases and pulls."""
-    x = _rows(views.multiplied)
     for bounded in _forms(call.temperature, None, call.learned_temperature):
         launch(
             weights_kernel, (triton.cdiv(out.shape[0], BLOCK), triton.cdiv(out.shape[1], BLOCK)),
-            *(x, x.stride(0), logit_scale, views.scale, anchors.base, anchors.pull, out, out.stride(0)),
+            *(x, x.stride(0), logit_scale, scale, anchors.base, anchors.pull, out, out.stride(0)),
             *(float(call.temperature), call.learned_temperature),
             *(some.start, some.stop, columns.start, columns.stop, len(x) // 2, x.shape[1]),
-            BOUNDED=bounded, **_tile(x), **LAUNCH,
+            BOUNDED=bounded, BLOCK=BLOCK, BLOCK_D=BLOCK_D, **LAUNCH,
         )  # fmt: skip
 
 
@@ -309,12 +314,3 @@ def _forms(temperature, inter_temperature, learned):
     if learned is not None:
         return (True, False)
     return (min(temperature, inter_temperature or temperature) >= _LEAST,)
-
-
-def _rows(x):
-    """With features that lie side by side."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _tile(x):
-    return {"BLOCK": BLOCK, "BLOCK_D": BLOCK_D, "EVEN": x.shape[1] % BLOCK_D == 0}
