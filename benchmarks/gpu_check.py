@@ -49,7 +49,13 @@ from .peers import PEERS
 from .runner import CASE, Plan, Wants, check_device, is_first, run_all, step_of
 from .workloads import DTYPES, WORKLOADS, Case, Problem, cases
 
-TESTS = ("tests/test_kernels.py", "tests/test_cuda.py", "tests/test_world.py", "tests/test_wide.py")
+TESTS = (
+    "tests/test_kernels.py",
+    "tests/test_cuda.py",
+    "tests/test_world.py",
+    "tests/test_wide.py",
+    "tests/test_pages.py",
+)
 
 
 class Goal(NamedTuple):

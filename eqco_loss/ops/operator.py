@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import definition
 from .backends import BACKENDS
 from .calls import (
+    KeySet,
     KeysGradient,
     LogSumExp,
     LogSumExpOutputs,
@@ -41,6 +42,9 @@ from .calls import (
 )
 from .flat import Call, arguments, flatten, unflatten
 
+# An operator's name ends with this number, because torch's compiler keeps graphs on disk under the operators' names, and
+# a graph knows the sizes of their outputs.
+LAYOUT = len(Row)
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
 
@@ -76,7 +80,10 @@ class Operator(Generic[Call, Out]):
         returns = {Tensor: Tensor}.get(outputs) or tuple[(Tensor,) * len(outputs._fields)]  # type: ignore
         flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
         self.registered = torch.library.custom_op(
-            f"eqco_loss::{name}", flat, mutates_args=(), schema=torch.library.infer_schema(flat, mutates_args=())
+            f"eqco_loss::{name}_{LAYOUT}",
+            flat,
+            mutates_args=(),
+            schema=torch.library.infer_schema(flat, mutates_args=()),
         )
         self.registered.register_fake(lambda *inputs: _plain(fake(unflatten(call, inputs))))
         self.function: type[torch.autograd.Function] | None = None
@@ -250,6 +257,24 @@ def _row_losses_fake(call: RowLosses) -> RowOutputs:
     )
 
 
+def _of_keys(ctx: Any, call: RowLosses | LogSumExp, one: KeySet, grad: Tensor, rows: Tensor, normalize: bool) -> Tensor:
+    """The gradient of a set's keys, which forward did not compute."""
+    _check_unchanged(ctx, call.query, call.learned_temperature, one.keys, *one.pairs[:-1])
+    return keys_gradient(
+        KeysGradient(
+            query=call.query,
+            first=one,
+            grad=grad,
+            rows=rows,
+            temperature=call.temperature,
+            learned_temperature=call.learned_temperature,
+            normalize=normalize,
+            autocast=call.autocast,
+            backend=call.backend,
+        )
+    )
+
+
 def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
     if torch.is_grad_enabled():  # create_graph=True
         return _dense_gradients(ctx, row_losses, definition.row_losses, grad)
@@ -265,20 +290,7 @@ def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
         if name == "first_keys" and keys_gradient_.dim() == one.keys.dim():
             found[name] = _times(keys_gradient_, grad, one.keys.dtype)
             continue
-        _check_unchanged(ctx, call.query, call.learned_temperature, one.keys, *one.pairs[:-1])
-        found[name] = keys_gradient(
-            KeysGradient(
-                query=call.query,
-                first=one,
-                grad=grad,
-                rows=rows,
-                temperature=call.temperature,
-                learned_temperature=call.learned_temperature,
-                normalize=call.normalize,
-                autocast=call.autocast,
-                backend=call.backend,
-            )
-        )
+        found[name] = _of_keys(ctx, call, one, grad, rows, call.normalize)
     if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
         of_rows = rows[Row.TEMPERATURE_GRADIENT]
         found["learned_temperature"] = (grad * of_rows).sum().to(call.learned_temperature.dtype)
@@ -378,20 +390,7 @@ def _logsumexp_backward(ctx: Any, call: LogSumExp, grad: Tensor) -> Gradients:
     if "query" in ctx.needed:
         found["query"] = (mean_key * (grad / t)[:, None]).to(call.query.dtype)
     if "first_keys" in ctx.needed:
-        _check_unchanged(ctx, call.first.keys, *call.first.pairs[:-1])
-        found["first_keys"] = keys_gradient(
-            KeysGradient(
-                query=call.query,
-                first=call.first,
-                grad=grad,
-                rows=rows,
-                temperature=call.temperature,
-                learned_temperature=call.learned_temperature,
-                normalize=False,
-                autocast=call.autocast,
-                backend=call.backend,
-            )
-        )
+        found["first_keys"] = _of_keys(ctx, call, call.first, grad, rows, False)
     if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
         of_rows = (call.query * mean_key).sum(1)
         found["learned_temperature"] = (-(grad * of_rows).sum() / t**2).to(call.learned_temperature.dtype)
