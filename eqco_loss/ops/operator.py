@@ -42,8 +42,8 @@ from .calls import (
 )
 from .flat import Call, arguments, flatten, unflatten
 
-# An operator's name ends with this number, because torch's compiler keeps graphs on disk under the operators' names, and
-# a graph knows the sizes of their outputs.
+# An operator's name ends with this number, because torch's compiler keeps graphs on disk under the operators' names,
+# and a graph knows the sizes of their outputs.
 LAYOUT = len(Row)
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
@@ -67,7 +67,8 @@ class Operator(Generic[Call, Out]):
         differentiable: Sequence[str] = (),
         backward: Callable[[Any, Call, Tensor], Gradients] | None = None,
     ) -> None:
-        self.name, self.record, self.outputs, self.implementation = name, call, outputs, implementation
+        self.name, self.record, self.outputs = f"{name}_{LAYOUT}", call, outputs
+        self.implementation = implementation
         fields = dict(arguments(call))
         self.places = [list(fields).index(name) for name in differentiable]
         self.differentiable = differentiable
@@ -80,7 +81,7 @@ class Operator(Generic[Call, Out]):
         returns = {Tensor: Tensor}.get(outputs) or tuple[(Tensor,) * len(outputs._fields)]  # type: ignore
         flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
         self.registered = torch.library.custom_op(
-            f"eqco_loss::{name}_{LAYOUT}",
+            f"eqco_loss::{self.name}",
             flat,
             mutates_args=(),
             schema=torch.library.infer_schema(flat, mutates_args=()),
