@@ -16,7 +16,7 @@ import tyro
 from pretrain.run import MEASURED, PANELS, fail, print_any_name, written_whole
 
 # Of config.json's arguments, what makes no other curve: where the run is, how it is computed, what is measured of it
-IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "tensorboard", "compile", "channels_last"}
+IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "logger", "tensorboard", "compile", "channels_last"}
 IGNORED |= {"online_probe", "knn", "knn_device"}
 
 Curve = dict[int, float]  # epoch to value
