@@ -15,6 +15,7 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import copy
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -51,6 +52,8 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    if args.optimizer == "lars" and find_spec("timm") is None:
+        fail("optimizer: lars is timm's, which is not installed. pip install -e '.[lars]', or give --optimizer adamw.")
     with clear_errors():
         criterion = EqCoLoss(args.temperature, alpha=args.alpha, gather=ranks() > 1)
     label = f"m{args.key_momentum:g}-t{args.temperature:g}" + (f"-alpha{args.alpha:g}" if args.alpha else "")
@@ -83,10 +86,8 @@ def optimizer_of(args: Args, model: nn.Module) -> torch.optim.Optimizer:
     """LARS leaves biases and batch norm's weights as they are: without weight decay, and by plain SGD."""
     if args.optimizer != "lars":
         return make_optimizer(args, model)
-    try:
-        from timm.optim.lars import Lars
-    except ImportError:
-        fail('optimizer: lars is timm\'s, which is not installed. pip install -e ".[lars]", or --optimizer adamw.')
+    from timm.optim.lars import Lars
+
     matrices = [x for x in model.parameters() if x.ndim > 1]
     vectors = [x for x in model.parameters() if x.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -22,6 +22,7 @@ import train_moco  # isort: skip
 import train_simclr  # isort: skip
 from pretrain import arguments, loggers  # isort: skip
 from pretrain.encoders import FORMER_HEADS, Encoder, make_encoder  # isort: skip
+from pretrain.run import Run  # isort: skip
 from pretrain.schedule import learning_rate  # isort: skip
 
 
@@ -98,6 +99,19 @@ def test_a_checkpoint_to_go_on_from_that_is_not_there(short: Path, tmp_path: Pat
         train_moco.main(moco_args(tmp_path / "run", epochs=4, resume_from=tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=rf"--resume-from {short}/checkpoint\.pt and another --run-dir go on to more"):
         train_moco.main(moco_args(short, epochs=4))
+
+
+def test_an_older_run_is_one_of_a_constant_key_momentum(tmp_path: Path) -> None:
+    """Its checkpoint does not say so, and another one is another run."""
+    older = Run(tmp_path, ("epoch",), {"seed": 0}, {})
+    older.rows = [{"epoch": 0}]
+    older.save(1, {"weight": torch.ones(3)})
+    del older  # and its lock
+    same = Run(tmp_path, ("epoch",), {"seed": 0, "key_momentum_schedule": "constant", "resume_from": None}, {})
+    assert same.resume() is not None
+    del same
+    with pytest.raises(SystemExit, match=r"key_momentum_schedule  constant  cosine"):
+        Run(tmp_path, ("epoch",), {"seed": 0, "key_momentum_schedule": "cosine"}, {}).resume()
 
 
 # ------------------------------------------------------------------------------------------------------------ loggers

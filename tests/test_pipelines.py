@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -145,7 +144,7 @@ def test_mocov3_with_lars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     groups = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["optimizer"]["param_groups"]
     assert [(group["weight_decay"], group["always_adapt"]) for group in groups] == [(1e-6, False), (0.0, False)]
     assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run")[1:])
-    monkeypatch.setitem(sys.modules, "timm.optim.lars", None)
+    monkeypatch.setattr(train_mocov3, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"optimizer: lars is timm's, which is not installed\. pip install -e .*lars"):
         train_mocov3.main(mocov3_args(tmp_path / "none", optimizer="lars"))
 
@@ -479,6 +478,8 @@ def test_a_checkpoint_of_before_skipped_steps_were_counted(tmp_path: Path) -> No
     assert "and step" in saved["at"]
     progress = saved["state"]["progress"]
     del progress["skipped"], saved["state"]["queue"]["replaced"]
+    del saved["fixed"]["key_momentum_schedule"], saved["fixed"]["resume_from"]  # nor were there such arguments
+    saved["encoder_spec"]["head"] = "mocov2"
     progress["sums"] = progress["sums"][:3]
     torch.save(saved, path)
     script("moco", tmp_path).run(*words)
