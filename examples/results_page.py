@@ -26,7 +26,7 @@ EXPECTED = {  # two cores, or where nothing was run yet what is expected of one 
     "norm": "4 minutes, two cores",
 }
 GOALS = {
-    "cifar10-quick": "The paper's figure is of ImageNet: without EqCo the accuracy falls with K, with it it hardly does. "
+    "cifar10-quick": "The paper's figure is of ImageNet: without EqCo the accuracy falls with K, with it hardly. "
     "The runs' curves over the epochs: `python examples/plot_runs.py runs/sweep/cifar10/*epochs40*`.",
     "cifar10-long": "The goal is a kNN of 84.8 %, the level of lightly's SimCLR and MoCo after 200 epochs.",
     "cifar100-quick": "The paper's order is SimCo, SimMoCo, MoCo v2; its 58.35, 54.11 and 53.28 % are of 200 epochs.",

@@ -6,7 +6,7 @@
 
 The last is the paper's ResNet-50 recipe of 100 epochs, whose optimiser, LARS, is timm's: pip install timm. For 300
 epochs its base_lr is 0.3. Its views are MoCo v2's here; the paper's are BYOL's, with solarised ones. The loss is the
-mean of both directions; the authors' is 4 t times that, which neither AdamW nor LARS heeds.
+mean of both directions; the authors' is 4 t times that, which AdamW does not heed, and LARS for no weight matrix.
 
 Run the same command again to resume. Everything a run writes is in its run directory. The defaults below are those for
 the digits; each data set has its own: add --dataset or --data-dir before --help to see them.
@@ -16,9 +16,10 @@ import copy
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, parse, ranks
 from pretrain.encoders import Head, perceptron
 from pretrain.norms import convert_norm
@@ -31,6 +32,10 @@ from torch import nn
 from eqco_loss import EqCoLoss, momentum_update
 
 
+LARS = "sgd has momentum 0.9; lars: the paper's for a ResNet, with momentum 0.9, timm's"
+Optimizer = Annotated[Literal["adamw", "sgd", "lars"], tyro.conf.arg(help=LARS)]
+
+
 @dataclass(frozen=True)
 class Args(Common):
     # Method
@@ -39,10 +44,10 @@ class Args(Common):
     temperature: float = 0.2  # t
     alpha: float | None = None  # EqCo: how many negatives to mimic. None, the paper: K
     hidden: int = 256  # width inside of the projection and prediction heads
-    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"  # type: ignore[assignment]  # lars: the paper's, with momentum 0.9
+    optimizer: Optimizer = "adamw"  # type: ignore[assignment]  # which has one more than the others'
 
 
-# The authors' name for this: warm-up from 0, then half a cosine
+# A warm-up from 0, then half a cosine
 SCHEDULE = {"schedule": "cosine", "warmup_epochs": 10, "warmup_from": 0.0, "norm": "sync" if ranks() > 1 else "batch"}
 PAPER = {"optimizer": "lars", "base_lr": 0.6, "weight_decay": 1e-6, "batch_size": 4096, "epochs": 100}
 SMALL = Args(**{**CIFAR, **SCHEDULE}, key_momentum=0.99, hidden=2048)

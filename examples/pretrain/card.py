@@ -25,7 +25,7 @@ def model_card(run: Run) -> str:
         "images": arguments["data"],
         "from": arguments["data_dir"],
         "image size": f"{arguments['image_size']} px, {spec['channels']} channel(s)",
-        "augmentation": arguments["recipe"],
+        "augmentation": "placed at random" if arguments["dataset"] == "digits" else arguments["recipe"],
     }
     made = {
         "device": f"{config['device_name']}, {config['ranks']} process(es), {arguments['precision']}",
