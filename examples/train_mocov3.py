@@ -31,7 +31,6 @@ from torch import nn
 
 from eqco_loss import EqCoLoss, momentum_update
 
-
 LARS = "sgd has momentum 0.9; lars: the paper's for a ResNet, with momentum 0.9, timm's"
 Optimizer = Annotated[Literal["adamw", "sgd", "lars"], tyro.conf.arg(help=LARS)]
 

@@ -139,8 +139,8 @@ def parse(words: list[str], defaults: dict[str, Args], description: str | None) 
 def check(args: Common) -> None:
     """Bad numbers, before anything is loaded. A queue checks its own."""
     smallest = {"limit": 2, "image_size": 8, "batch_size": 2, "accumulate": 1, "epochs": 1, "dim": 1, "splits": 1}
-    smallest |= {"knn_every": 1, "knn_k": 1, "workers": 0, "seed": 0, "warmup_epochs": 0, "weight_decay": 0, "hidden": 1}
-    for name, least in {**smallest, "warmup_from": 0, "save_minutes": 0, "num_negatives": 1}.items():
+    smallest |= {"knn_every": 1, "knn_k": 1, "workers": 0, "seed": 0, "warmup_epochs": 0, "weight_decay": 0}
+    for name, least in {**smallest, "warmup_from": 0, "save_minutes": 0, "num_negatives": 1, "hidden": 1}.items():
         value = getattr(args, name, None)
         if value is not None and not least <= value < math.inf:
             fail(f"{name}: expected {least} or more, got {value}.")
