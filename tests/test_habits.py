@@ -94,10 +94,18 @@ def test_what_more_epochs_cannot_go_on_from(short: Path, tmp_path: Path, change:
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_more_epochs_have_a_directory_of_their_own(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_moco.main(replace(moco_args(short, epochs=3, resume_from=short, probe=False), run_dir=None))
+    assert [path.name for path in Path("runs").iterdir()] == ["moco-digits-v2-k40-seed0-epochs3"]
+
+
 def test_a_checkpoint_to_go_on_from_that_is_not_there(short: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"resume_from: .*nowhere is not there\. Give the checkpoint\.pt of a run"):
         train_moco.main(moco_args(tmp_path / "run", epochs=4, resume_from=tmp_path / "nowhere"))
-    with pytest.raises(SystemExit, match=rf"--resume-from {short}/checkpoint\.pt and another --run-dir go on to more"):
+    with pytest.raises(SystemExit, match=rf"--resume-from {short}/checkpoint\.pt with another --run-dir goes on"):
         train_moco.main(moco_args(short, epochs=4))
 
 

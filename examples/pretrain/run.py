@@ -299,8 +299,8 @@ class Run:
         advice = ""
         if [row[0] for row in differing] == ["epochs"]:
             advice = (
-                "--epochs decides the learning rate of every step, so that other epochs are another run: "
-                f"--resume-from {path} and another --run-dir go on to more of them. "
+                "--epochs decides the learning rate of every step, so that other epochs are another run. "
+                f"--resume-from {path} with another --run-dir goes on to more of them. "
             )
         lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
         fail(
