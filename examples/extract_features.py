@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 from lightning_fabric import Fabric
 from pretrain.checkpoint import CheckpointError, checkpoint_file, restore_encoder
@@ -102,5 +101,4 @@ def find_samples(root: Path) -> tuple[list[Sample], list[str]]:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__))
