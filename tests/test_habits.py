@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -178,6 +179,31 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
     events.Reload()
     losses = [float(row["loss"]) for row in rows(tmp_path / "run")[1:]]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_wandb_goes_on_under_one_id_and_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, which is no part of the tests' environment."""
+
+    class Error(Exception):
+        pass
+
+    class WandbLogger:
+        def __init__(self, project: str, name: str, save_dir: Path, id: str) -> None:
+            assert (project, name, save_dir) == ("eqco_loss", tmp_path.name, tmp_path)
+            self.id = id
+
+        def log_hyperparams(self, arguments: dict[str, Any]) -> None:
+            if not arguments:
+                raise Error("No API key configured.")
+
+    package, integration = ModuleType("wandb"), ModuleType("wandb.integration.lightning.fabric")
+    vars(package)["errors"], vars(integration)["WandbLogger"] = SimpleNamespace(Error=Error), WandbLogger
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setitem(sys.modules, integration.__name__, integration)
+    first, resumed = (loggers.open_logger("wandb", tmp_path, epoch, {"seed": 0}).id for epoch in (1, 5))
+    assert first == resumed == (tmp_path / "wandb-id.txt").read_text()
+    with pytest.raises(SystemExit, match=r"logger: wandb cannot start .No API key configured\..*WANDB_MODE=offline"):
+        loggers.open_logger("wandb", tmp_path, 1, {})
 
 
 # -------------------------------------------------------------------------------------------------------- model card

@@ -23,7 +23,7 @@ class Report:
 
     def __init__(self, args: Common, fabric: Fabric) -> None:
         self.args, self.fabric = args, fabric
-        self.logger: Any = None  # of Fabric's, from the first epoch on
+        self.logger: Any = None  # of Fabric's, from the header on
 
     def say(self, text: str) -> None:
         if self.fabric.is_global_zero:
@@ -62,6 +62,8 @@ class Report:
         self.say(f"loss     N = {args.batch_size}{pieces}, {loss}")
         self.say(f"steps    {steps} an epoch, {args.epochs} epochs")
         self.say(f"run      {run.directory}{at}")
+        if fabric.is_global_zero:
+            self.logger = open_logger(args.logger, run.directory, run.epoch + 1, run.config["arguments"])
 
     def begin(self, total: int, done: int) -> None:
         """Show a bar of ``total`` steps, where there is a terminal."""
@@ -96,14 +98,10 @@ class Report:
             if measured:
                 self.bar.write(line)
 
-    def log(self, run: Run, row: Row) -> None:
-        if self.args.logger == "none" or not self.fabric.is_global_zero:
-            return
-        epoch = int(row["epoch"] or 0)
-        if self.logger is None:
-            self.logger = open_logger(self.args.logger, run.directory, epoch, run.config["arguments"])
-        self.logger.log_metrics({name: value for name, value in row.items() if value is not None}, epoch)
-        self.logger.save()
+    def log(self, row: Row) -> None:
+        if self.logger is not None:
+            self.logger.log_metrics({name: value for name, value in row.items() if value is not None}, row["epoch"])
+            self.logger.save()
 
     def end(self) -> None:
         self.bar.close()

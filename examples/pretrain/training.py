@@ -266,7 +266,7 @@ class Training(Generic[Args]):
         if measure:
             self.run.draw_curves()
         self.report.epoch(row)
-        self.report.log(self.run, row)
+        self.report.log(row)
         if self.stop.number:
             self.run.stopped(128 + self.stop.number)
 
