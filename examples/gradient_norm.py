@@ -26,7 +26,7 @@ from pretrain.arguments import check
 from pretrain.data import INIT, SHUFFLE, Data, Share, generator_of, open_data, seed_of
 from pretrain.encoders import make_encoder
 from pretrain.norms import check_norm, shuffled
-from pretrain.optimizer import make_optimizer
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, command, enough_memory, fail, read_rows, write_rows, written_whole
 from pretrain.schedule import learning_rate, set_learning_rate
 from pretrain.startup import launch

@@ -18,7 +18,7 @@ import torch
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, given, parse, ranks
 from pretrain.encoders import Head
 from pretrain.norms import Norm, shuffled
-from pretrain.optimizer import make_optimizer
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, enough_memory
 from pretrain.training import Training
 

@@ -23,7 +23,7 @@ import tyro
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, parse, ranks
 from pretrain.encoders import Head, perceptron
 from pretrain.norms import convert_norm
-from pretrain.optimizer import make_optimizer
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, enough_memory, fail
 from pretrain.statistics import mean_of
 from pretrain.training import Training

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pretrain.arguments import IMAGENET, SIMCO, SMALLER, Common, parse, ranks
 from pretrain.encoders import Head
-from pretrain.optimizer import make_optimizer
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, enough_memory
 from pretrain.training import Training
 

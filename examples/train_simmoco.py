@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from pretrain.arguments import IMAGENET, SIMCO, SMALLER, Common, KeyMomentumSchedule, parse, ranks
 from pretrain.encoders import Head
-from pretrain.optimizer import make_optimizer
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, enough_memory
 from pretrain.statistics import mean_of
 from pretrain.training import Training

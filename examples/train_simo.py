@@ -17,7 +17,7 @@ import torch
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, check, parse, ranks
 from pretrain.encoders import Head
 from pretrain.norms import gathered, shuffled
-from pretrain.optimizer import make_optimizer
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, enough_memory
 from pretrain.statistics import mean_of
 from pretrain.training import Training

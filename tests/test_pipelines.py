@@ -36,7 +36,7 @@ import train_mocov3  # isort: skip
 import train_simo  # isort: skip
 from pretrain import arguments, data, pictures, training  # isort: skip
 from pretrain.encoders import Head, make_encoder  # isort: skip
-from pretrain.optimizer import make_optimizer  # isort: skip
+from pretrain.optimizers import make_optimizer  # isort: skip
 from pretrain.probe import OnlineProbe  # isort: skip
 from pretrain.run import Run  # isort: skip
 from pretrain.training import Training  # isort: skip
