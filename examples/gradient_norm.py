@@ -26,9 +26,10 @@ from pretrain.arguments import check
 from pretrain.data import INIT, SHUFFLE, Data, Share, generator_of, open_data, seed_of
 from pretrain.encoders import make_encoder
 from pretrain.norms import check_norm, shuffled
-from pretrain.run import clear_errors, command, fail, read_rows, write_rows, written_whole
+from pretrain.optimizers import make_optimizer
+from pretrain.run import clear_errors, command, enough_memory, fail, read_rows, write_rows, written_whole
 from pretrain.schedule import learning_rate, set_learning_rate
-from pretrain.training import launch, make_optimizer
+from pretrain.startup import launch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,6 +66,7 @@ class Cell(NamedTuple):
 Recipe = train_simo.Args | train_moco.Args
 
 
+@enough_memory("a smaller --batch-size or --arch small")
 def main(args: Args) -> None:
     args = resolved(args)
     recipe = recipe_of(args)
@@ -172,9 +174,12 @@ def batch_negatives(args: Args, cell: Cell) -> dict[str, Any]:
 def train(cell: Cell, criterion: EqCoLoss, args: Args, recipe: Recipe, data: Data, fabric: Fabric) -> list[Row]:
     """SiMo, or MoCo v2 with a queue of K; what was measured on the way."""
     torch.manual_seed(seed_of(INIT, recipe.seed))
-    shape = {"channels": data.channels, "image_size": data.image_size, "dim": recipe.dim}
-    head: Literal["simo", "mocov2"] = "simo" if args.dataset == "digits" else "mocov2"
-    encoder = make_encoder(recipe.arch, head=head, norm=recipe.norm, splits=recipe.splits, **shape)
+    shape: dict[str, Any] = {"channels": data.channels, "image_size": data.image_size, "dim": recipe.dim}
+    digits = args.dataset == "digits"
+    head = train_simo.HEAD if digits else train_moco.HEADS["v2"]
+    encoder = make_encoder(
+        recipe.arch, head=head, norm=recipe.norm, splits=recipe.splits, zero_init_residual=digits, **shape
+    )
     key_encoder = copy.deepcopy(encoder).requires_grad_(False).to(fabric.device)
     queue = None if args.dataset == "digits" else MomentumQueue(cell.k, recipe.dim, device=fabric.device)
     plain_optimizer = make_optimizer(recipe, encoder)

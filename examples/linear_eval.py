@@ -48,7 +48,7 @@ from pretrain.data import (
 from pretrain.encoders import Encoder
 from pretrain.evaluate import features_of
 from pretrain.pictures import show
-from pretrain.run import check_device, command, fail, print_any_name, written_whole
+from pretrain.run import check_device, command, enough_memory, fail, print_any_name, written_whole
 from pretrain.schedule import set_learning_rate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -93,6 +93,7 @@ class Args:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"  # of the backbone
 
 
+@enough_memory("a smaller --batch-size, --precision bf16-mixed, or --augment workers if it is device")
 def main(args: Args) -> None:
     print_any_name()
     check(args)

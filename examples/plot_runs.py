@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from pretrain.run import MEASURED, PANELS, fail, print_any_name, written_whole
+from pretrain.run import ADDED, MEASURED, PANELS, fail, print_any_name, written_whole
 
 # Of config.json's arguments, what makes no other curve: where the run is, how it is computed, what is measured of it
-IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "tensorboard", "compile", "channels_last"}
+IGNORED = {"seed", "run_dir", "data_dir", "workers", "device", "logger", "tensorboard", "compile", "channels_last"}
 IGNORED |= {"online_probe", "knn", "knn_device"}
 
 Curve = dict[int, float]  # epoch to value
@@ -70,7 +70,7 @@ def read(directory: Path) -> Record:
         fail(f"runs: {config} or {metrics.name} cannot be read ({type(error).__name__}: {error}).")
     if not any(curves.values()):
         fail(f"runs: {metrics} has no epoch yet.")
-    kept = {name: value for name, value in arguments.items() if name not in IGNORED}
+    kept = {name: value for name, value in {**ADDED, **arguments}.items() if name not in IGNORED}
     return Record(directory, kept, arguments.get("seed"), curves)
 
 

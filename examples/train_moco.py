@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pretrain.arguments import CIFAR, IMAGENET, Common, given, parse, ranks
+from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, given, parse, ranks
+from pretrain.encoders import Head
 from pretrain.norms import Norm, shuffled
-from pretrain.run import clear_errors
+from pretrain.optimizers import make_optimizer
+from pretrain.run import clear_errors, enough_memory
 from pretrain.training import Training
 
 from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
@@ -29,6 +31,7 @@ class Args(Common):
     version: Literal["v1", "v2"] = "v2"  # v2: an MLP head, blur, a cosine, t = 0.2
     # Of the key encoder's moving average: slow, or the queue's stale keys give away the fresh one
     key_momentum: float = 0.99
+    key_momentum_schedule: KeyMomentumSchedule = "constant"  # cosine: rises to 1 over the run (BYOL, MoCo v3)
     temperature: float = 0.1  # t
     queue_size: int = 512  # K
     queue_ids: bool = False  # keep the images' numbers, so that stale keys of an image never repel it
@@ -40,6 +43,7 @@ SMALL = Args(**CIFAR, norm="split", queue_size=4096)
 NORM: Norm = "shuffle" if ranks() > 1 else "split"
 LARGE = Args(**IMAGENET, norm=NORM, key_momentum=0.999, temperature=0.2, queue_size=65536)
 DEFAULTS = {"digits": DIGITS, "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
+HEADS = {"v1": Head(layers=1), "v2": Head()}
 
 
 def defaults(version: str | None) -> dict[str, Args]:
@@ -50,6 +54,7 @@ def defaults(version: str | None) -> dict[str, Args]:
     return first
 
 
+@enough_memory(SMALLER)
 def main(args: Args) -> None:
     with clear_errors():
         criterion = EqCoLoss(args.temperature, alpha=args.alpha, gather=ranks() > 1)
@@ -61,14 +66,17 @@ def main(args: Args) -> None:
             f"note     queue_size: {args.queue_size} keys of {training.data.train_size} images: stale keys of an image "
             "will be its own negatives. Give --queue-ids to leave those out, or a shorter queue."
         )
-    encoder = training.encoder(head="mocov1" if args.version == "v1" else "mocov2")
+    encoder = training.encoder(HEADS[args.version])
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     loss = f"K = {args.queue_size}, alpha = {args.alpha or args.queue_size:g}, t = {args.temperature:g}"
-    model = training.start(encoder, criterion, loss, key_encoder=key_encoder, queue=queue)
+    model = training.start(
+        encoder, make_optimizer(args, encoder), criterion, loss, key_encoder=key_encoder, queue=queue
+    )
 
     for batch in training.batches():
         if batch.first:
-            momentum_update(encoder, key_encoder, args.key_momentum)
+            momentum = training.key_momentum(args.key_momentum, args.key_momentum_schedule)
+            momentum_update(encoder, key_encoder, momentum)
         with torch.no_grad(), training.autocast():
             keys = shuffled(key_encoder, batch.key_view, batch.shuffle).float()  # (N, D)
         queries = model(batch.query_view)

@@ -14,8 +14,10 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
-from pretrain.run import clear_errors
+from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, parse, ranks
+from pretrain.encoders import Head
+from pretrain.optimizers import make_optimizer
+from pretrain.run import clear_errors, enough_memory
 from pretrain.training import Training
 
 from eqco_loss import EqCoLoss
@@ -35,16 +37,20 @@ SMALL = Args(**{**CIFAR, **RECIPE})
 LARGE = Args(**{**IMAGENET, **RECIPE, "temperature": 0.1, "base_lr": 0.3, "weight_decay": 1e-6})
 DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
+HEAD = Head(batch_norm=True, last_norm="affine", std=0.01)
 
+
+@enough_memory(SMALLER)
 def main(args: Args) -> None:
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(args.temperature, alpha=alpha, in_batch="views", symmetric=True, gather=ranks() > 1)
     training = Training("simclr", args, f"alpha{args.alpha:g}" if args.eqco else "ntxent")
-    encoder = training.encoder(head="simo")
+    encoder = training.encoder(HEAD, zero_init_residual=True)
     k = 2 * (args.batch_size // args.accumulate) - 2
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
-    model = training.start(encoder, criterion, loss)
+    optimizer = make_optimizer(args, encoder)
+    model = training.start(encoder, optimizer, criterion, loss)
 
     for batch in training.batches():
         both = model(torch.cat([batch.query_view, batch.key_view]))  # (2 N, D): one batch norm over both views

@@ -11,8 +11,10 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import sys
 from dataclasses import dataclass
 
-from pretrain.arguments import IMAGENET, SIMCO, Common, parse, ranks
-from pretrain.run import clear_errors
+from pretrain.arguments import IMAGENET, SIMCO, SMALLER, Common, parse, ranks
+from pretrain.encoders import Head
+from pretrain.optimizers import make_optimizer
+from pretrain.run import clear_errors, enough_memory
 from pretrain.training import Training
 
 from eqco_loss import DualTempInfoNCE
@@ -30,17 +32,21 @@ SMALL = Args(**SIMCO)
 LARGE = Args(**{**IMAGENET, "schedule": "cosine", "warmup_epochs": 10, "warmup_from": 0.1})
 DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
+HEAD = Head(hidden="outputs")
 
+
+@enough_memory(SMALLER)
 def main(args: Args) -> None:
     with clear_errors():
         criterion = DualTempInfoNCE(
             args.temperature, args.inter_temperature, alpha=args.alpha, symmetric=True, gather=ranks() > 1
         )
     training = Training("simco", args, f"t{args.temperature:g}-{args.inter_temperature:g}")
-    encoder = training.encoder(head="simco")
+    encoder = training.encoder(HEAD)
     k = args.batch_size // args.accumulate - 1
     loss = f"K = {k}, alpha = {args.alpha or k:g}, t = {args.temperature:g}, T = {args.inter_temperature:g}"
-    model = training.start(encoder, criterion, loss)
+    optimizer = make_optimizer(args, encoder)
+    model = training.start(encoder, optimizer, criterion, loss)
 
     for batch in training.batches():
         queries, keys = model(batch.query_view), model(batch.key_view)  # (N, D)

@@ -13,9 +13,12 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from pretrain.arguments import IMAGENET, SIMCO, Common, parse, ranks
-from pretrain.run import clear_errors
-from pretrain.training import Training, mean_of
+from pretrain.arguments import IMAGENET, SIMCO, SMALLER, Common, KeyMomentumSchedule, parse, ranks
+from pretrain.encoders import Head
+from pretrain.optimizers import make_optimizer
+from pretrain.run import clear_errors, enough_memory
+from pretrain.statistics import mean_of
+from pretrain.training import Training
 
 from eqco_loss import DualTempInfoNCE, momentum_update
 
@@ -24,6 +27,7 @@ from eqco_loss import DualTempInfoNCE, momentum_update
 class Args(Common):
     # Method
     key_momentum: float = 0.9  # of the key encoder's moving average
+    key_momentum_schedule: KeyMomentumSchedule = "constant"  # cosine: rises to 1 over the run (BYOL, MoCo v3)
     temperature: float = 0.1  # t, within a row: which negatives matter
     inter_temperature: float = 1.0  # T, across rows: how much each query matters
     alpha: float | None = None  # an extension: EqCo's, how many negatives to mimic. None, the paper: K
@@ -34,21 +38,26 @@ SMALL = Args(**SIMCO, key_momentum=0.99)
 LARGE = Args(**{**IMAGENET, "schedule": "cosine", "warmup_epochs": 10, "warmup_from": 0.1}, key_momentum=0.99)
 DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
+HEAD = Head(hidden="outputs")
 
+
+@enough_memory(SMALLER)
 def main(args: Args) -> None:
     with clear_errors():
         criterion = DualTempInfoNCE(args.temperature, args.inter_temperature, alpha=args.alpha, gather=ranks() > 1)
     label = f"t{args.temperature:g}-{args.inter_temperature:g}" + "-plus" * args.plus
     training = Training("simmoco", args, label)
-    encoder = training.encoder(head="simco")
+    encoder = training.encoder(HEAD)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     k = args.batch_size // args.accumulate - 1
     loss = f"K = {k}, alpha = {args.alpha or k:g}, t = {args.temperature:g}, T = {args.inter_temperature:g}"
-    model = training.start(encoder, criterion, loss, key_encoder=key_encoder)
+    optimizer = make_optimizer(args, encoder)
+    model = training.start(encoder, optimizer, criterion, loss, key_encoder=key_encoder)
 
     for batch in training.batches():
         if batch.first:
-            momentum_update(encoder, key_encoder, args.key_momentum)
+            momentum = training.key_momentum(args.key_momentum, args.key_momentum_schedule)
+            momentum_update(encoder, key_encoder, momentum)
         with torch.no_grad(), training.autocast():
             keys = key_encoder(batch.key_view).float()  # (N, D), detached
         queries = model(batch.query_view)

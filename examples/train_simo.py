@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pretrain.arguments import CIFAR, IMAGENET, Common, check, parse, ranks
+from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, check, parse, ranks
+from pretrain.encoders import Head
 from pretrain.norms import gathered, shuffled
-from pretrain.run import clear_errors
-from pretrain.training import Training, mean_of
+from pretrain.optimizers import make_optimizer
+from pretrain.run import clear_errors, enough_memory
+from pretrain.statistics import mean_of
+from pretrain.training import Training
 
 from eqco_loss import EqCoLoss, momentum_update
 
@@ -26,6 +29,7 @@ from eqco_loss import EqCoLoss, momentum_update
 class Args(Common):
     # Method
     key_momentum: float = 0.9  # of the key encoder's moving average; 0: no momentum encoder
+    key_momentum_schedule: KeyMomentumSchedule = "constant"  # cosine: rises to 1 over the run (BYOL, MoCo v3)
     temperature: float = 0.2  # t
     alpha: float = 256  # how many negatives to mimic
     num_negatives: int = 16  # K, how many there are
@@ -40,7 +44,10 @@ SMALL = Args(**{**CIFAR, **RECIPE}, key_momentum=0.99)
 LARGE = Args(**{**IMAGENET, **RECIPE}, key_momentum=0.999)
 DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMALL, "imagefolder": LARGE}
 
+HEAD = Head(batch_norm=True, last_norm="affine", std=0.01)
 
+
+@enough_memory(SMALLER)
 def main(args: Args) -> None:
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
@@ -55,12 +62,13 @@ def main(args: Args) -> None:
     k = min(args.num_negatives, args.batch_size // args.accumulate - 1)
     label = f"k{k}-" + (f"alpha{args.alpha:g}" if args.eqco else "infonce")
     training = Training("simo", args, label)
-    encoder = training.encoder(head="simo")
+    encoder = training.encoder(HEAD, zero_init_residual=True)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     if k < args.num_negatives:
         training.say(f"note     num_negatives: a query meets {k} others in its batch, not {args.num_negatives}")
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
-    model = training.start(encoder, criterion, loss, key_encoder=key_encoder)
+    optimizer = make_optimizer(args, encoder)
+    model = training.start(encoder, optimizer, criterion, loss, key_encoder=key_encoder)
 
     def encode_keys(views: torch.Tensor, shuffle: torch.Generator) -> torch.Tensor:
         """As the norm asks: MoCo's two must not show a query the statistics of its key."""
@@ -77,7 +85,8 @@ def main(args: Args) -> None:
 
     for batch in training.batches():
         if batch.first:
-            momentum_update(encoder, key_encoder, args.key_momentum)
+            momentum = training.key_momentum(args.key_momentum, args.key_momentum_schedule)
+            momentum_update(encoder, key_encoder, momentum)
         with torch.no_grad(), training.autocast():
             keys = encode_keys(batch.key_view, batch.shuffle).float()  # (N, D)
         queries = model(batch.query_view)

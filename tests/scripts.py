@@ -23,7 +23,7 @@ from torch import Tensor
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from pretrain.training import TIMED  # noqa: E402
+from pretrain.clock import TIMED  # noqa: E402
 
 
 def child(script: str, words: list[str], log: Path, environment: dict[str, str], die: tuple[str, int] | None) -> None:

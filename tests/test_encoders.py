@@ -14,9 +14,13 @@ from .ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import train_moco
+import train_simco
+import train_simmoco
+import train_simo
 from pretrain import encoders, norms
 from pretrain.checkpoint import CheckpointError, restore_encoder
-from pretrain.encoders import Arch, Head, make_encoder
+from pretrain.encoders import FORMER_HEADS, Arch, Head, encoder_of, make_encoder
 
 MILLIONS = {"resnet18": 11.177, "resnet34": 21.285, "resnet50": 23.508, "resnet50x2": 93.907, "resnet50x4": 375.378}
 
@@ -25,7 +29,7 @@ MILLIONS = {"resnet18": 11.177, "resnet34": 21.285, "resnet50": 23.508, "resnet5
 def test_sizes(arch: Arch) -> None:
     """SiMo's paper: 94 and 375 million; the others are torchvision's."""
     with torch.device("meta"):
-        encoder = make_encoder(arch, channels=3, image_size=224, head="simo", dim=128)
+        encoder = make_encoder(arch, channels=3, image_size=224, head=Head(), dim=128)
     assert sum(p.numel() for p in encoder.backbone.parameters()) / 1e6 == pytest.approx(MILLIONS[arch], abs=1e-3)
 
 
@@ -33,7 +37,7 @@ def test_sizes(arch: Arch) -> None:
 def test_every_convolution_is_wider(factor: int) -> None:
     with torch.device("meta"):
         plain, wide = (
-            make_encoder(arch, channels=3, image_size=224, head="simo", dim=128)
+            make_encoder(arch, channels=3, image_size=224, head=Head(), dim=128)
             for arch in get_args(Arch)
             if arch in ("resnet50", f"resnet50x{factor}")
         )
@@ -49,7 +53,7 @@ def test_every_convolution_is_wider(factor: int) -> None:
 
 
 def test_a_wide_network_runs() -> None:
-    encoder = make_encoder("resnet50x2", channels=1, image_size=16, head="mocov1", dim=16).eval()
+    encoder = make_encoder("resnet50x2", channels=1, image_size=16, head=Head(layers=1), dim=16).eval()
     assert encoder(torch.zeros(1, 1, 16, 16)).shape == (1, 16)
 
 
@@ -58,7 +62,7 @@ def test_a_wide_network_runs() -> None:
     [(3, 32, (64, 3, 3, 3), 4), (3, 63, (64, 3, 3, 3), 8), (3, 64, (64, 3, 7, 7), 2), (1, 64, (64, 1, 7, 7), 2)],
 )
 def test_stems(channels: int, image_size: int, stem: tuple[int, ...], stages: int) -> None:
-    encoder = make_encoder("resnet18", channels=channels, image_size=image_size, head="simco", dim=128)
+    encoder = make_encoder("resnet18", channels=channels, image_size=image_size, head=Head(), dim=128)
     assert encoder.backbone.get_parameter("conv1.weight").shape == stem
     sizes: list[torch.Size] = []
     encoder.backbone.get_submodule("layer4").register_forward_hook(lambda *arguments: sizes.append(arguments[2].shape))
@@ -70,34 +74,70 @@ def test_heads() -> None:
     def layers(head: Head) -> list[tuple[Any, ...]]:
         modules = make_encoder("small", channels=1, image_size=32, head=head, dim=64).head
         return [
-            (type(m).__name__, *m.weight.shape, m.bias is not None)
+            (type(m).__name__, *(() if m.weight is None else m.weight.shape), m.bias is not None)
             for m in modules.modules()
             if isinstance(m, nn.Linear | nn.BatchNorm1d)
         ]
 
-    assert layers("mocov1") == [("Linear", 64, 128, True)]
-    assert layers("mocov2") == [("Linear", 128, 128, True), ("Linear", 64, 128, True)]
-    assert layers("simco") == [("Linear", 64, 128, True), ("Linear", 64, 64, True)]
-    assert layers("simo") == [
+    assert layers(train_moco.HEADS["v1"]) == [("Linear", 64, 128, True)]
+    assert layers(train_moco.HEADS["v2"]) == [("Linear", 128, 128, True), ("Linear", 64, 128, True)]
+    assert (
+        layers(train_simco.HEAD) == layers(train_simmoco.HEAD) == [("Linear", 64, 128, True), ("Linear", 64, 64, True)]
+    )
+    assert layers(train_simo.HEAD) == [
         ("Linear", 128, 128, False),
         ("BatchNorm1d", 128, True),
         ("Linear", 64, 128, False),
         ("BatchNorm1d", 64, True),
     ]
+    assert layers(Head(hidden=32, batch_norm=True, last_norm="plain")) == [  # MoCo v3's
+        ("Linear", 32, 128, False),
+        ("BatchNorm1d", 32, True),
+        ("Linear", 64, 32, False),
+        ("BatchNorm1d", False),
+    ]
 
 
-@pytest.mark.parametrize("head", get_args(Head))
-def test_only_simo_starts_with_residual_branches_at_zero(head: Head) -> None:
-    encoder = make_encoder("resnet18", channels=3, image_size=32, head=head, dim=16)
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("mocov1", train_moco.HEADS["v1"]),
+        ("mocov2", train_moco.HEADS["v2"]),
+        ("simco", train_simco.HEAD),
+        ("simo", train_simo.HEAD),
+    ],
+)
+def test_former_checkpoints_have_the_methods_heads(name: str, head: Head) -> None:
+    """By a name, and with it whether residual branches start at zero."""
+    spec = {"arch": "resnet18", "channels": 3, "image_size": 32, "dim": 16}
+    torch.manual_seed(5)
+    former = encoder_of({**spec, "head": name})
+    torch.manual_seed(5)
+    now = encoder_of({**spec, "head": head._asdict(), "zero_init_residual": name == "simo"})
+    assert former.state_dict().keys() == now.state_dict().keys()
+    assert all(torch.equal(x, now.state_dict()[key]) for key, x in former.state_dict().items())
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_residual_branches_start_at_zero_where_that_is_asked_for(zero: bool) -> None:
+    encoder = make_encoder("resnet18", channels=3, image_size=32, head=Head(), dim=16, zero_init_residual=zero)
     last = encoder.backbone.get_parameter("layer4.1.bn2.weight")
-    assert bool((last == (0 if head == "simo" else 1)).all())
+    assert bool((last == 1 - zero).all())
 
 
 def test_a_seed_gives_the_same_weights_whatever_the_norm() -> None:
     found = []
     for norm in get_args(norms.Norm):
         torch.manual_seed(3)
-        encoder = make_encoder("small", channels=1, image_size=32, head="simo", dim=8, norm=norm, splits=2)
+        encoder = make_encoder(
+            "small",
+            channels=1,
+            image_size=32,
+            head=Head(batch_norm=True, last_norm="plain"),
+            dim=8,
+            norm=norm,
+            splits=2,
+        )
         found.append([p.detach() for p in encoder.parameters()])
     assert len({len(weights) for weights in found}) == 1
     for weights in found[1:]:
@@ -105,10 +145,12 @@ def test_a_seed_gives_the_same_weights_whatever_the_norm() -> None:
 
 
 def test_bad_choices() -> None:
-    good: dict[str, Any] = {"arch": "small", "channels": 1, "image_size": 32, "head": "simo", "dim": 8}
-    for name, value in (("arch", "resnet51"), ("head", "simsiam"), ("norm", "layer")):
+    good: dict[str, Any] = {"arch": "small", "channels": 1, "image_size": 32, "head": Head(), "dim": 8}
+    for name, value in (("arch", "resnet51"), ("norm", "layer")):
         with pytest.raises(ValueError, match=rf"{name}: expected one of .*, got '{value}'"):
             make_encoder(**{**good, name: value})
+    with pytest.raises(ValueError, match=r"head: expected one of mocov1, .*, got 'simsiam'"):
+        encoder_of({**good, "head": "simsiam"})
     with pytest.raises(ValueError, match="splits: expected 1 or more, got 0"):
         make_encoder(**good, norm="split", splits=0)
 
@@ -165,7 +207,7 @@ def test_conversion() -> None:
         "group": {"GroupNorm"},
     }
     for norm in get_args(norms.Norm):
-        encoder = make_encoder("resnet18", channels=3, image_size=32, head="simo", dim=128, norm=norm)
+        encoder = make_encoder("resnet18", channels=3, image_size=32, head=FORMER_HEADS["simo"], dim=128, norm=norm)
         assert kinds(encoder) == wanted[norm]
         if norm == "group":  # rows share nothing
             first, rest = torch.randn(1, 3, 32, 32), torch.randn(3, 3, 32, 32)
@@ -175,7 +217,7 @@ def test_conversion() -> None:
 
 def test_groups() -> None:
     assert [norms.groups_of(channels) for channels in (16, 24, 32, 48, 64, 100, 2048)] == [16, 24, 32, 24, 32, 25, 32]
-    encoder = make_encoder("small", channels=1, image_size=32, head="simo", dim=64, norm="group")
+    encoder = make_encoder("small", channels=1, image_size=32, head=FORMER_HEADS["simo"], dim=64, norm="group")
     groups = [m.num_groups for m in encoder.modules() if isinstance(m, nn.GroupNorm)]
     assert groups == [16, 32, 32, 32, 32, 32, 1, 1]  # a group of two of a vector's features would keep only their order
 
@@ -269,7 +311,7 @@ DATA = {"name": "digits", "data_dir": None, "image_size": 32, "channels": 1}
 
 
 def checkpoint(folder: Path, **changes: Any) -> tuple[Path, encoders.Encoder]:
-    encoder = make_encoder(**{**SPEC, **changes.pop("spec", {})})
+    encoder = encoder_of({**SPEC, **changes.pop("spec", {})})
     content = {"encoder_spec": SPEC, "state": {"encoder": encoder.state_dict()}, "data": DATA, "epoch": 4, **changes}
     path = folder / "checkpoint.pt"
     torch.save({name: value for name, value in content.items() if value is not None}, path)

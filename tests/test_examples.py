@@ -54,6 +54,7 @@ def test_a_finished_run(whole: Path, simo: Script) -> None:
         "curves.png",
         "lock",
         "metrics.csv",
+        "model_card.md",
     ]
     table = rows(whole)
     assert [row["epoch"] for row in table] == ["0", "1", "2", "3"]
@@ -507,10 +508,11 @@ def test_learning_rates() -> None:
 
 
 def test_resnet_stems_and_the_head() -> None:
-    small = encoders.simo_encoder("resnet18", 3, 32, 128)
+    how: dict[str, Any] = {"channels": 3, "head": train_simo.HEAD, "dim": 128, "zero_init_residual": True}
+    small = encoders.make_encoder("resnet18", image_size=32, **how)
     assert small.features(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
     assert small.backbone.get_parameter("conv1.weight").shape == (64, 3, 3, 3)
-    large = encoders.simo_encoder("resnet18", 3, 64, 128)
+    large = encoders.make_encoder("resnet18", image_size=64, **how)
     assert large.backbone.get_parameter("conv1.weight").shape == (64, 3, 7, 7)
     assert [name for name, _ in small.head.named_parameters() if name.endswith("bias")] == ["1.bias", "4.bias"]
     assert small.head.get_parameter("0.weight").std().item() == pytest.approx(0.01, rel=0.02)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import export_backbone
 import plot_runs
-from pretrain.encoders import Encoder, make_encoder
+from pretrain.encoders import Encoder, encoder_of
 
 Spec = dict[str, Any]
 
@@ -27,7 +27,7 @@ Spec = dict[str, Any]
 def trained(folder: Path, **spec: Any) -> Encoder:
     """A checkpoint whose every number is of its own; the encoder in eval mode."""
     spec = {"arch": "resnet18", "channels": 3, "image_size": 64, "head": "simo", "dim": 8, **spec}
-    encoder = make_encoder(**spec)
+    encoder = encoder_of(spec)
     with torch.no_grad():
         for name, tensor in encoder.state_dict().items():
             if name.endswith("num_batches_tracked"):

@@ -24,7 +24,7 @@ import linear_eval
 from linear_eval import PROTOCOLS, Args
 from pretrain.checkpoint import restore_encoder
 from pretrain.data import PlacedDigits, sample_order
-from pretrain.encoders import make_encoder
+from pretrain.encoders import encoder_of
 
 DIGITS = {"name": "digits", "data_dir": None, "image_size": 32, "channels": 1}
 SHORT: dict[str, Any] = {"epochs": 3, "limit": 128, "batch_size": 64, "base_lr": 1.0, "workers": 0, "device": "cpu"}
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 
 def make_run(folder: Path, spec: dict[str, Any], data: dict[str, Any]) -> Path:
     spec = {"arch": "small", "image_size": data["image_size"], "head": "simo", "dim": 8, **spec}
-    encoder = make_encoder(**spec)
+    encoder = encoder_of(spec)
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # a plain average

@@ -1,14 +1,16 @@
 """Every method's script: kills, ranks and damage change nothing; defaults are the papers'; bad input is told early."""
 
+import copy
 import math
 import os
 import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,28 +32,23 @@ from eqco_loss.functional import LossMetrics
 from .scripts import EXAMPLES, Script, assert_same_run, leaves, make_images, rows, wait_for
 
 import train_moco  # isort: skip
-import train_simclr  # isort: skip
-import train_simco  # isort: skip
-import train_simmoco  # isort: skip
+import train_mocov3  # isort: skip
 import train_simo  # isort: skip
 from pretrain import arguments, data, pictures, training  # isort: skip
-from pretrain.encoders import make_encoder  # isort: skip
+from pretrain.encoders import Head, make_encoder  # isort: skip
+from pretrain.optimizers import make_optimizer  # isort: skip
 from pretrain.probe import OnlineProbe  # isort: skip
 from pretrain.run import Run  # isort: skip
 from pretrain.training import Training  # isort: skip
 
-SCRIPTS: dict[str, ModuleType] = {
-    "simo": train_simo,
-    "moco": train_moco,
-    "simclr": train_simclr,
-    "simco": train_simco,
-    "simmoco": train_simmoco,
-}
+FILES = sorted(EXAMPLES.glob("train_*.py"))  # a new method is tested as soon as its file is there
+SCRIPTS: dict[str, ModuleType] = {file.stem.removeprefix("train_"): import_module(file.stem) for file in FILES}
 SHORT = ["--epochs=2", "--limit=96", "--batch-size=32", "--knn-every=2", "--no-probe"]
-OWN = {  # what makes a run of a method hard to resume
+OWN: dict[str, list[str]] = {  # what makes a run of a method hard to resume
     "simo": ["--sampling=random"],
     "moco": ["--queue-size=50", "--queue-ids", "--splits=4"],
     "simclr": [],
+    "mocov3": ["--online-probe", "--accumulate=2"],
     "simco": ["--accumulate=2", "--online-probe"],
     "simmoco": ["--plus", "--online-probe"],
 }
@@ -63,7 +60,7 @@ def script(method: str, folder: Path) -> Script:
 
 def unbroken(method: str, folder: Path) -> Path:
     """A short run that was never stopped."""
-    script(method, folder).run(*SHORT, *OWN[method], f"--run-dir={folder / 'unbroken'}")
+    script(method, folder).run(*SHORT, *OWN.get(method, []), f"--run-dir={folder / 'unbroken'}")
     return folder / "unbroken"
 
 
@@ -96,12 +93,88 @@ def test_shared_negatives_are_the_same_after_a_kill(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "unbroken", tmp_path / "run")
 
 
+# --------------------------------------------------------------------------------------------------------- MoCo v3
+
+
+def mocov3_args(folder: Path, **more: Any) -> train_mocov3.Args:
+    small = {"epochs": 2, "limit": 64, "batch_size": 16, "knn": False, "probe": False, "device": "cpu", "hidden": 32}
+    return train_mocov3.Args(**{**small, "run_dir": folder / "run", **more})
+
+
+def test_mocov3_is_the_authors_loop(tmp_path: Path) -> None:
+    """Two epochs against a loop that is written out: a predictor on the queries, both directions, a rising momentum."""
+    how: dict[str, Any] = {"optimizer": "sgd", "base_lr": 0.05, "weight_decay": 0.0, "schedule": "cosine-by-epoch"}
+    args = mocov3_args(tmp_path, norm="group", **how)  # batch norm over 16 images would magnify roundings
+    train_mocov3.main(args)
+    torch.manual_seed(data.seed_of(data.INIT, 0))
+    head = Head(hidden=32, batch_norm=True, last_norm="plain")
+    encoder = make_encoder("small", channels=1, image_size=32, head=head, dim=64, norm="group")
+    key_encoder = copy.deepcopy(encoder)
+    predictor = nn.Sequential(
+        nn.Linear(64, 32, bias=False), nn.GroupNorm(1, 32), nn.ReLU(), nn.Linear(32, 64, bias=False)
+    )
+    parameters = [*encoder.parameters(), *predictor.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05 * 16 / 256, momentum=0.9)
+    digits, step = data.PlacedDigits(seed=0, device=torch.device("cpu"), limit=64), 0
+    for epoch in range(2):
+        for (x1, x2), _ in digits.batches(epoch, data.Share(16)):
+            optimizer.param_groups[0]["lr"] = 0.05 * 16 / 256 * (1 + math.cos(math.pi * epoch / 2)) / 2
+            q1, q2 = predictor(encoder(x1)), predictor(encoder(x2))
+            m = 1 - 0.5 * (1 + math.cos(math.pi * step / 8)) * (1 - 0.9)
+            with torch.no_grad():
+                for q, k in zip(encoder.parameters(), key_encoder.parameters(), strict=True):
+                    k.mul_(m).add_(q, alpha=1 - m)
+                k1, k2 = key_encoder(x1), key_encoder(x2)
+            logits = [F.normalize(q) @ F.normalize(k).T / 0.2 for q, k in ((q1, k2), (q2, k1))]
+            loss = sum((F.cross_entropy(x, torch.arange(16)) for x in logits), torch.zeros(())) / 2
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
+    expected = {"encoder": encoder, "key_encoder": key_encoder, "predictor": predictor}
+    for name, module in expected.items():
+        for key, value in module.state_dict().items():
+            torch.testing.assert_close(state[name][key], value, rtol=1e-5, atol=1e-6, msg=f"{name}.{key}")
+
+
+def test_mocov3_with_lars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's; vectors have no weight decay and are not adapted, which timm leaves out where there is none."""
+    train_mocov3.main(mocov3_args(tmp_path, optimizer="lars", base_lr=0.6, weight_decay=1e-6))
+    groups = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["always_adapt"]) for group in groups] == [(1e-6, False), (0.0, False)]
+    assert all(math.isfinite(float(row["loss"])) for row in rows(tmp_path / "run")[1:])
+    monkeypatch.setattr(train_mocov3, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"optimizer: lars is timm's, which is not installed\. pip install -e .*lars"):
+        train_mocov3.main(mocov3_args(tmp_path / "none", optimizer="lars"))
+
+
+def test_the_key_momentum_rises_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module, momentum: float) -> None:
+        seen.append(momentum)
+
+    monkeypatch.setattr(train_moco, "momentum_update", momentum_update)
+    args = moco_args(tmp_path, knn=False, accumulate=2, splits=2, key_momentum=0.9)
+    train_moco.main(args)
+    assert seen == [0.9] * 12
+    seen.clear()
+    train_moco.main(replace(args, key_momentum_schedule="cosine", run_dir=tmp_path / "cosine"))
+    assert seen == pytest.approx([1 - 0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(12)])
+
+
 # --------------------------------------------------------------------------------------------------- kills and damage
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
-    words = [*SHORT, *OWN[method], "--save-minutes=0", f"--run-dir={tmp_path / 'run'}"]  # a checkpoint every step
+    words = [
+        *SHORT,
+        *OWN.get(method, []),
+        "--save-minutes=0",
+        f"--run-dir={tmp_path / 'run'}",
+    ]  # a checkpoint every step
     checkpoint, moments, kills = tmp_path / "run" / "checkpoint.pt", random.Random(method), 0
     for _ in range(3):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
@@ -140,7 +213,7 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["at"] == f"epoch 0 and step {saved['state']['progress']['step']}"
     assert 0 < saved["state"]["progress"]["step"] < 125
-    assert saved["encoder_spec"]["head"] == "mocov2"
+    assert saved["encoder_spec"]["head"] == train_moco.HEADS["v2"]._asdict()
     assert saved["data"] == {"name": "digits", "data_dir": None, "image_size": 32, "channels": 1}
 
 
@@ -173,6 +246,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
         ("simclr", []),
         ("simco", []),
         ("simmoco", []),
+        ("mocov3", []),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -219,7 +293,7 @@ def test_the_online_probe_is_the_plain_classifier(pieces: int) -> None:
     """Against torch's own SGD, on the features of a whole batch, with an image that has no label."""
     digits = data.PlacedDigits(seed=0, device=torch.device("cpu"), limit=32)
     digits.labels["train"][3] = -1
-    encoder = make_encoder("small", channels=1, image_size=32, head="simco", dim=8, norm="group")
+    encoder = make_encoder("small", channels=1, image_size=32, head=Head(), dim=8, norm="group")
     online = OnlineProbe(encoder, digits, ranks=1)
     plain = nn.Linear(128, 10)
     plain.load_state_dict(online.state_dict())
@@ -263,8 +337,8 @@ def trained(folder: Path, pieces: int) -> dict[str, Tensor]:
         run_dir=folder / str(pieces),
     )  # fmt: skip
     training = Training("rows", args, "")
-    encoder = training.encoder("mocov2")
-    model = training.start(encoder, EqCoLoss(), "K = 0")
+    encoder = training.encoder(Head())
+    model = training.start(encoder, make_optimizer(args, encoder), EqCoLoss(), "K = 0")
     firsts = []
     for batch in training.batches():
         firsts.append(batch.first)
@@ -369,9 +443,10 @@ def test_moco_survives_it_with_a_gradient_scaler(tmp_path: Path, monkeypatch: py
 def test_a_skipped_step_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the weights, nor the running statistics, nor the online probe."""
     damage(monkeypatch, slice(3, 6), slice(None), slice(None))
-    training = Training("moco", moco_args(tmp_path, epochs=1, online_probe=True), "")
-    encoder = training.encoder("mocov2")
-    model, criterion = training.start(encoder, EqCoLoss(), ""), EqCoLoss()
+    args = moco_args(tmp_path, epochs=1, online_probe=True)
+    training = Training("moco", args, "")
+    encoder = training.encoder(Head())
+    model, criterion = training.start(encoder, make_optimizer(args, encoder), EqCoLoss(), ""), EqCoLoss()
     states: list[dict[str, Tensor]] = []
     for batch in training.batches():
         state = leaves({name: module.state_dict() for name, module in training.modules.items()})
@@ -403,6 +478,8 @@ def test_a_checkpoint_of_before_skipped_steps_were_counted(tmp_path: Path) -> No
     assert "and step" in saved["at"]
     progress = saved["state"]["progress"]
     del progress["skipped"], saved["state"]["queue"]["replaced"]
+    del saved["fixed"]["key_momentum_schedule"], saved["fixed"]["resume_from"]  # nor were there such arguments
+    saved["encoder_spec"]["head"] = "mocov2"
     progress["sums"] = progress["sums"][:3]
     torch.save(saved, path)
     script("moco", tmp_path).run(*words)
@@ -569,6 +646,11 @@ PAPERS: dict[tuple[str, ...], dict[str, object]] = {
         "arch": "resnet18", "temperature": 0.1, "inter_temperature": 1.0, "base_lr": 0.03, "weight_decay": 5e-4,
         "batch_size": 256, "schedule": "cosine", "warmup_epochs": 10, "warmup_from": 0.1, "recipe": "simco",
     },
+    ("mocov3", "--data-dir=d"): {
+        "arch": "resnet50", "temperature": 1.0, "key_momentum": 0.99, "key_momentum_schedule": "cosine", "hidden": 4096,
+        "dim": 256, "optimizer": "lars", "base_lr": 0.6, "weight_decay": 1e-6, "batch_size": 4096, "epochs": 100,
+        "schedule": "cosine", "warmup_epochs": 10, "warmup_from": 0.0,
+    },
     ("simmoco", "--dataset=cifar100"): {
         "key_momentum": 0.99, "temperature": 0.1, "inter_temperature": 1.0, "plus": False,
     },
@@ -630,12 +712,6 @@ def test_a_queue_longer_than_the_data_is_told(tmp_path: Path) -> None:
     output = script("moco", tmp_path).run(*words)
     assert "note     queue_size: 512 keys of 64 images: stale keys" in output
     assert "Give --queue-ids" in output
-
-
-def test_tensorboard_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(SystemExit, match=r"error: tensorboard: the package is not installed\. pip install tensorboard"):
-        arguments.check(train_simo.Args(tensorboard=True))
 
 
 def test_a_damaged_checkpoint_never_replaces_the_one_before(tmp_path: Path) -> None:

@@ -23,13 +23,16 @@ from .scripts import EXAMPLES, Script, make_images
 sys.path.insert(0, str(EXAMPLES))
 
 import gradient_norm
+import results_page
 import sweep
 import train_moco
 import train_simo
 from pretrain import arguments
 from pretrain.norms import shuffled
 from pretrain.run import write_rows
-from sweep import Args, Grid, Job, Setting
+from sweeps import pool
+from sweeps.grids import DEFAULTS, GRIDS, NAMES, Grid, Setting
+from sweeps.jobs import Args, Job, jobs_of, words_of
 
 
 class Started:
@@ -63,23 +66,23 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def all_jobs(args: Args) -> list[Job]:
-    return [job for jobs in sweep.jobs_of(args, sweep.GRIDS[args.grid]).values() for job in jobs]
+    return [job for jobs in jobs_of(args, GRIDS[args.grid]).values() for job in jobs]
 
 
 # ---------------------------------------------------------------------------------------------- the grids
 
 
-@pytest.mark.parametrize("grid", sweep.GRIDS)
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dataset", [None, "digits", "cifar10"])
 def test_a_command_gives_the_arguments_of_its_run(grid: str, dataset: Any) -> None:
-    own = sweep.GRIDS[grid].dataset
+    own = GRIDS[grid].dataset
     if "-" in grid and dataset == "digits" != own:
         pytest.skip("a grid of CIFAR's")
     jobs = all_jobs(Args(grid=grid, dataset=dataset, data_dir=None if (dataset or own) == "digits" else Path("d")))
     for job in jobs:
-        words = sweep.words_of(job)
+        words = words_of(job)
         assert Path(words[1]).name == f"train_{job.method}.py"
-        defaults = train_moco.defaults(None) if job.method == "moco" else sweep.DEFAULTS[job.method]
+        defaults = train_moco.defaults(None) if job.method == "moco" else DEFAULTS[job.method]
         assert arguments.parse(words[2:], defaults, None) == job.args
         arguments.check(job.args)
     by_directory = {job.directory: job.args for job in jobs}
@@ -102,11 +105,28 @@ def test_the_grids_are_the_papers() -> None:
     ]  # fmt: skip
     assert {(job.args.epochs, job.args.arch, job.args.recipe) for job in dual} == {(200, "resnet18", "simco")}
     assert all(job.args.online_probe and not job.probe for job in dual)
-    settings = sweep.GRIDS["cifar100-dual"].settings("cifar100")
+    settings = GRIDS["cifar100-dual"].settings("cifar100")
     assert [s.paper for s in settings if s.x == 256] == [58.35, 54.11, 53.28]
-    papers = {grid: [s.paper for s in sweep.GRIDS[grid].settings("digits")] for grid in ("alpha", "momentum", "norm")}
+    papers = {grid: [s.paper for s in GRIDS[grid].settings("digits")] for grid in ("alpha", "momentum", "norm")}
     assert papers["alpha"] == [68.0, 68.1, 68.1, 68.4, 68.5, 67.0, 67.1, 67.6, 67.3, 67.5, 62.0, 65.3]
     assert (papers["momentum"], papers["norm"]) == ([62.1, 64.4], [58.8, 64.4])
+
+
+def test_the_quick_grids_are_of_minutes() -> None:
+    quick = all_jobs(Args(grid="cifar10-quick"))
+    assert {(job.key["k"], job.key["alpha"]) for job in quick} == {
+        (str(k), str(alpha)) for k in (4, 16, 255) for alpha in (k, 256)
+    }
+    assert len(quick) == 6
+    alike = {(job.method, job.args.dataset, job.args.epochs, job.args.seed) for job in quick}
+    assert alike == {("simo", "cifar10", 40, 0)}
+    dual = all_jobs(Args(grid="cifar100-quick"))
+    assert [job.method for job in dual] == ["simco", "simmoco", "moco"]
+    assert {(job.args.dataset, job.args.batch_size, job.args.epochs) for job in dual} == {("cifar100", 256, 40)}
+    assert all(job.args.online_probe for job in dual)
+    (long,) = all_jobs(Args(grid="cifar10-long"))
+    assert isinstance(long.args, train_simo.Args)
+    assert (long.method, long.args.dataset, long.args.epochs, long.args.symmetric) == ("simo", "cifar10", 200, True)
 
 
 # ---------------------------------------------------------------------------------------------- running them
@@ -127,7 +147,7 @@ def test_a_grid_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return Started(*words, **more)
 
-    monkeypatch.setattr(sweep, "started", stop_at_the_second)
+    monkeypatch.setattr(pool, "started", stop_at_the_second)
     with pytest.raises(SystemExit) as stop:
         sweep.main(args)
     assert stop.value.code == 130
@@ -135,7 +155,7 @@ def test_a_grid_goes_on_where_it_stopped(
     assert len(first) == 1
     assert "[1/2] SiMo, k 16, alpha 256" in capsys.readouterr().out
 
-    monkeypatch.setattr(sweep, "started", Started)
+    monkeypatch.setattr(pool, "started", Started)
     sweep.main(args)
     output = capsys.readouterr().out
     assert "1 runs done, 1 to do" in output
@@ -152,7 +172,7 @@ def test_a_grid_goes_on_where_it_stopped(
         assert row["device"].endswith("threads")
     assert table[0]["knn"] != "" != table[1]["knn"]
 
-    monkeypatch.setattr(sweep, "started", refuse)
+    monkeypatch.setattr(pool, "started", refuse)
     sweep.main(args)
     assert "2 runs done, 0 to do" in capsys.readouterr().out
     found.unlink()  # the run directories tell it again
@@ -197,8 +217,8 @@ def test_the_papers_probes(images: Path, tmp_path: Path, monkeypatch: pytest.Mon
     moco = Setting("moco", "MoCo v2", 8, {"batch_size": 8, "splits": 2, "queue_size": 16}, 53.28)
     simco = Setting("simco", "SimCo", 8, {"batch_size": 8}, 58.35)
     grid = Grid("tiny", lambda dataset: [moco, simco], "cifar100", "N", 1, 1, False, "CIFAR-100")
-    monkeypatch.setitem(sweep.GRIDS, "tiny", grid)
-    monkeypatch.setattr(sweep, "started", Started)
+    monkeypatch.setitem(GRIDS, "tiny", grid)
+    monkeypatch.setattr(pool, "started", Started)
     places: dict[str, Any] = {"data_dir": images, "run_dir": tmp_path / "runs", "out": tmp_path / "out"}
     args = Args(grid="tiny", arch="small", limit=16, device="cpu", probe_epochs=1, **places)
     sweep.main(args)
@@ -239,21 +259,55 @@ class Endless:
 def test_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     args = Args(grid="norm", time_limit=0.01, jobs=2, run_dir=tmp_path / "runs", out=tmp_path / "out")
     jobs = all_jobs(args)
-    monkeypatch.setattr(sweep, "started", Endless)
+    monkeypatch.setattr(pool, "started", Endless)
     begun = time.monotonic()
-    assert list(sweep.Pool(args, []).finished(jobs)) == []  # none is done: nobody knows how long one takes
+    assert list(pool.Pool(args, []).finished(jobs)) == []  # none is done: nobody knows how long one takes
     assert time.monotonic() - begun < 10
     assert Endless.ended == 2
     assert "0.01 minutes are over" in capsys.readouterr().out
-    assert all(sweep.spent(job) > 0.5 for job in jobs[:2])  # what they took is not forgotten
+    assert all(pool.spent(job) > 0.5 for job in jobs[:2])  # what they took is not forgotten
 
-    monkeypatch.setattr(sweep, "started", refuse)
-    pool = sweep.Pool(replace(args, time_limit=1), [120.0, 130.0])
-    assert list(pool.finished(jobs)) == []
+    monkeypatch.setattr(pool, "started", refuse)
+    waiting = pool.Pool(replace(args, time_limit=1), [120.0, 130.0])
+    assert list(waiting.finished(jobs)) == []
     assert "no time for another run of 125 s" in capsys.readouterr().out
-    sweep.spend(jobs[0], 100)
-    assert not pool.too_late(jobs[0])  # the rest of it fits
-    assert pool.eta(4) == "4 left, about 4 min"
+    pool.spend(jobs[0], 100)
+    assert not waiting.too_late(jobs[0])  # the rest of it fits
+    assert waiting.eta(4) == "4 left, about 4 min"
+
+
+def test_a_run_that_the_limit_stopped_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its checkpoint, and ends as one that was never stopped."""
+
+    class Stopped(Started):
+        """The limit is over when it has a checkpoint."""
+
+        def poll(self) -> int | None:
+            if next((tmp_path / "runs").rglob("checkpoint.pt"), None) is not None:
+                monkeypatch.setattr(time, "monotonic", lambda: real() + 3600)
+            return super().poll()
+
+    real = time.monotonic
+    setting = Setting("simo", "SiMo", 4, {"batch_size": 4, "num_negatives": 2})
+    monkeypatch.setitem(GRIDS, "tiny", Grid("tiny", lambda dataset: [setting], "cifar10", "K", 1, 30))
+    places: dict[str, Any] = {"run_dir": tmp_path / "runs", "out": tmp_path / "out"}
+    args = Args(grid="tiny", data_dir=images, arch="small", device="cpu", **places)
+    monkeypatch.setattr(pool, "started", Stopped)
+    sweep.main(replace(args, time_limit=30))
+    assert re.search(r"30 minutes are over\nNot all runs are done\. Continue with\n  ", capsys.readouterr().out)
+    (job,) = all_jobs(args)
+    assert 0 < torch.load(job.directory / "checkpoint.pt", weights_only=True)["epoch"] < 30
+    monkeypatch.setattr(time, "monotonic", real)
+    monkeypatch.setattr(pool, "started", Started)
+    sweep.main(args)
+    sweep.main(replace(args, run_dir=tmp_path / "whole", out=tmp_path / "whole"))
+    (whole,) = all_jobs(replace(args, run_dir=tmp_path / "whole"))
+    tables = [rows(directory / "metrics.csv") for directory in (job.directory, whole.directory)]
+    found = [[(row["loss"], row["knn"]) for row in table] for table in tables]
+    assert len(found[0]) == 31
+    assert found[0] == found[1]
 
 
 def test_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +316,7 @@ def test_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             self.returncode = 1
             log.write_text("starting\nerror: the loss of epoch 1 is nan.\n")
 
-    monkeypatch.setattr(sweep, "started", Failing)
+    monkeypatch.setattr(pool, "started", Failing)
     with pytest.raises(SystemExit, match=r"seed 0 failed: error: the loss of epoch 1 is nan\.\nSee .*log\.txt"):
         sweep.main(Args(grid="norm", run_dir=tmp_path / "runs", out=tmp_path / "out"))
 
@@ -274,10 +328,10 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*arguments: Any, **more: Any) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(sweep, "started", refuse)
+    monkeypatch.setattr(pool, "started", refuse)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     places: dict[str, Any] = {"run_dir": tmp_path / "runs", "out": tmp_path / "out", "device": "cpu"}
-    with pytest.raises(SystemExit, match=r"grid: expected one of digits-k, cifar10-k, cifar100-dual, alpha.*got k\."):
+    with pytest.raises(SystemExit, match=r"grid: expected one of digits-k, cifar10-k, cifar10-quick, .*got k\."):
         sweep.main(Args(grid="k", **places))
     with pytest.raises(SystemExit, match="jobs: expected more than 0, got 0"):
         sweep.main(Args(jobs=0, **places))
@@ -292,7 +346,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sweep.main(Args(draw_only=True, **places))
 
 
-@pytest.mark.parametrize("grid", sweep.GRIDS)
+@pytest.mark.parametrize("grid", GRIDS)
 def test_drawn_from_the_csv(grid: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = Args(grid=grid, seeds=2, draw_only=True, out=tmp_path)
     table = []
@@ -308,10 +362,10 @@ def test_drawn_from_the_csv(grid: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / f"{grid}.png").read_bytes().startswith(b"\x89PNG")
     assert text.split("\n\n`")[0] in output
     assert text.endswith(f"`python examples/sweep.py --grid {grid} --seeds 2`\n")  # and no machine's paths
-    settings = sweep.GRIDS[grid].settings(sweep.GRIDS[grid].dataset)
-    assert sum(
-        line.startswith(tuple(f"| {name} |" for name in sweep.NAMES.values())) for line in text.splitlines()
-    ) == len(settings)
+    settings = GRIDS[grid].settings(GRIDS[grid].dataset)
+    assert sum(line.startswith(tuple(f"| {name} |" for name in NAMES.values())) for line in text.splitlines()) == len(
+        settings
+    )
     papers = [s.paper for s in settings if s.paper is not None]
     assert [float(value) for value in re.findall(r"\| ([\d.]+) \|$", text, re.MULTILINE)] == papers
     if grid == "digits-k":
@@ -409,3 +463,26 @@ def test_gradient_norms_of_bad_input(tmp_path: Path) -> None:
         gradient_norm.main(gradient_norm.Args(negatives=(128,), device="cpu", out=tmp_path))
     with pytest.raises(SystemExit, match="every: expected 1 or more, got 0"):
         gradient_norm.main(gradient_norm.Args(every=0, device="cpu", out=tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------- the page of results
+
+
+def test_the_page_of_results_is_of_the_committed_files() -> None:
+    """Every grid has its place. Run `python examples/results_page.py` where this fails."""
+    assert results_page.EXPECTED.keys() == GRIDS.keys()
+    written = (EXAMPLES.parent / "docs" / "results.md").read_text()
+    assert written == results_page.page(EXAMPLES / "results" / "sweep")
+    for name in GRIDS:
+        assert f"`python examples/sweep.py --grid {name}`" in written
+
+
+def test_a_grid_that_was_run_has_its_table_on_the_page(tmp_path: Path) -> None:
+    empty = results_page.page(tmp_path)
+    assert empty.count("Not run yet.") == len(GRIDS)
+    table = "| norm | kNN |\n| --- | --- |\n| split | 1.0 |"
+    (tmp_path / "norm.md").write_text(f"Table 7, digits\n\n{table}\n\n`command`\n")
+    page = results_page.page(tmp_path)
+    assert page.count("Not run yet.") == len(GRIDS) - 1
+    figure = "![Table 7: shuffling BN (split) and SyncBN (batch)](../examples/results/sweep/norm.png)"
+    assert f"{table}\n\n{figure}" in page

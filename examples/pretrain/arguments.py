@@ -10,13 +10,21 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import tyro
 
 from .encoders import Arch
+from .loggers import LoggerName, check_logger
 from .norms import Norm
 from .run import fail, print_any_name
 from .schedule import Schedule
 
+KeyMomentumSchedule = Literal["constant", "cosine"]
 Dataset = Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder"]
 # What may change when a run is resumed
-FREE = ("data_dir", "run_dir", "workers", "tensorboard", "save_minutes", "knn", "knn_device")
+FREE = ("data_dir", "run_dir", "workers", "logger", "save_minutes", "knn", "knn_device")
+
+# What a person can do about a GPU without room. Fewer rows a piece are fewer negatives, where these are in the batch
+SMALLER = (
+    "--accumulate 2 or more (the same batch in pieces), a smaller --batch-size, --precision bf16-mixed, --augment "
+    "workers if it is device, --knn-device cpu if it is the kNN, or a smaller --arch"
+)
 
 
 def ranks() -> int:
@@ -66,7 +74,10 @@ class Common:
     seed: int = 0  # of weights, order and views
     run_dir: Path | None = None  # None: a name in runs/ that tells the method, the data, the loss and the seed
     save_minutes: float = 15  # a checkpoint at least so often, besides that of every epoch
-    tensorboard: bool = False  # write the metrics for TensorBoard, too
+    # A checkpoint of a run of fewer epochs to go on from, in another run directory: the learning rate (and a key
+    # momentum that is scheduled) is from there on that of a run that had --epochs from its beginning
+    resume_from: Path | None = None
+    logger: LoggerName = "none"  # who gets the metrics of each epoch besides metrics.csv
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # of the encoders; the loss is in float32
     compile: bool = False  # torch.compile the encoders
@@ -129,7 +140,7 @@ def check(args: Common) -> None:
     """Bad numbers, before anything is loaded. A queue checks its own."""
     smallest = {"limit": 2, "image_size": 8, "batch_size": 2, "accumulate": 1, "epochs": 1, "dim": 1, "splits": 1}
     smallest |= {"knn_every": 1, "knn_k": 1, "workers": 0, "seed": 0, "warmup_epochs": 0, "weight_decay": 0}
-    for name, least in {**smallest, "warmup_from": 0, "save_minutes": 0, "num_negatives": 1}.items():
+    for name, least in {**smallest, "warmup_from": 0, "save_minutes": 0, "num_negatives": 1, "hidden": 1}.items():
         value = getattr(args, name, None)
         if value is not None and not least <= value < math.inf:
             fail(f"{name}: expected {least} or more, got {value}.")
@@ -160,8 +171,4 @@ def check(args: Common) -> None:
             f"batch_size: expected 2 or more for each rank and piece, {2 * parts} in all, got {args.batch_size}. "
             f"Give --batch-size {2 * parts} or more, or fewer ranks or pieces."
         )
-    if args.tensorboard:
-        try:
-            import torch.utils.tensorboard  # type: ignore[import-not-found,unused-ignore] # noqa: F401
-        except ImportError:
-            fail("tensorboard: the package is not installed. pip install tensorboard, or leave --tensorboard out.")
+    check_logger(args.logger)

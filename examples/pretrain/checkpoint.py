@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .encoders import Encoder, make_encoder
+from .encoders import Encoder, encoder_of
 
 EXPECTED = "a checkpoint.pt of a training script, or its run directory"
 
@@ -38,8 +38,8 @@ def restore_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
         raise CheckpointError(f"{file} has no encoder in its state. Give {EXPECTED}.")
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away
         try:
-            encoder = make_encoder(**saved["encoder_spec"])
-        except (TypeError, ValueError) as error:
+            encoder = encoder_of(saved["encoder_spec"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: its encoder_spec {saved['encoder_spec']} is none ({error}).") from None
     try:
         encoder.load_state_dict(saved["state"]["encoder"])

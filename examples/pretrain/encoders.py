@@ -1,6 +1,7 @@
 """Encoders: a backbone, whose features are evaluated, and a projection head, whose output the loss sees."""
 
-from typing import Any, Literal, get_args
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torchvision  # type: ignore[import-untyped]
@@ -9,7 +10,25 @@ from torch import Tensor, nn
 from .norms import Norm, convert_norm
 
 Arch = Literal["small", "resnet18", "resnet34", "resnet50", "resnet50x2", "resnet50x4"]
-Head = Literal["simo", "mocov1", "mocov2", "simco"]
+
+
+class Head(NamedTuple):
+    """A projection or prediction head: linear layers with ReLU between them. Words and numbers, for the checkpoint."""
+
+    layers: int = 2
+    hidden: int | Literal["inputs", "outputs"] = "inputs"  # width between the layers
+    batch_norm: bool = False  # after every layer but the last, none of which then has a bias
+    last_norm: Literal["none", "affine", "plain"] = "none"  # after the last layer; plain: without weight and bias
+    std: float | None = None  # of the first weights. None: as torch draws them
+
+
+# What checkpoints call the heads that were made before each method's file had its own
+FORMER_HEADS = {
+    "mocov1": Head(layers=1),
+    "mocov2": Head(),
+    "simco": Head(hidden="outputs"),
+    "simo": Head(batch_norm=True, last_norm="affine", std=0.01),
+}
 
 
 class Encoder(nn.Module):
@@ -28,40 +47,53 @@ class Encoder(nn.Module):
 
 
 def make_encoder(
-    arch: Arch, *, channels: int, image_size: int, head: Head, dim: int, norm: Norm = "batch", splits: int = 8
+    arch: Arch,
+    *,
+    channels: int,
+    image_size: int,
+    head: Head,
+    dim: int,
+    norm: Norm = "batch",
+    splits: int = 8,
+    zero_init_residual: bool = False,
 ) -> Encoder:
-    """An encoder with fresh weights, drawn from torch's default generator.
-
-    ``head="simo"`` (SiMo, SimCLR) also starts every residual branch at zero, as its authors do.
-    """
-    for name, value, choices in (("arch", arch, get_args(Arch)), ("head", head, get_args(Head))):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}.")
+    """An encoder with fresh weights, drawn from torch's default generator."""
+    if arch not in get_args(Arch):
+        raise ValueError(f"arch: expected one of {', '.join(get_args(Arch))}, got {arch!r}.")
     if arch == "small":
         backbone, width = small(channels)
     else:
-        backbone, width = resnet(arch, channels, image_size, zero_init_residual=head == "simo")
-    encoder = Encoder(backbone, width, projection(head, width, dim))
+        backbone, width = resnet(arch, channels, image_size, zero_init_residual=zero_init_residual)
+    encoder = Encoder(backbone, width, perceptron(head, width, dim))
     convert_norm(encoder, norm, splits)
     return encoder
 
 
-def simo_encoder(arch: Arch, channels: int, image_size: int, dim: int) -> Encoder:
-    return make_encoder(arch, channels=channels, image_size=image_size, head="simo", dim=dim)
+def encoder_of(spec: dict[str, Any]) -> Encoder:
+    """``make_encoder`` of what a checkpoint says about its encoder."""
+    head = spec["head"]
+    if not isinstance(head, str):
+        return make_encoder(**{**spec, "head": Head(**head)})
+    if head not in FORMER_HEADS:
+        raise ValueError(f"head: expected one of {', '.join(FORMER_HEADS)}, got {head!r}.")
+    return make_encoder(**{**spec, "head": FORMER_HEADS[head], "zero_init_residual": head == "simo"})
 
 
-def projection(head: Head, width: int, dim: int) -> nn.Module:
-    """The methods' projection heads, (N, width) -> (N, dim)."""
-    if head == "mocov1":
-        return nn.Linear(width, dim)
-    if head == "mocov2":
-        return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
-    if head == "simco":
-        return nn.Sequential(nn.Linear(width, dim), nn.ReLU(inplace=True), nn.Linear(dim, dim))
-    linear_in, linear_out = nn.Linear(width, width, bias=False), nn.Linear(width, dim, bias=False)
-    for linear in (linear_in, linear_out):
-        nn.init.normal_(linear.weight, std=0.01)
-    return nn.Sequential(linear_in, nn.BatchNorm1d(width), nn.ReLU(inplace=True), linear_out, nn.BatchNorm1d(dim))
+def perceptron(head: Head, inputs: int, outputs: int) -> nn.Module:
+    """(N, inputs) -> (N, outputs)."""
+    hidden = {"inputs": inputs, "outputs": outputs}[head.hidden] if isinstance(head.hidden, str) else head.hidden
+    widths = [inputs, *[hidden] * (head.layers - 1), outputs]
+    linears = [nn.Linear(a, b, bias=not head.batch_norm) for a, b in pairwise(widths)]
+    if head.std is not None:
+        for linear in linears:
+            nn.init.normal_(linear.weight, std=head.std)
+    layers: list[nn.Module] = []
+    for linear in linears[:-1]:
+        layers += [linear, *([nn.BatchNorm1d(hidden)] if head.batch_norm else []), nn.ReLU(inplace=True)]
+    layers.append(linears[-1])
+    if head.last_norm != "none":
+        layers.append(nn.BatchNorm1d(outputs, affine=head.last_norm == "affine"))
+    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
 
 
 def small(channels: int) -> tuple[nn.Module, int]:

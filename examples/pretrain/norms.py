@@ -42,7 +42,7 @@ class SplitBatchNorm(_BatchNorm):
         assert self.momentum is not None
         mean, var = self.running_mean.repeat(self.splits), self.running_var.repeat(self.splits)
         parts = input.reshape(n // self.splits, self.splits * c, *input.shape[2:])
-        weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
+        weight, bias = (x if x is None else x.repeat(self.splits) for x in (self.weight, self.bias))
         output = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
         self.running_mean.copy_(mean.view(self.splits, c).mean(0))
         self.running_var.copy_(var.view(self.splits, c).mean(0))

@@ -29,6 +29,9 @@ PANELS = (  # of the curves: column, title, top
     ("online_probe", "online probe, %", 100),
 )
 MEASURED = ("knn", "online_probe")  # columns with a value now and then
+# Arguments that older checkpoints lack, and what was done then
+ADDED: dict[str, Any] = {"key_momentum_schedule": "constant", "resume_from": None}
+EXTENDED = ("epochs", "resume_from", "knn_every", "knn_k", "probe")  # what may differ from a run that is gone on from
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
 
 
@@ -84,6 +87,16 @@ def clear_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         fail(error)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Decorates a script's main: a device without room is told in one line, with ``advice``, the flags that help."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
+        fail(f"device: it has no room for this run ({reason.rstrip('.')}). Give {advice}.")
 
 
 def command() -> str:
@@ -189,6 +202,7 @@ class Run:
         self.saved = ""  # where the newest checkpoint stands
         self.damaged = False  # the newest checkpoint could not be read
         self.result: Row | None = None
+        self.config: dict[str, Any] = {}  # what config.json says
         if not self.writes:
             return
         try:
@@ -214,20 +228,37 @@ class Run:
         """The checkpoint before, for when the newest cannot be read."""
         return self.directory / "checkpoint.previous.pt"
 
-    def resume(self) -> dict[str, Any] | None:
-        """The state dicts of the last checkpoint, or None for a new run."""
+    def resume(self, source: Path | None = None) -> dict[str, Any] | None:
+        """The state dicts of the last checkpoint, for a new run those of ``source``; None where there is neither."""
         found = [path for path in (self.checkpoint, self.previous) if path.exists()]
-        if not found:
+        if not found and source is None:
             return None
-        path, saved = self._newest(found)
-        self._check_arguments(path, saved["fixed"])
+        path, saved = self._newest(found) if found else self._source(source)
+        self._check_arguments(path, saved["fixed"], () if found else EXTENDED)
         self.rows, self.epoch, self.saved = saved["rows"], saved["epoch"], saved["at"]
-        self.result = saved["result"]
+        if found:
+            self.result = saved["result"]
+        else:
+            self.saved += f" of {path}"
         self.write_metrics()
         for name, then in saved["environment"].items():
             if then != (now := self.environment()[name]):
                 self._say(f"note     {name} was {then} and is {now}: the run goes on, but not bit for bit.")
         return dict(saved["state"])
+
+    def _source(self, source: Path | None) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint of another run, which has fewer epochs."""
+        assert source is not None
+        path = source / "checkpoint.pt" if source.is_dir() else source
+        if not path.is_file():
+            fail(f"resume_from: {path} is not there. Give the checkpoint.pt of a run, or its directory.")
+        path, saved = self._newest([path])
+        if saved["epoch"] >= self.fixed["epochs"]:
+            fail(
+                f"resume_from: {path} stands at epoch {saved['epoch']}, and --epochs {self.fixed['epochs']} leaves "
+                "nothing to train. Give more --epochs."
+            )
+        return path, saved
 
     def _newest(self, found: list[Path]) -> tuple[Path, dict[str, Any]]:
         """The first that can be read, and what is in it."""
@@ -247,18 +278,19 @@ class Run:
             for damage in damages:
                 self._say(f"note     {damage}. Going on from {path.name}.")
                 self.damaged = True
-            if self.checkpoint not in found:
+            if self.checkpoint not in found and self.previous in found:
                 self._say(f"note     {self.checkpoint} is missing. Going on from {path.name}.")
             return path, saved
         these = "it" if len(found) == 1 else "both"
         fail(f"{'; '.join(damages)}. Delete {these} to start over, or give another --run-dir.")
 
-    def _check_arguments(self, path: Path, fixed: dict[str, Any]) -> None:
+    def _check_arguments(self, path: Path, fixed: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
         missing = "(none)"
+        fixed = {name: value for name, value in ADDED.items() if name in self.fixed} | fixed
         differing = [
             (name, str(fixed.get(name, missing)), str(self.fixed.get(name, missing)))
             for name in {**fixed, **self.fixed}
-            if fixed.get(name, missing) != self.fixed.get(name, missing)
+            if name not in ignored and fixed.get(name, missing) != self.fixed.get(name, missing)
         ]
         if not differing:
             return
@@ -266,7 +298,10 @@ class Run:
         width = [max(len(row[column]) for row in table) for column in range(3)]
         advice = ""
         if [row[0] for row in differing] == ["epochs"]:
-            advice = "--epochs decides the learning rate of every step, so that other epochs are another run. "
+            advice = (
+                "--epochs decides the learning rate of every step, so that other epochs are another run. "
+                f"--resume-from {path} with another --run-dir goes on to more of them. "
+            )
         lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
         fail(
             f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
@@ -295,10 +330,13 @@ class Run:
         self.write_metrics()
 
     def write_config(self, **more: object) -> None:
-        config = {"command": command(), "arguments": {**self.fixed, **self.free}, "versions": versions(), **more}
+        self.config = {"command": command(), "arguments": {**self.fixed, **self.free}, "versions": versions(), **more}
         self._write(
-            self.directory / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode() + b"\n")
+            self.directory / "config.json", lambda file: file.write(json.dumps(self.config, indent=2).encode() + b"\n")
         )
+
+    def write_card(self, text: str) -> None:
+        self._write(self.directory / "model_card.md", lambda file: file.write(legible(text).encode()))
 
     def write_metrics(self) -> None:
         text = StringIO(newline="")

@@ -1,45 +1,37 @@
-"""What surrounds a method's loop: devices and ranks, data, resuming, evaluation, and what a person sees."""
+"""What surrounds a method's step: batches, resuming, evaluation. The step itself is in the method's file.
 
-import dataclasses
-import inspect
-import logging
-import math
-import os
-import signal
-import sys
+The parts: startup (device, data, run directory), clock (where the time goes), statistics (of embeddings and batch
+norm), signals (how a run is stopped), report (what a person sees), run (what is on the disk).
+"""
+
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
-from pathlib import Path
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from typing import Any, Generic, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue
-from eqco_loss.functional import LossMetrics
+from eqco_loss.functional import LossMetrics, cosine_momentum
 
-from .arguments import FREE, Args, Common, check, ranks
-from .data import DRAW, INIT, SHUFFLE, STEP, Data, DataError, Share, generator_of, open_data, seed_of
-from .encoders import Encoder, Head, make_encoder
+from .arguments import Args, KeyMomentumSchedule, check, ranks
+from .card import model_card
+from .clock import TIMED, Clock
+from .data import DRAW, INIT, SHUFFLE, STEP, Share, generator_of, seed_of
+from .encoders import Encoder, Head, encoder_of
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
 from .probe import BASE_LR, OnlineProbe
-from .run import Row, Run, check_device, clear_errors, command, fail, peak_memory_mb
+from .report import NOT_FINITE, Report, summary
+from .run import Row, clear_errors, fail, peak_memory_mb
 from .schedule import learning_rate, set_learning_rate
+from .signals import StopSignal
+from .startup import launch, open_run, open_training_data
+from .statistics import Statistics, feature_std
 
-TIMED = ("images_per_s", "data_share", "loss_share", "seconds", "memory_mb")  # columns that no two runs share
-NOT_FINITE = ("skipped_steps", "replaced_keys")  # since the run began
 COLUMNS = ("epoch", "loss", "top1", "feature_std", "knn", "online_probe", "lr", *NOT_FINITE, *TIMED)
-MEASURED = 50  # on a GPU, the loss's share is measured in every so many pieces
-COLLAPSED = 0.1  # feature std below which a run is called so
 
 
 class Batch(NamedTuple):
@@ -58,17 +50,19 @@ class Training(Generic[Args]):
 
     def __init__(self, method: str, args: Args, label: str) -> None:
         check(args)
-        self.method, self.args, self.ranks = method, args, ranks()
+        self.args, self.ranks = args, ranks()
         self.fabric = launch(args)
         torch.backends.cudnn.deterministic = True  # a resumed run is the same run
+        self.report = Report(args, self.fabric)
+        self.say = self.report.say
         self.share = Share(args.batch_size, args.accumulate, self.fabric.global_rank, self.ranks)
-        self.rows = args.batch_size // args.accumulate // self.ranks  # of a process's batch
         with clear_errors():
-            check_norm(args.norm, self.fabric.device, self.ranks, self.rows, args.splits)
-            self.data = self._open_data()
+            rows = args.batch_size // args.accumulate // self.ranks  # of a process's batch
+            check_norm(args.norm, self.fabric.device, self.ranks, rows, args.splits)
+            self.data = open_training_data(args, self.fabric)
         self.steps = self.data.train_size // args.batch_size  # optimiser steps of an epoch
-        self.run = self._open_run(label)
-        self.state = self.run.resume()
+        self.run = open_run(method, label, args, self.data, self.fabric, COLUMNS)
+        self.state = self.run.resume(args.resume_from)
         self.fabric.barrier()  # every rank has read it before anyone writes
         if self.run.result is not None:
             self.say(f"{self.run.directory} is finished. {summary(self.run.result)}")
@@ -77,34 +71,38 @@ class Training(Generic[Args]):
         # Of this epoch's pieces where all are finite: loss, top-1 accuracy, feature std, and how many these pieces are
         self.sums = torch.zeros(4, device=self.fabric.device)
         self.skipping, self.skipped = False, 0  # the last step, and how many, whose gradients were not finite
-        self.signal = 0  # that asked to stop
-        self.writer: Any = None  # of TensorBoard
+        self.stop = StopSignal(speaks=self.fabric.is_global_zero)
 
-    def say(self, text: str) -> None:
-        if self.fabric.is_global_zero:
-            print(text, flush=True)
-
-    def encoder(self, head: Head) -> Encoder:
-        """The query encoder with its first weights."""
+    def encoder(self, head: Head, *, zero_init_residual: bool = False) -> Encoder:
+        """The query encoder with its first weights. ``zero_init_residual``: every residual branch starts at zero."""
         args = self.args
         shape = {"channels": self.data.channels, "image_size": self.data.image_size, "dim": args.dim}
-        spec: dict[str, Any] = {"arch": args.arch, **shape, "head": head, "norm": args.norm, "splits": args.splits}
+        spec: dict[str, Any] = {"arch": args.arch, **shape, "norm": args.norm, "splits": args.splits}
+        spec |= {"head": head._asdict(), "zero_init_residual": zero_init_residual}
         self.run.contents["encoder_spec"] = spec
         torch.manual_seed(seed_of(INIT, args.seed))
-        return make_encoder(**spec)
+        return encoder_of(spec)
 
     def start(
-        self, encoder: Encoder, criterion: EqCoLoss | DualTempInfoNCE, loss: str, **others: nn.Module
+        self,
+        encoder: Encoder,
+        optimizer: torch.optim.Optimizer,
+        criterion: EqCoLoss | DualTempInfoNCE,
+        loss: str,
+        *,
+        model: nn.Module | None = None,
+        **others: nn.Module,
     ) -> nn.Module:
         """Resume, move to the device, wrap for several ranks. Returns the model to call; ``others`` are saved with it.
 
-        ``loss`` is what the header says about it.
+        ``loss`` is what the header says about it. ``model`` is what the optimiser trains, the encoder where it is left
+        out; where it has more parts than that, name them among the others, too.
         """
         self.probe = OnlineProbe(encoder, self.data, self.ranks) if self.args.online_probe else None
         if self.probe is not None:
             others["online_probe"] = self.probe
         self.query_encoder, self.modules = encoder, {"encoder": encoder, **others}
-        optimizer = make_optimizer(self.args, encoder)
+        self.trained: nn.Module = model or encoder
         if self.state is not None:
             for name, module in self.modules.items():
                 module.load_state_dict(self.state[name])
@@ -115,7 +113,7 @@ class Training(Generic[Args]):
                 if isinstance(module, Encoder):
                     module.compile()
         self.model: Any
-        self.model, self.optimizer = self.fabric.setup(encoder, optimizer)
+        self.model, self.optimizer = self.fabric.setup(self.trained, optimizer)
         self.plain_optimizer = optimizer
         if self.state is not None:
             optimizer.load_state_dict(self.state["optimizer"])
@@ -129,10 +127,10 @@ class Training(Generic[Args]):
             self.sums = self.fabric.to_device(sums)
             self.state = None
         self.queue = next((module for module in others.values() if isinstance(module, MomentumQueue)), None)
-        self.statistics = Statistics(module for module in self.modules.values() if isinstance(module, Encoder))
-        self._print_header(criterion, loss, self.queue)
-        model: nn.Module = self.model
-        return model
+        self.statistics = Statistics(self.modules.values())
+        self.report.header(self.data, self.run, criterion, loss, self.queue, self.steps)
+        wrapped: nn.Module = self.model
+        return wrapped
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.fabric.autocast()
@@ -143,19 +141,14 @@ class Training(Generic[Args]):
         """Every batch that is left of the run; what belongs between two of them, or two epochs, happens in between."""
         args, fabric = self.args, self.fabric
         self.clock = Clock(fabric.device)
-        self.bar = tqdm(
-            total=args.epochs * self.steps,
-            initial=self.done,
-            unit="step",
-            disable=not (sys.stderr.isatty() and fabric.is_global_zero),
-        )
+        self.report.begin(args.epochs * self.steps, self.done)
         self.saved_at = time.monotonic()
-        with self.run.interruptible(), self._signals(), closing(self.data):
+        with self.run.interruptible(), self.stop.heeded(), closing(self.data):
             if not self.run.rows:
                 self.run.rows = [{"epoch": 0, "knn": self._knn()}]
                 if self.args.knn:
                     self.say(f"kNN {self.run.rows[0]['knn']:.1f} % before training")
-                self._note_damage()
+                self.report.damage(self.data)
             while self.done < args.epochs * self.steps:
                 epoch, start = divmod(self.done, self.steps)
                 self.clock.start()
@@ -181,10 +174,10 @@ class Training(Generic[Args]):
                         if self.probe is not None:
                             self.probe.step(self.rate(BASE_LR), skip=self.skipping)
                         self.done += 1
-                        self.bar.update()
+                        self.report.bar.update()
                         self._between_steps()
                 self._end_epoch(epoch + 1, self.done - epoch * self.steps - start)
-            self.bar.close()
+            self.report.end()
             self._finish()
 
     def rate(self, base_lr: float) -> float:
@@ -193,6 +186,10 @@ class Training(Generic[Args]):
         peak = base_lr * args.batch_size / 256
         shape = args.schedule, self.done, self.steps, args.epochs, args.warmup_epochs, args.warmup_from
         return peak * learning_rate(*shape)
+
+    def key_momentum(self, base: float, schedule: KeyMomentumSchedule) -> float:
+        """Of the key encoder's next update. cosine: from ``base`` to 1 over the whole run (BYOL, MoCo v3)."""
+        return cosine_momentum(self.done, self.args.epochs * self.steps, base) if schedule == "cosine" else base
 
     def loss_timer(self) -> AbstractContextManager[None]:
         """Around the loss, so that its share of a step can be told."""
@@ -213,7 +210,7 @@ class Training(Generic[Args]):
         figures = torch.stack([metrics.loss.detach(), metrics.top1_accuracy, std, torch.ones_like(std)])
         self.sums += torch.where(figures.isfinite().all(), figures, 0.0)
         if self.last:
-            gradients = [x.grad for x in self.query_encoder.parameters() if x.grad is not None]
+            gradients = [x.grad for x in self.trained.parameters() if x.grad is not None]
             self.skipping = not bool(nn.utils.get_total_norm(gradients).isfinite())  # on every rank alike
             self.skipped += self.skipping
             scales = getattr(self.fabric.strategy.precision, "scaler", None) is not None
@@ -226,14 +223,14 @@ class Training(Generic[Args]):
 
     def _between_steps(self) -> None:
         late = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
-        stop, save = self.signal, int(late)
+        stop, save = self.stop.number, int(late)
         if self.ranks > 1:  # all ranks do the same
             asked = torch.tensor([stop, save], device=self.fabric.device)
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
             stop, save = asked.tolist()
         epoch, step = divmod(self.done, self.steps)
         if step == 0:  # the epoch's end saves
-            self.signal = stop
+            self.stop.number = stop
         elif stop or save:
             self._save(epoch, step)
             if stop:
@@ -255,7 +252,7 @@ class Training(Generic[Args]):
         row["lr"] = self.plain_optimizer.param_groups[0]["lr"]
         row["skipped_steps"] = self.skipped
         row["replaced_keys"] = None if self.queue is None else int(self.queue.replaced)
-        self._note_what_was_not_finite(row)
+        self.report.not_finite(row, self.run.rows[-1], self.steps)
         row["images_per_s"] = round(steps * args.batch_size / times.seconds, 1)
         row["data_share"], row["loss_share"] = round(times.data_share, 4), round(times.loss_share, 4)
         row["seconds"], row["memory_mb"] = round(times.seconds, 3), peak_memory_mb(self.fabric.device)
@@ -265,13 +262,13 @@ class Training(Generic[Args]):
         self.run.rows.append(row)
         self.sums.zero_()
         self._save(epoch, 0)
-        self._note_damage()
+        self.report.damage(self.data)
         if measure:
             self.run.draw_curves()
-        self._print_epoch(row)
-        self._write_tensorboard(row)
-        if self.signal:
-            self.run.stopped(128 + self.signal)
+        self.report.epoch(row)
+        self.report.log(row)
+        if self.stop.number:
+            self.run.stopped(128 + self.stop.number)
 
     def _finish(self) -> None:
         rows = self.run.rows
@@ -281,6 +278,7 @@ class Training(Generic[Args]):
             self.run.result["online_probe"] = rows[-1]["online_probe"]
         if self.args.probe:
             self.run.result["linear_probe"] = linear_probe(self.query_encoder, self.data)
+        self.run.write_card(model_card(self.run))
         self._save(self.args.epochs, 0)
         self.say(f"{summary(self.run.result)} Results are in {self.run.directory}")
 
@@ -309,283 +307,3 @@ class Training(Generic[Args]):
             return sums
         mean: Tensor = self.fabric.all_reduce(sums.clone(), reduce_op="mean")  # type: ignore[assignment]
         return mean
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step it is in, with a checkpoint; Ctrl-C twice ends it at once."""
-        asked = 0.0
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            nonlocal asked
-            if number == signal.SIGINT and self.signal and time.monotonic() - asked > 1:
-                raise KeyboardInterrupt
-            if not self.signal:
-                self.signal, asked = number, time.monotonic()
-                if self.fabric.is_global_zero:
-                    again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ", as SIGTERM asks"
-                    print(f"\nstopping after this step{again}", file=sys.stderr, flush=True)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    # ----------------------------------------------------------------------------------------------- before the loop
-
-    def _open_data(self) -> Data:
-        args, fabric = self.args, self.fabric
-        data = open_data(
-            args.dataset,
-            args.data_dir,
-            seed=args.seed,
-            device=fabric.device,
-            image_size=args.image_size,
-            limit=args.limit,
-            workers=args.workers,
-            recipe=args.recipe,
-            augment=args.augment,
-            once=lambda work: fabric.broadcast(work() if fabric.is_global_zero else None),
-        )
-        if args.batch_size > data.train_size:
-            raise DataError(
-                f"batch_size: expected at most the number of training images, {data.train_size}, got "
-                f"{args.batch_size}. Give --batch-size {data.train_size} or less."
-            )
-        if args.probe and len(torch.unique(data.view_labels())) < 2:
-            raise DataError(
-                "probe: expected training images of two classes or more, got one. Give --no-probe, or images of more."
-            )
-        if self.ranks > data.test_size:
-            raise DataError(
-                f"nproc-per-node: expected no more ranks than the {data.test_size} test images, got {self.ranks}. "
-                "Start fewer."
-            )
-        return data
-
-    def _open_run(self, label: str) -> Run:
-        """The run directory. A resumed run must agree in all that can change a result."""
-        args, data = self.args, self.data
-        directory = args.run_dir or Path("runs") / f"{self.method}-{data.name}-{label}-seed{args.seed}"
-        fixed = {"method": self.method, "data": data.fingerprint, **dataclasses.asdict(args)}
-        fixed |= {"device": self.fabric.device.type, "image_size": data.image_size}
-        free = {name: fixed.pop(name) for name in FREE}
-        free = {name: str(value) if isinstance(value, Path) else value for name, value in free.items()}
-        where = {"name": args.dataset, "data_dir": args.data_dir and str(args.data_dir)}
-        contents = {"data": {**where, "image_size": data.image_size, "channels": data.channels}}
-        return Run(directory, COLUMNS, fixed, free, contents, self.fabric.global_rank)
-
-    def _print_header(self, criterion: EqCoLoss | DualTempInfoNCE, loss: str, queue: MomentumQueue | None) -> None:
-        args, fabric, data, run = self.args, self.fabric, self.data, self.run
-        rows = torch.zeros(self.rows, args.dim, device=fabric.device)
-        backend, reason = criterion.chosen_backend(rows, rows, queue)
-        run.write_config(
-            device=str(fabric.device),
-            threads=torch.get_num_threads(),
-            ranks=self.ranks,
-            loss_backend=[backend, reason],
-        )
-        cuda = fabric.device.type == "cuda"
-        device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
-        many = f", {self.ranks} ranks" if self.ranks > 1 else ""
-        pieces = f", in {args.accumulate} pieces" if args.accumulate > 1 else ""
-        at = f", resumed after {run.saved}" if run.saved else ""
-        self.say(f"command  {command()}")
-        self.say(f"device   {fabric.device} ({device}){many}, {args.precision}; loss by {backend} ({reason})")
-        self.say(f"data     {data.name}: {data.fingerprint}; {data.image_size} px, {args.arch}, norm {args.norm}")
-        if data.note:
-            self.say(f"note     {data.note}")
-        self.say(f"loss     N = {args.batch_size}{pieces}, {loss}")
-        self.say(f"steps    {self.steps} an epoch, {args.epochs} epochs")
-        self.say(f"run      {run.directory}{at}")
-
-    # ------------------------------------------------------------------------------------------------ for a person
-
-    def _note_what_was_not_finite(self, row: Row) -> None:
-        """Of this epoch; the rows count from the run's beginning."""
-        before = self.run.rows[-1]
-        steps, keys = (int(row[name] or 0) - int(before.get(name) or 0) for name in NOT_FINITE)
-        if steps or keys:
-            entered = f", and {keys} keys that were not finite are zeros in the queue" if keys else ""
-            self.say(
-                f"note     epoch {row['epoch']}: {steps} of {self.steps} steps skipped, whose gradients were not finite"
-                f"{entered}."
-            )
-
-    def _note_damage(self) -> None:
-        for note in self.data.damage.news():
-            self.say(f"note     {note}")
-
-    def _print_epoch(self, row: Row) -> None:
-        measured = "" if row["knn"] is None else f"  kNN {row['knn']:.1f} %"
-        measured += f"  online probe {row['online_probe']:.1f} %" if "online_probe" in row else ""
-        collapsed = " (collapsed)" if row["feature_std"] < COLLAPSED else ""  # type: ignore[operator]
-        curves = f"loss {row['loss']:.3f}  top-1 {row['top1']:.1f} %  std {row['feature_std']:.2f}{collapsed}{measured}"
-        speed = f"{row['images_per_s']:.0f} images/s (data {row['data_share']:.0%}, loss {row['loss_share']:.0%})"
-        line = f"epoch {row['epoch']}/{self.args.epochs}  {curves}  {speed}  {row['memory_mb']:.0f} MB"
-        if not sys.stderr.isatty():
-            self.say(line)
-        elif self.fabric.is_global_zero:
-            self.bar.set_postfix_str(curves)
-            if measured:
-                self.bar.write(line)
-
-    def _write_tensorboard(self, row: Row) -> None:
-        if not (self.args.tensorboard and self.fabric.is_global_zero):
-            return
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.run.directory / "tensorboard", purge_step=row["epoch"])
-        for name, value in row.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, row["epoch"])
-        self.writer.flush()
-
-
-class Statistics:
-    """Running statistics of batch norm, which one batch that is not finite would make NaN for ever."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.running = [x for module in modules for x in module.buffers() if x.is_floating_point()]
-        self.kept = [x.clone() for x in self.running]
-
-    def keep(self) -> None:
-        """After a step that was taken."""
-        if self.running:
-            torch._foreach_copy_(self.kept, self.running)
-
-    def mend(self) -> None:
-        """After one that was skipped: those that are not finite are as they were kept."""
-        for now, before in zip(self.running, self.kept, strict=True):
-            if not now.isfinite().all():
-                now.copy_(before)
-
-
-def launch(args: Common) -> Fabric:
-    """Lightning Fabric for one process, or for those that torchrun started."""
-    check_device(args.device)
-    if args.precision == "16-mixed" and (args.device in ("cpu", "mps") or not torch.cuda.is_available()):
-        fail("precision: 16-mixed needs a GPU. Give --precision bf16-mixed, or leave it out.")
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the header says it all
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Of the buffers only running statistics differ between ranks, and training does not read them.
-    renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    strategy = DDPStrategy(**buffers) if ranks() > 1 else "auto"
-    try:
-        fabric = Fabric(
-            accelerator=args.device,
-            strategy=strategy,
-            devices=here,
-            num_nodes=ranks() // here,
-            precision=args.precision,
-        )
-        fabric.launch()
-    except (RuntimeError, ValueError, MisconfigurationException) as error:
-        fail(f"device: {args.device} cannot be used ({error}). Leave --device out to take what there is.")
-    return fabric
-
-
-def make_optimizer(args: Common, encoder: Encoder) -> torch.optim.Optimizer:
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(encoder.parameters(), weight_decay=args.weight_decay)
-    return torch.optim.SGD(encoder.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-
-
-def feature_std(queries: Tensor) -> Tensor:
-    """Standard deviation of the unit queries, in units of that of a spread-out batch: 1 is spread out, 0 collapsed."""
-    spread: Tensor = F.normalize(queries).std(0).mean() * math.sqrt(queries.shape[1])
-    return spread
-
-
-def mean_of(first: LossMetrics, second: LossMetrics) -> LossMetrics:
-    """Of both directions."""
-    return LossMetrics(*((a + b) / 2 for a, b in zip(first, second, strict=True)))
-
-
-def summary(result: Row) -> str:
-    when = {"knn_untrained": "untrained", "knn": "trained"}
-    knn = [f"{result[name]:.1f} % {word}" for name, word in when.items() if name in result]
-    figures = [f"kNN {', '.join(knn)}"] if knn else []
-    probes = [name for name in ("online_probe", "linear_probe") if name in result]
-    figures += [f"{name.replace('_', ' ')} {result[name]:.1f} %" for name in probes]
-    return ("; ".join(figures) or "Nothing was measured") + "."
-
-
-class Times(NamedTuple):
-    seconds: float
-    data_share: float  # of the time, waiting for the next batch
-    loss_share: float  # of a piece's time, forward and backward of the loss
-
-
-class Clock:
-    """Where an epoch's time goes. On a GPU by events, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda, self.every = device.type == "cuda", MEASURED if device.type == "cuda" else 1
-
-    def start(self) -> None:
-        self.begun, self.waited = time.perf_counter(), 0.0
-        self.pieces: list[dict[str, Any]] = []
-        self.marks: dict[str, Any] | None = None
-
-    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            begun = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - begun
-            if batch is None:
-                return
-            yield batch
-
-    def begin_piece(self, number: int) -> None:
-        self.marks = {} if number % self.every == min(1, self.every - 1) else None  # not the very first
-        self._mark("begin")
-
-    @contextmanager
-    def loss(self) -> Iterator[None]:
-        self._mark("loss")
-        yield
-        self._mark("loss end")
-
-    def begin_backward(self, *embeddings: Tensor) -> None:
-        self._mark("backward")
-        for embedding in embeddings if self.marks is not None else ():
-            embedding.register_hook(self._end_backward)
-
-    def _end_backward(self, gradient: Tensor) -> None:
-        """The loss's part of it is done where the first embedding has its gradient."""
-        if self.marks is not None and "backward end" not in self.marks:
-            self._mark("backward end")
-
-    def end_piece(self) -> None:
-        self._mark("end")
-        if self.marks is not None:
-            self.pieces.append(self.marks)
-
-    def stop(self) -> Times:
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.begun
-        total = sum(self._between(marks, "begin", "end") for marks in self.pieces)
-        loss = sum(
-            self._between(marks, "loss", "loss end") + self._between(marks, "backward", "backward end")
-            for marks in self.pieces
-        )
-        return Times(seconds, self.waited / seconds, loss / total if total else 0.0)
-
-    def _mark(self, name: str) -> None:
-        if self.marks is None:
-            return
-        if self.cuda:
-            self.marks[name] = torch.cuda.Event(enable_timing=True)
-            self.marks[name].record()
-        else:
-            self.marks[name] = time.perf_counter()
-
-    def _between(self, marks: dict[str, Any], begin: str, end: str) -> float:
-        if self.cuda:
-            return float(marks[begin].elapsed_time(marks[end])) / 1000
-        return float(marks[end] - marks[begin])
