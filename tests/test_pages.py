@@ -266,3 +266,12 @@ def test_the_first_run_is_what_was_measured() -> None:
     assert {row["untrained_knn"] for row in rows} == {"24.6"}
     assert f"kNN rises from 24.6 % untrained to {knn[0]:g} to {knn[-1]:g} %" in text
     assert f"After the install it takes {seconds[0]:g} to {seconds[-1]:g} seconds" in text
+
+
+def test_the_claim_is_of_the_page_of_results() -> None:
+    """What four negatives give with and without EqCo."""
+    rows = (ROOT / "docs" / "results.md").read_text().split("--grid digits-k`")[1].split("##")[0].splitlines()
+    of_four = [row.split("|") for row in rows if row.startswith("| SiMo | 4 |")]
+    knn = {cells[3].split(",")[0].strip(): cells[5].split()[0] for cells in of_four}
+    text = " ".join(README.read_text().split())
+    assert f"a kNN of {knn['EqCo']} % with EqCo and {knn['InfoNCE']} % without it" in text
