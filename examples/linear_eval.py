@@ -281,10 +281,10 @@ class Training:
             for rows in self.rows(epoch):
                 yield placed[rows.to(placed.device)], self.labels[rows]
         elif self.decoded is not None:
-            augment = OnDevice(CROP_AND_FLIP, self.data.image_size)
+            augment = OnDevice(CROP_AND_FLIP, self.data.image_size, views=1)
             for rows in self.rows(epoch):
                 samples = rows.to(self.decoded.pixels.device)
-                view = augment(self.decoded.pixels[samples], seed=self.args.seed, epoch=epoch, samples=samples, view=0)
+                (view,) = augment(self.decoded.pixels[samples], seed=self.args.seed, epoch=epoch, samples=samples)
                 yield view, self.labels[self.decoded.shown[samples].cpu()]
         else:
             assert isinstance(self.data, ImageData)

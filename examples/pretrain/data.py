@@ -201,9 +201,7 @@ class ImageData:
             augment = OnDevice(self.recipe, self.image_size)
             for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(self.device):
                 images = self._decoded["views"].pixels[rows]
-                first, second = (
-                    augment(images, seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1)
-                )
+                first, second = augment(images, seed=self.seed, epoch=epoch, samples=rows)
                 yield Views((first, second), self._decoded["views"].shown[rows])
             return
         if self._loader is None:  # one set of workers for the whole run
