@@ -148,11 +148,11 @@ def launches(recipe: augment.Recipe, size: int, batch_size: int) -> Counter[str]
     fake = FakeTensorMode()
     with absent_gpu(), config.patch(augment.INDUCTOR), torch.no_grad():
         with fake:
-            images = torch.empty((batch_size, 3, size, size), dtype=torch.uint8, device="cuda")
+            images = torch.empty((50000, 3, size, size), dtype=torch.uint8, device="cuda")
             samples, keys = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (batch_size, 2))
 
             def views(images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
-                return augment.make_views(recipe, size, images, samples, keys)
+                return augment.make_views(recipe, size, images, samples, samples, keys)
 
             traced = make_fx(views, decomposition_table=select_decomp_table())(images, samples, keys)
         graph = GraphLowering(traced, example_inputs=[images, samples, keys])

@@ -26,9 +26,10 @@ from pretrain.arguments import check
 from pretrain.data import INIT, SHUFFLE, Data, Share, generator_of, open_data, seed_of
 from pretrain.encoders import make_encoder
 from pretrain.norms import check_norm, shuffled
+from pretrain.optimizers import make_optimizer
 from pretrain.run import clear_errors, command, fail, read_rows, write_rows, written_whole
 from pretrain.schedule import learning_rate, set_learning_rate
-from pretrain.training import launch, make_optimizer
+from pretrain.training import launch
 from torch import Tensor
 from tqdm import tqdm
 

@@ -121,15 +121,21 @@ class OnDevice:
         self.make_views = compiled_views() if compiled else make_views
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, *, seed: int, epoch: int, samples: Tensor) -> tuple[Tensor, ...]:
-        """uint8 (N, 3, H, W) and the samples' numbers (N,) to views, each normalised float32 (N, 3, size, size)."""
+    def __call__(
+        self, images: Tensor, *, seed: int, epoch: int, samples: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """uint8 (N, 3, H, W) and the samples' numbers (N,) to views, each normalised float32 (N, 3, size, size).
+
+        With ``rows`` (N,) it is these of the images, of which there may be any number.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
-        if samples.shape != images.shape[:1] or samples.is_floating_point():
-            raise ValueError(f"samples: expected {len(images)} integers, got {samples.dtype} {tuple(samples.shape)}.")
+        count = len(images) if rows is None else len(rows)
+        if samples.shape != (count,) or samples.is_floating_point():
+            raise ValueError(f"samples: expected {count} integers, got {samples.dtype} {tuple(samples.shape)}.")
         home = images.device if has_float64(images.device) else torch.device("cpu")  # where the numbers are drawn
         keys = keys_of(seed, epoch, self.views, home)
-        views = self.make_views(self.recipe, self.size, images, samples.to(home, non_blocking=True), keys)
+        views = self.make_views(self.recipe, self.size, images, rows, samples.to(home, non_blocking=True), keys)
         return views.unbind()
 
 
@@ -138,7 +144,7 @@ def compiled_views() -> Callable[..., Tensor]:
     return torch.compile(make_views, fullgraph=True, dynamic=False, options=dict(INDUCTOR))
 
 
-def make_views(recipe: Recipe, size: int, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+def make_views(recipe: Recipe, size: int, images: Tensor, rows: Tensor | None, samples: Tensor, keys: Tensor) -> Tensor:
     """``OnDevice`` as a function of tensors, (V, N, 3, size, size).
 
     Between the products the three channels are tensors of their own, so that all operations on colours, means of whole
@@ -146,6 +152,7 @@ def make_views(recipe: Recipe, size: int, images: Tensor, samples: Tensor, keys:
     no pass of its own there.
     """
     drawn = draw(recipe, *images.shape[2:], samples=samples, keys=keys).on(images.device)
+    images = images if rows is None else images[rows]
     channels: Channels = resized_crop(images.float() / 255, drawn, size, recipe.bicubic).unbind(1)
     if recipe.gray_first:
         channels = grayscale(channels, drawn.gray)

@@ -109,7 +109,9 @@ def shuffled(encode: nn.Module, images: Tensor, generator: torch.Generator) -> T
         embeddings: Tensor = encode(images)
         return embeddings
     n = len(images)
-    order = torch.randperm(n * world, generator=generator).to(images.device)
+    # From pinned memory, or the copy would wait for the device
+    order = torch.randperm(n * world, generator=generator, pin_memory=images.is_cuda)
+    order = order.to(images.device, non_blocking=True)
     rank = dist.get_rank() if world > 1 else 0
     mine = slice(rank * n, (rank + 1) * n)
     encoded = encode(gathered(images, world)[order[mine]])

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, NamedTuple
@@ -31,6 +32,8 @@ from .data import DRAW, INIT, SHUFFLE, STEP, Data, DataError, Share, generator_o
 from .encoders import Encoder, Head, make_encoder
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
+from .optimizers import Statistics, load, make_optimizer, start_momentum, step_unless
+from .prefetch import ahead
 from .probe import BASE_LR, OnlineProbe
 from .run import Row, Run, check_device, clear_errors, command, fail, peak_memory_mb
 from .schedule import learning_rate, set_learning_rate
@@ -60,7 +63,10 @@ class Training(Generic[Args]):
         check(args)
         self.method, self.args, self.ranks = method, args, ranks()
         self.fabric = launch(args)
-        torch.backends.cudnn.deterministic = True  # a resumed run is the same run
+        on_cuda = self.fabric.device.type == "cuda"
+        torch.backends.cudnn.deterministic = args.deterministic or not on_cuda
+        torch.backends.cudnn.benchmark = on_cuda and not args.deterministic
+        self.compile = on_cuda and find_spec("triton") is not None if args.compile is None else args.compile
         self.share = Share(args.batch_size, args.accumulate, self.fabric.global_rank, self.ranks)
         self.rows = args.batch_size // args.accumulate // self.ranks  # of a process's batch
         with clear_errors():
@@ -76,7 +82,9 @@ class Training(Generic[Args]):
         self.done = 0  # optimiser steps
         # Of this epoch's pieces where all are finite: loss, top-1 accuracy, feature std, and how many these pieces are
         self.sums = torch.zeros(4, device=self.fabric.device)
-        self.skipping, self.skipped = False, 0  # the last step, and how many, whose gradients were not finite
+        # Whether the last step's gradients were not finite, and of how many steps; on the device, as nobody waits
+        self.skipping = torch.zeros((), dtype=torch.bool, device=self.fabric.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
         self.signal = 0  # that asked to stop
         self.writer: Any = None  # of TensorBoard
 
@@ -100,30 +108,34 @@ class Training(Generic[Args]):
 
         ``loss`` is what the header says about it.
         """
-        self.probe = OnlineProbe(encoder, self.data, self.ranks) if self.args.online_probe else None
+        fused = self.fabric.device.type == "cuda"
+        self.probe = OnlineProbe(encoder, self.data, self.ranks, fused=fused) if self.args.online_probe else None
         if self.probe is not None:
             others["online_probe"] = self.probe
         self.query_encoder, self.modules = encoder, {"encoder": encoder, **others}
-        optimizer = make_optimizer(self.args, encoder)
+        optimizer = make_optimizer(self.args, encoder, fused=fused)
         if self.state is not None:
             for name, module in self.modules.items():
                 module.load_state_dict(self.state[name])
         for module in others.values():
             self.fabric.to_device(module)
-        if self.args.compile:
+        if self.compile:
             for module in self.modules.values():
                 if isinstance(module, Encoder):
                     module.compile()
         self.model: Any
         self.model, self.optimizer = self.fabric.setup(encoder, optimizer)
         self.plain_optimizer = optimizer
+        for one in (optimizer, *([self.probe.optimizer] if self.probe is not None else [])):
+            start_momentum(one)
         if self.state is not None:
-            optimizer.load_state_dict(self.state["optimizer"])
+            load(optimizer, self.state["optimizer"])
             if self.probe is not None:
-                self.probe.optimizer.load_state_dict(self.state["online_probe_optimizer"])
+                load(self.probe.optimizer, self.state["online_probe_optimizer"])
             self.fabric.strategy.precision.load_state_dict(self.state["scaler"])
             progress = self.state["progress"]
-            self.done, self.skipped = progress["step"], progress.get("skipped", 0)
+            self.done = progress["step"]
+            self.skipped += progress.get("skipped", 0)
             counted = [float(self.done % self.steps * self.args.accumulate)] * (len(progress["sums"]) == 3)
             sums = torch.cat([progress["sums"], torch.tensor(counted)])  # older checkpoints counted all pieces
             self.sums = self.fabric.to_device(sums)
@@ -159,21 +171,18 @@ class Training(Generic[Args]):
             while self.done < args.epochs * self.steps:
                 epoch, start = divmod(self.done, self.steps)
                 self.clock.start()
-                pieces = enumerate(
-                    self.clock.waiting(self.data.batches(epoch, self.share, start)), start * args.accumulate
-                )
-                for piece, ((query_view, key_view), ids) in pieces:
+                batches = ahead(self.data.batches(epoch, self.share, start), fabric)
+                pieces = enumerate(self.clock.waiting(batches), start * args.accumulate)
+                for piece, (views, ids) in pieces:
                     number = (epoch, piece)
                     first, self.last = piece % args.accumulate == 0, (piece + 1) % args.accumulate == 0
                     if first:
                         set_learning_rate(self.plain_optimizer, self.rate(args.base_lr))
                     torch.manual_seed(seed_of(STEP, args.seed, *number, fabric.global_rank))  # for whatever draws
                     shuffle, draw = (generator_of(purpose, args.seed, *number) for purpose in (SHUFFLE, DRAW))
-                    views = fabric.to_device(query_view), fabric.to_device(key_view)
-                    ids = fabric.to_device(ids)
                     self.clock.begin_piece(piece)
                     with fabric.no_backward_sync(self.model, enabled=not self.last):
-                        yield Batch(*views, ids, first, shuffle, draw)
+                        yield Batch(views[0], views[1], ids, first, shuffle, draw)
                     if self.probe is not None:
                         self.probe.backward(ids, args.accumulate)
                     self.clock.end_piece()
@@ -214,13 +223,14 @@ class Training(Generic[Args]):
         self.sums += torch.where(figures.isfinite().all(), figures, 0.0)
         if self.last:
             gradients = [x.grad for x in self.query_encoder.parameters() if x.grad is not None]
-            self.skipping = not bool(nn.utils.get_total_norm(gradients).isfinite())  # on every rank alike
+            self.skipping = ~nn.utils.get_total_norm(gradients).isfinite()  # on every rank alike
             self.skipped += self.skipping
-            scales = getattr(self.fabric.strategy.precision, "scaler", None) is not None
-            if scales or not self.skipping:  # a gradient scaler skips for itself, and lowers its scale
-                self.optimizer.step()
+            if getattr(self.fabric.strategy.precision, "scaler", None) is not None:
+                self.optimizer.step()  # a gradient scaler skips for itself, and lowers its scale
+            else:
+                step_unless(self.skipping, self.optimizer, self.plain_optimizer)
             self.optimizer.zero_grad()
-            self.statistics.mend() if self.skipping else self.statistics.keep()
+            self.statistics.mend()
 
     # ------------------------------------------------------------------------------------- between steps and epochs
 
@@ -253,7 +263,7 @@ class Training(Generic[Args]):
         measure = epoch == args.epochs or epoch % args.knn_every == 0
         row: Row = {"epoch": epoch, "loss": loss, "top1": 100 * top1, "feature_std": std}
         row["lr"] = self.plain_optimizer.param_groups[0]["lr"]
-        row["skipped_steps"] = self.skipped
+        row["skipped_steps"] = int(self.skipped)
         row["replaced_keys"] = None if self.queue is None else int(self.queue.replaced)
         self._note_what_was_not_finite(row)
         row["images_per_s"] = round(steps * args.batch_size / times.seconds, 1)
@@ -291,7 +301,7 @@ class Training(Generic[Args]):
         if self.probe is not None:
             state["online_probe_optimizer"] = self.probe.optimizer.state_dict()
         state["scaler"] = self.fabric.strategy.precision.state_dict()
-        state["progress"] = {"step": self.done, "skipped": self.skipped, "sums": self.sums}
+        state["progress"] = {"step": self.done, "skipped": int(self.skipped), "sums": self.sums}
         self.run.save(epoch, state, step)
         self.saved_at = time.monotonic()
 
@@ -346,6 +356,7 @@ class Training(Generic[Args]):
             workers=args.workers,
             recipe=args.recipe,
             augment=args.augment,
+            compiled=self.compile and fabric.device.type == "cuda",
             once=lambda work: fabric.broadcast(work() if fabric.is_global_zero else None),
         )
         if args.batch_size > data.train_size:
@@ -369,7 +380,7 @@ class Training(Generic[Args]):
         args, data = self.args, self.data
         directory = args.run_dir or Path("runs") / f"{self.method}-{data.name}-{label}-seed{args.seed}"
         fixed = {"method": self.method, "data": data.fingerprint, **dataclasses.asdict(args)}
-        fixed |= {"device": self.fabric.device.type, "image_size": data.image_size}
+        fixed |= {"device": self.fabric.device.type, "image_size": data.image_size, "compile": self.compile}
         free = {name: fixed.pop(name) for name in FREE}
         free = {name: str(value) if isinstance(value, Path) else value for name, value in free.items()}
         where = {"name": args.dataset, "data_dir": args.data_dir and str(args.data_dir)}
@@ -388,12 +399,21 @@ class Training(Generic[Args]):
         )
         cuda = fabric.device.type == "cuda"
         device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+        compiled = (
+            ", compiled"
+            if self.compile
+            else ", not compiled: Triton is missing"
+            if cuda and args.compile is None
+            else ""
+        )
         many = f", {self.ranks} ranks" if self.ranks > 1 else ""
         pieces = f", in {args.accumulate} pieces" if args.accumulate > 1 else ""
         at = f", resumed after {run.saved}" if run.saved else ""
         self.say(f"command  {command()}")
         self.say(f"device   {fabric.device} ({device}){many}, {args.precision}; loss by {backend} ({reason})")
-        self.say(f"data     {data.name}: {data.fingerprint}; {data.image_size} px, {args.arch}, norm {args.norm}")
+        self.say(
+            f"data     {data.name}: {data.fingerprint}; {data.image_size} px, {args.arch}, norm {args.norm}{compiled}"
+        )
         if data.note:
             self.say(f"note     {data.note}")
         self.say(f"loss     N = {args.batch_size}{pieces}, {loss}")
@@ -444,25 +464,6 @@ class Training(Generic[Args]):
         self.writer.flush()
 
 
-class Statistics:
-    """Running statistics of batch norm, which one batch that is not finite would make NaN for ever."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.running = [x for module in modules for x in module.buffers() if x.is_floating_point()]
-        self.kept = [x.clone() for x in self.running]
-
-    def keep(self) -> None:
-        """After a step that was taken."""
-        if self.running:
-            torch._foreach_copy_(self.kept, self.running)
-
-    def mend(self) -> None:
-        """After one that was skipped: those that are not finite are as they were kept."""
-        for now, before in zip(self.running, self.kept, strict=True):
-            if not now.isfinite().all():
-                now.copy_(before)
-
-
 def launch(args: Common) -> Fabric:
     """Lightning Fabric for one process, or for those that torchrun started."""
     check_device(args.device)
@@ -486,12 +487,6 @@ def launch(args: Common) -> Fabric:
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         fail(f"device: {args.device} cannot be used ({error}). Leave --device out to take what there is.")
     return fabric
-
-
-def make_optimizer(args: Common, encoder: Encoder) -> torch.optim.Optimizer:
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(encoder.parameters(), weight_decay=args.weight_decay)
-    return torch.optim.SGD(encoder.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
 
 
 def feature_std(queries: Tensor) -> Tensor:
