@@ -14,13 +14,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from pretrain.arguments import CIFAR, IMAGENET, Common, given, parse, ranks
-from pretrain.norms import Norm, shuffled
-from pretrain.run import clear_errors
-from pretrain.training import Training
-
-from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
+from pretrain.choices import Norm
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,14 @@ def defaults(version: str | None) -> dict[str, Args]:
 
 
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.norms import shuffled
+    from pretrain.run import clear_errors
+    from pretrain.training import Training
+
+    from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
+
     with clear_errors():
         criterion = EqCoLoss(args.temperature, alpha=args.alpha, gather=ranks() > 1)
         queue = MomentumQueue(args.queue_size, args.dim, store_ids=args.queue_ids, gather=ranks() > 1)

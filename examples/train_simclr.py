@@ -13,12 +13,7 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import sys
 from dataclasses import dataclass
 
-import torch
 from pretrain.arguments import CIFAR, IMAGENET, Common, parse, ranks
-from pretrain.run import clear_errors
-from pretrain.training import Training
-
-from eqco_loss import EqCoLoss
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,13 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 
 
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.run import clear_errors
+    from pretrain.training import Training
+
+    from eqco_loss import EqCoLoss
+
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(args.temperature, alpha=alpha, in_batch="views", symmetric=True, gather=ranks() > 1)

@@ -12,10 +12,6 @@ import sys
 from dataclasses import dataclass
 
 from pretrain.arguments import IMAGENET, SIMCO, Common, parse, ranks
-from pretrain.run import clear_errors
-from pretrain.training import Training
-
-from eqco_loss import DualTempInfoNCE
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,12 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 
 
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    from pretrain.run import clear_errors
+    from pretrain.training import Training
+
+    from eqco_loss import DualTempInfoNCE
+
     with clear_errors():
         criterion = DualTempInfoNCE(
             args.temperature, args.inter_temperature, alpha=args.alpha, symmetric=True, gather=ranks() > 1

@@ -12,12 +12,7 @@ import copy
 import sys
 from dataclasses import dataclass
 
-import torch
 from pretrain.arguments import IMAGENET, SIMCO, Common, parse, ranks
-from pretrain.run import clear_errors
-from pretrain.training import Training, mean_of
-
-from eqco_loss import DualTempInfoNCE, momentum_update
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,13 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 
 
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.run import clear_errors
+    from pretrain.training import Training, mean_of
+
+    from eqco_loss import DualTempInfoNCE, momentum_update
+
     with clear_errors():
         criterion = DualTempInfoNCE(args.temperature, args.inter_temperature, alpha=args.alpha, gather=ranks() > 1)
     label = f"t{args.temperature:g}-{args.inter_temperature:g}" + "-plus" * args.plus

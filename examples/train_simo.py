@@ -11,15 +11,12 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import copy
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pretrain.arguments import CIFAR, IMAGENET, Common, check, parse, ranks
-from pretrain.norms import gathered, shuffled
-from pretrain.run import clear_errors
-from pretrain.training import Training, mean_of
 
-from eqco_loss import EqCoLoss, momentum_update
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,14 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 
 
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.norms import gathered, shuffled
+    from pretrain.run import clear_errors
+    from pretrain.training import Training, mean_of
+
+    from eqco_loss import EqCoLoss, momentum_update
+
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(
@@ -93,8 +98,10 @@ def main(args: Args) -> None:
         training.step(metrics, *embeddings)
 
 
-def shared_negatives(keys: torch.Tensor, rows: torch.Tensor, k: int, draw: torch.Generator) -> torch.Tensor:
+def shared_negatives(keys: "torch.Tensor", rows: "torch.Tensor", k: int, draw: "torch.Generator") -> "torch.Tensor":
     """(rows, K, D) of the keys (N, D): one choice of K of N - 1 columns, of which row i leaves out its own, key i."""
+    import torch
+
     columns = torch.randperm(len(keys) - 1, generator=draw)[:k].to(keys.device)  # (K,)
     return keys[columns + (columns >= rows[:, None])]
 

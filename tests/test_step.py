@@ -1,5 +1,6 @@
 """A training step: nothing in it waits for the device, and what a GPU does differently gives the same weights."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,3 +164,22 @@ def test_batches_ahead_are_the_batches() -> None:
     views: list[Any] = [Views((torch.ones(2), torch.ones(2)), torch.tensor([i])) for i in range(3)]
     found: list[Tensor] = [batch.samples for batch in prefetch.ahead(iter(views), Fabric())]  # type: ignore[arg-type]
     assert [int(x) for x in found] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["simo", "moco", "simclr", "simco", "simmoco"])
+def test_help_does_not_wait_for_torch(method: str) -> None:
+    script = Path(training.__file__).parents[1] / f"train_{method}.py"
+    code = f"""
+import runpy, sys
+sys.argv = ["train_{method}.py", "--help"]
+sys.path.insert(0, {str(script.parent)!r})
+try:
+    runpy.run_path({str(script)!r}, run_name="__main__")
+finally:
+    slow = sorted({{"torch", "torchvision", "lightning_fabric", "numpy", "sklearn", "eqco_loss"}} & set(sys.modules))
+    print("imported:", *slow)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--base-lr" in done.stdout
+    assert done.stdout.endswith("imported:\n")

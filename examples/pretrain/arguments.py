@@ -9,10 +9,8 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import tyro
 
-from .encoders import Arch
-from .norms import Norm
-from .run import fail, print_any_name
-from .schedule import Schedule
+from .choices import Arch, Norm, Schedule
+from .console import fail, print_any_name
 
 Dataset = Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder"]
 # What may change when a run is resumed

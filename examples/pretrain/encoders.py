@@ -6,9 +6,9 @@ import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from .choices import Arch as Arch
 from .norms import Norm, convert_norm
 
-Arch = Literal["small", "resnet18", "resnet34", "resnet50", "resnet50x2", "resnet50x4"]
 Head = Literal["simo", "mocov1", "mocov2", "simco"]
 
 

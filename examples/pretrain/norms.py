@@ -4,7 +4,7 @@ A query and its key in the same batch of a BatchNorm can be told apart from the 
 (MoCo, section 3.3). SyncBN, shuffling BN, split BN and GroupNorm are the known ways out.
 """
 
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Norm = Literal["batch", "sync", "shuffle", "split", "group"]
+from .choices import Norm as Norm
 
 
 class SplitBatchNorm(_BatchNorm):

@@ -9,6 +9,8 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
+from .console import legible as legible
+
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
 DAMAGED = 0.1  # share of images above which there is something wrong with the folder
 STAND_INS = 10  # images in a row that are tried before it is called an error
@@ -124,11 +126,6 @@ class Damage:
 
 
 # ---------------------------------------------------------------------------------------------- one file
-
-
-def legible(text: object) -> str:
-    """Of a file's name, which may hold bytes that are no UTF-8: with these as escapes, so that it can be printed."""
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_image(path: Path) -> Image.Image:

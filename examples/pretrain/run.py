@@ -11,14 +11,16 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO, TextIOWrapper
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 
+from .console import fail as fail
+from .console import legible
+from .console import print_any_name as print_any_name
 from .data import DataError
-from .pictures import legible
 
 Row = dict[str, float | int | None]
 PANELS = (  # of the curves: column, title, top
@@ -30,12 +32,6 @@ PANELS = (  # of the curves: column, title, top
 )
 MEASURED = ("knn", "online_probe")  # columns with a value now and then
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
-
-
-def fail(message: object) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
-    message = legible(message)
-    raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
 
 
 def check_device(device: str) -> None:
@@ -101,12 +97,6 @@ def quoted(word: str) -> str:
     if legible(word) == word:
         return shlex.quote(word)
     return "$'" + legible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
-
-
-def print_any_name() -> None:
-    """Names of files and folders that are not UTF-8 must not end a script that tells of them."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def peak_memory_mb(device: torch.device) -> int:
