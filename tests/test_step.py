@@ -1,5 +1,7 @@
 """A training step: nothing in it waits for the device, and what a GPU does differently gives the same weights."""
 
+import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import profile_step
 import train_moco
 import train_simo
 from pretrain import optimizers, prefetch, training
@@ -183,3 +187,23 @@ finally:
     assert done.returncode == 0, done.stderr
     assert "--base-lr" in done.stdout
     assert done.stdout.endswith("imported:\n")
+
+
+def test_the_profile_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every phase of MoCo's step takes time, and the parts on the host are no longer than the whole."""
+    folder = tmp_path / "images"
+    for split, label, name in itertools.product(("train", "test"), "ab", range(16)):
+        path = folder / split / label / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (16 * name, 0, 0)).save(path)
+    words = [f"--data-dir={folder}", "--augment=device", "--arch=small", "--batch-size=8", "--queue-size=16"]
+    words += ["--norm=batch", "--device=cpu", "--workers=0"]
+    trace = tmp_path / "trace.json"
+    profile_step.main(["--warmup=1", "--steps=2", f"--trace={trace}", "moco", *words])
+    printed = capsys.readouterr().out
+    found = {name: float(ms) for name, ms in re.findall(r"^([a-z ]+?) +(\d+\.\d+) +\d+%$", printed, re.MULTILINE)}
+    whole = found.pop("whole step")
+    assert set(found) == set(profile_step.PHASES)
+    assert all(0 < ms < whole for ms in found.values()), printed
+    assert found["augmentation"] < found["data"]
+    assert trace.stat().st_size > 0
