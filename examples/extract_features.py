@@ -17,9 +17,11 @@ import numpy as np
 import tyro
 from lightning_fabric import Fabric
 from pretrain.checkpoint import CheckpointError, checkpoint_file, restore_encoder
-from pretrain.data import CentreCrops, DataError, centre_crop, image_folder, split_folders, subfolders
+from pretrain.console import enough_memory, fail, print_any_name
+from pretrain.data import CentreCrops, DataError, centre_crop
+from pretrain.folders import image_folder, split_folders, subfolders
 from pretrain.pictures import Files, Sample, has_header, legible
-from pretrain.run import check_device, enough_memory, fail, print_any_name, written_whole
+from pretrain.run import check_device, written_whole
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 

@@ -23,11 +23,12 @@ import train_simo
 import tyro
 from lightning_fabric import Fabric
 from pretrain.arguments import check
+from pretrain.console import enough_memory, fail
 from pretrain.data import INIT, SHUFFLE, Data, Share, generator_of, open_data, seed_of
 from pretrain.encoders import make_encoder
 from pretrain.norms import check_norm, shuffled
 from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, command, enough_memory, fail, read_rows, write_rows, written_whole
+from pretrain.run import clear_errors, command, read_rows, write_rows, written_whole
 from pretrain.schedule import learning_rate, set_learning_rate
 from pretrain.startup import launch
 from torch import Tensor

@@ -32,6 +32,7 @@ import tyro
 from lightning_fabric import Fabric
 from pretrain.augment import OnDevice, Recipe, per_image
 from pretrain.checkpoint import CheckpointError, checkpoint_file, restore_encoder
+from pretrain.console import enough_memory, fail, print_any_name
 from pretrain.data import (
     Data,
     DataError,
@@ -48,7 +49,7 @@ from pretrain.data import (
 from pretrain.encoders import Encoder
 from pretrain.evaluate import features_of
 from pretrain.pictures import show
-from pretrain.run import check_device, command, enough_memory, fail, print_any_name, written_whole
+from pretrain.run import check_device, command, written_whole
 from pretrain.schedule import set_learning_rate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -282,10 +283,10 @@ class Training:
             for rows in self.rows(epoch):
                 yield placed[rows.to(placed.device)], self.labels[rows]
         elif self.decoded is not None:
-            augment = OnDevice(CROP_AND_FLIP, self.data.image_size)
+            augment = OnDevice(CROP_AND_FLIP, self.data.image_size, views=1)
             for rows in self.rows(epoch):
                 samples = rows.to(self.decoded.pixels.device)
-                view = augment(self.decoded.pixels[samples], seed=self.args.seed, epoch=epoch, samples=samples, view=0)
+                (view,) = augment(self.decoded.pixels[samples], seed=self.args.seed, epoch=epoch, samples=samples)
                 yield view, self.labels[self.decoded.shown[samples].cpu()]
         else:
             assert isinstance(self.data, ImageData)

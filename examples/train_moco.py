@@ -14,15 +14,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, given, parse, ranks
-from pretrain.encoders import Head
-from pretrain.norms import Norm, shuffled
-from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, enough_memory
-from pretrain.training import Training
-
-from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
+from pretrain.choices import Head, Norm
+from pretrain.console import enough_memory
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,15 @@ def defaults(version: str | None) -> dict[str, Args]:
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.norms import shuffled
+    from pretrain.optimizers import make_optimizer
+    from pretrain.run import clear_errors
+    from pretrain.training import Training
+
+    from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
+
     with clear_errors():
         criterion = EqCoLoss(args.temperature, alpha=args.alpha, gather=ranks() > 1)
         queue = MomentumQueue(args.queue_size, args.dim, store_ids=args.queue_ids, gather=ranks() > 1)
@@ -70,7 +73,12 @@ def main(args: Args) -> None:
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     loss = f"K = {args.queue_size}, alpha = {args.alpha or args.queue_size:g}, t = {args.temperature:g}"
     model = training.start(
-        encoder, make_optimizer(args, encoder), criterion, loss, key_encoder=key_encoder, queue=queue
+        encoder,
+        make_optimizer(args, encoder, fused=training.fused),
+        criterion,
+        loss,
+        key_encoder=key_encoder,
+        queue=queue,
     )
 
     for batch in training.batches():

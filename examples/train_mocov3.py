@@ -16,20 +16,16 @@ import copy
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, parse, ranks
-from pretrain.encoders import Head, perceptron
-from pretrain.norms import convert_norm
-from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, enough_memory, fail
-from pretrain.statistics import mean_of
-from pretrain.training import Training
-from torch import nn
+from pretrain.choices import Head
+from pretrain.console import enough_memory, fail
 
-from eqco_loss import EqCoLoss, momentum_update
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 LARS = "sgd has momentum 0.9; lars: the paper's for a ResNet, with momentum 0.9, timm's"
 Optimizer = Annotated[Literal["adamw", "sgd", "lars"], tyro.conf.arg(help=LARS)]
@@ -56,6 +52,17 @@ DEFAULTS = {"digits": Args(), "cifar10": SMALL, "cifar100": SMALL, "stl10": SMAL
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.encoders import perceptron
+    from pretrain.norms import convert_norm
+    from pretrain.run import clear_errors
+    from pretrain.statistics import mean_of
+    from pretrain.training import Training
+    from torch import nn
+
+    from eqco_loss import EqCoLoss, momentum_update
+
     if args.optimizer == "lars" and find_spec("timm") is None:
         fail("optimizer: lars is timm's, which is not installed. pip install -e '.[lars]', or give --optimizer adamw.")
     with clear_errors():
@@ -70,7 +77,8 @@ def main(args: Args) -> None:
     k = args.batch_size // args.accumulate - 1
     loss = f"K = {k}, alpha = {args.alpha or k:g}, t = {args.temperature:g}"
     modules = {"predictor": predictor, "key_encoder": key_encoder}
-    model = training.start(encoder, optimizer_of(args, predicting), criterion, loss, model=predicting, **modules)
+    optimizer = optimizer_of(args, predicting, fused=training.fused)
+    model = training.start(encoder, optimizer, criterion, loss, model=predicting, **modules)
 
     for batch in training.batches():
         first, second = model(batch.query_view), model(batch.key_view)  # (N, D), predictions
@@ -86,10 +94,13 @@ def main(args: Args) -> None:
         training.step(metrics, first, second)
 
 
-def optimizer_of(args: Args, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(args: Args, model: "nn.Module", *, fused: bool) -> "torch.optim.Optimizer":
     """LARS leaves biases and batch norm's weights as they are: without weight decay, and by plain SGD."""
+    from pretrain.optimizers import make_optimizer
+
     if args.optimizer != "lars":
-        return make_optimizer(args, model)
+        return make_optimizer(args, model, fused=fused)
+    import torch
     from timm.optim.lars import Lars
 
     matrices = [x for x in model.parameters() if x.ndim > 1]

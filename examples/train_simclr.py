@@ -13,14 +13,9 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import sys
 from dataclasses import dataclass
 
-import torch
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, parse, ranks
-from pretrain.encoders import Head
-from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, enough_memory
-from pretrain.training import Training
-
-from eqco_loss import EqCoLoss
+from pretrain.choices import Head
+from pretrain.console import enough_memory
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,14 @@ HEAD = Head(batch_norm=True, last_norm="affine", std=0.01)
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.optimizers import make_optimizer
+    from pretrain.run import clear_errors
+    from pretrain.training import Training
+
+    from eqco_loss import EqCoLoss
+
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(args.temperature, alpha=alpha, in_batch="views", symmetric=True, gather=ranks() > 1)
@@ -49,7 +52,7 @@ def main(args: Args) -> None:
     encoder = training.encoder(HEAD, zero_init_residual=True)
     k = 2 * (args.batch_size // args.accumulate) - 2
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
-    optimizer = make_optimizer(args, encoder)
+    optimizer = make_optimizer(args, encoder, fused=training.fused)
     model = training.start(encoder, optimizer, criterion, loss)
 
     for batch in training.batches():

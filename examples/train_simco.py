@@ -12,12 +12,8 @@ import sys
 from dataclasses import dataclass
 
 from pretrain.arguments import IMAGENET, SIMCO, SMALLER, Common, parse, ranks
-from pretrain.encoders import Head
-from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, enough_memory
-from pretrain.training import Training
-
-from eqco_loss import DualTempInfoNCE
+from pretrain.choices import Head
+from pretrain.console import enough_memory
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,13 @@ HEAD = Head(hidden="outputs")
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    from pretrain.optimizers import make_optimizer
+    from pretrain.run import clear_errors
+    from pretrain.training import Training
+
+    from eqco_loss import DualTempInfoNCE
+
     with clear_errors():
         criterion = DualTempInfoNCE(
             args.temperature, args.inter_temperature, alpha=args.alpha, symmetric=True, gather=ranks() > 1
@@ -45,7 +48,7 @@ def main(args: Args) -> None:
     encoder = training.encoder(HEAD)
     k = args.batch_size // args.accumulate - 1
     loss = f"K = {k}, alpha = {args.alpha or k:g}, t = {args.temperature:g}, T = {args.inter_temperature:g}"
-    optimizer = make_optimizer(args, encoder)
+    optimizer = make_optimizer(args, encoder, fused=training.fused)
     model = training.start(encoder, optimizer, criterion, loss)
 
     for batch in training.batches():

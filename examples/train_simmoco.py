@@ -12,15 +12,9 @@ import copy
 import sys
 from dataclasses import dataclass
 
-import torch
 from pretrain.arguments import IMAGENET, SIMCO, SMALLER, Common, KeyMomentumSchedule, parse, ranks
-from pretrain.encoders import Head
-from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, enough_memory
-from pretrain.statistics import mean_of
-from pretrain.training import Training
-
-from eqco_loss import DualTempInfoNCE, momentum_update
+from pretrain.choices import Head
+from pretrain.console import enough_memory
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,15 @@ HEAD = Head(hidden="outputs")
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.optimizers import make_optimizer
+    from pretrain.run import clear_errors
+    from pretrain.statistics import mean_of
+    from pretrain.training import Training
+
+    from eqco_loss import DualTempInfoNCE, momentum_update
+
     with clear_errors():
         criterion = DualTempInfoNCE(args.temperature, args.inter_temperature, alpha=args.alpha, gather=ranks() > 1)
     label = f"t{args.temperature:g}-{args.inter_temperature:g}" + "-plus" * args.plus
@@ -51,7 +54,7 @@ def main(args: Args) -> None:
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     k = args.batch_size // args.accumulate - 1
     loss = f"K = {k}, alpha = {args.alpha or k:g}, t = {args.temperature:g}, T = {args.inter_temperature:g}"
-    optimizer = make_optimizer(args, encoder)
+    optimizer = make_optimizer(args, encoder, fused=training.fused)
     model = training.start(encoder, optimizer, criterion, loss, key_encoder=key_encoder)
 
     for batch in training.batches():

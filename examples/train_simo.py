@@ -11,18 +11,14 @@ the digits; each data set has its own: add --dataset or --data-dir before --help
 import copy
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pretrain.arguments import CIFAR, IMAGENET, SMALLER, Common, KeyMomentumSchedule, check, parse, ranks
-from pretrain.encoders import Head
-from pretrain.norms import gathered, shuffled
-from pretrain.optimizers import make_optimizer
-from pretrain.run import clear_errors, enough_memory
-from pretrain.statistics import mean_of
-from pretrain.training import Training
+from pretrain.choices import Head
+from pretrain.console import enough_memory
 
-from eqco_loss import EqCoLoss, momentum_update
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,16 @@ HEAD = Head(batch_norm=True, last_norm="affine", std=0.01)
 
 @enough_memory(SMALLER)
 def main(args: Args) -> None:
+    # Here, so that --help need not wait for torch
+    import torch
+    from pretrain.norms import gathered, shuffled
+    from pretrain.optimizers import make_optimizer
+    from pretrain.run import clear_errors
+    from pretrain.statistics import mean_of
+    from pretrain.training import Training
+
+    from eqco_loss import EqCoLoss, momentum_update
+
     with clear_errors():
         alpha = args.alpha if args.eqco else None  # None: as many as there are
         criterion = EqCoLoss(
@@ -67,7 +73,7 @@ def main(args: Args) -> None:
     if k < args.num_negatives:
         training.say(f"note     num_negatives: a query meets {k} others in its batch, not {args.num_negatives}")
     loss = f"K = {k}, alpha = {alpha or k:g}, t = {args.temperature:g}"
-    optimizer = make_optimizer(args, encoder)
+    optimizer = make_optimizer(args, encoder, fused=training.fused)
     model = training.start(encoder, optimizer, criterion, loss, key_encoder=key_encoder)
 
     def encode_keys(views: torch.Tensor, shuffle: torch.Generator) -> torch.Tensor:
@@ -102,8 +108,10 @@ def main(args: Args) -> None:
         training.step(metrics, *embeddings)
 
 
-def shared_negatives(keys: torch.Tensor, rows: torch.Tensor, k: int, draw: torch.Generator) -> torch.Tensor:
+def shared_negatives(keys: "torch.Tensor", rows: "torch.Tensor", k: int, draw: "torch.Generator") -> "torch.Tensor":
     """(rows, K, D) of the keys (N, D): one choice of K of N - 1 columns, of which row i leaves out its own, key i."""
+    import torch
+
     columns = torch.randperm(len(keys) - 1, generator=draw)[:k].to(keys.device)  # (K,)
     return keys[columns + (columns >= rows[:, None])]
 

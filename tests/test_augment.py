@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchvision.transforms.v2 import functional as V  # type: ignore[import-unt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import augmentation_cost
 from pretrain import augment
 from pretrain.augment import RECIPES, Draws, OnDevice, Recipe
 
@@ -31,9 +33,19 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return found
 
 
-def draws_of(recipe: Recipe, count: int, height: int = 32, width: int = 32, **key: Any) -> Draws:
-    key = {"seed": 0, "epoch": 0, "view": 0, **key}
-    return augment.draw(recipe, height, width, samples=torch.arange(count), **key)
+def draws_of(recipe: Recipe, count: int, height: int = 32, width: int = 32) -> Draws:
+    return augment.draw(
+        recipe, height, width, samples=torch.arange(count), keys=torch.tensor([augment.key_of(0, 0, 0)])
+    )
+
+
+def uniform(seed: int, epoch: int, view: int) -> Tensor:
+    return augment.uniform(torch.tensor([augment.key_of(seed, epoch, view)]), torch.arange(4096), 36)
+
+
+def view_of(recipe: Recipe, images: Tensor, samples: Tensor, *, seed: int = 0, epoch: int = 0, view: int = 0) -> Tensor:
+    """One of the two views, 32 x 32."""
+    return OnDevice(recipe, 32)(images, seed=seed, epoch=epoch, samples=samples)[view]
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
@@ -55,15 +67,14 @@ def test_tensors_count_as_splitmix64_does() -> None:
 
 
 def test_the_numbers_are_uniform_and_independent() -> None:
-    numbers = augment.uniform(7, 3, torch.arange(4096), 1, 36)  # (4096, 36)
+    numbers = uniform(7, 3, 1)  # (4096, 36)
     assert 0 <= numbers.min() < 1e-4
     assert 1 - 1e-4 < numbers.max() < 1
     bins = torch.histc(numbers, 64, 0, 1)
     expected = numbers.numel() / 64
     chi2 = float(((bins - expected) ** 2 / expected).sum())
     assert 63 - 4 * math.sqrt(126) < chi2 < 63 + 4 * math.sqrt(126)
-    others = [augment.uniform(*key, 36) for key in ((8, 3, torch.arange(4096), 1), (7, 4, torch.arange(4096), 1))]
-    others.append(augment.uniform(7, 3, torch.arange(4096), 0, 36))
+    others = [uniform(8, 3, 1), uniform(7, 4, 1), uniform(7, 3, 0)]
     others.append(numbers.roll(1, 0))
     others.append(numbers.roll(1, 1))
     for other in others:
@@ -77,26 +88,25 @@ def test_the_numbers_are_uniform_and_independent() -> None:
 def test_a_view_belongs_to_its_sample(name: str) -> None:
     """Whatever the batch, the place in it, and the state of the default generator."""
     images, samples = pictures(12, 40, 36), torch.tensor([5, 90000, 7, 0, 1, 2, 3, 11, 13, 17, 19, 23])
-    transform = OnDevice(RECIPES[name], 32)
     state = torch.get_rng_state()
-    whole = transform(images, seed=1, epoch=2, samples=samples, view=0)
+    whole = view_of(RECIPES[name], images, samples, seed=1, epoch=2)
     assert torch.equal(state, torch.get_rng_state())
     assert whole.shape == (12, 3, 32, 32)
     assert whole.dtype == torch.float32
     torch.manual_seed(99)
     for rows in ([3], [11, 3, 0], list(range(11, -1, -1))):
-        part = transform(images[rows], seed=1, epoch=2, samples=samples[rows], view=0)
+        part = view_of(RECIPES[name], images[rows], samples[rows], seed=1, epoch=2)
         torch.testing.assert_close(part, whole[rows], atol=1e-5, rtol=0)
     for other in ({"seed": 2}, {"epoch": 3}, {"view": 1}, {"samples": samples + 1}):
         key: dict[str, Any] = {"seed": 1, "epoch": 2, "samples": samples, "view": 0}
-        changed = transform(images, **{**key, **other})
+        changed = view_of(RECIPES[name], images, **{**key, **other})
         assert bool(((changed - whole).abs().amax((1, 2, 3)) > 0.05).all())
 
 
 def test_the_images_of_a_batch_get_views_of_their_own() -> None:
     same = pictures(1, 32, 32).expand(64, -1, -1, -1)
     for recipe in RECIPES.values():
-        views = OnDevice(recipe, 32)(same, seed=0, epoch=0, samples=torch.arange(64), view=0)
+        views = view_of(recipe, same, torch.arange(64))
         distances = torch.cdist(views.flatten(1), views.flatten(1)) + 1e9 * torch.eye(64)
         assert float(distances.min()) > 1
     drawn = draws_of(RECIPES["mocov2"], 64)
@@ -149,15 +159,16 @@ def test_the_rest_is_drawn_as_torchvision_does(name: str) -> None:
     rate(drawn.flip, recipe.flip_p)
     rate(drawn.gray, recipe.gray_p)
     rate(drawn.sigma > 0, recipe.blur_p)
-    jittered = drawn.factors[:, 3] != 0
+    factors = torch.stack(drawn.factors, 1)  # (M, 4)
+    jittered = factors[:, 3] != 0
     rate(jittered, recipe.jitter_p)
-    assert bool((drawn.factors[~jittered] == torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)).all())
+    assert bool((factors[~jittered] == torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64)).all())
     theirs = v2.ColorJitter(*recipe.jitter)
     params = [theirs.make_params([]) for _ in range(3000)]
     names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
-    for key, ours in zip(names, drawn.factors[jittered].unbind(1), strict=True):
+    for key, ours in zip(names, factors[jittered].unbind(1), strict=True):
         assert close_distributions(ours, torch.tensor([p[key] for p in params])), key
-    orders = torch.unique(drawn.order, dim=0, return_counts=True)[1]
+    orders = torch.unique(torch.stack(drawn.places, 1), dim=0, return_counts=True)[1]
     assert len(orders) == 24
     assert float((orders - count / 24).abs().max()) < 4.5 * math.sqrt(count / 24)
     if recipe.blur_p:
@@ -189,6 +200,10 @@ def test_crop_and_resize(height: int, width: int, size: int, bicubic: bool) -> N
     assert {True, False} == set(drawn.flip.tolist())
 
 
+def jitter(images: Tensor, factors: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(augment.jitter(images.unbind(1), factors, places)), 1)
+
+
 @pytest.mark.parametrize("operation", range(4))
 def test_each_colour_operation(operation: int) -> None:
     images = pictures(64, 12, 10).float() / 255
@@ -197,8 +212,8 @@ def test_each_colour_operation(operation: int) -> None:
     factors[:, operation] = torch.linspace(low, high, 64)
     theirs = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)[operation]
     expected = torch.stack([theirs(image, float(f)) for image, f in zip(images, factors[:, operation], strict=True)])
-    orders = torch.stack([torch.randperm(4) for _ in range(64)])
-    ours = augment.jitter(images, factors, orders)
+    places = torch.stack([torch.randperm(4) for _ in range(64)])
+    ours = jitter(images, factors.unbind(1), places.unbind(1))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
     eight_bits = (255 * images).round().byte()  # torchvision truncates the grey image, and the result
     rounded = torch.stack([theirs(x, float(f)) for x, f in zip(eight_bits, factors[:, operation], strict=True)])
@@ -209,17 +224,18 @@ def test_each_colour_operation(operation: int) -> None:
 
 def test_colour_operations_in_their_order() -> None:
     images, drawn = pictures(96, 12, 10).float() / 255, draws_of(RECIPES["simclr"], 96)
-    ours = augment.jitter(images, drawn.factors, drawn.order)
+    ours = jitter(images, drawn.factors, drawn.places)
+    orders = torch.stack(drawn.places, 1).argsort(1)
     operations = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
     for i, image in enumerate(images):
-        for operation in drawn.order[i].tolist():
-            image = operations[operation](image, float(drawn.factors[i, operation]))
+        for operation in orders[i].tolist():
+            image = operations[operation](image, float(drawn.factors[operation][i]))
         torch.testing.assert_close(ours[i], image, atol=1e-4, rtol=0)
 
 
 def test_grayscale() -> None:
     images, which = pictures(6, 8, 9).float() / 255, torch.tensor([True, False] * 3)
-    ours = augment.grayscale(images, which)
+    ours = torch.stack(list(augment.grayscale(images.unbind(1), which)), 1)
     torch.testing.assert_close(ours[::2], V.rgb_to_grayscale(images[::2], 3), atol=1e-6, rtol=0)
     assert torch.equal(ours[1::2], images[1::2])
 
@@ -236,7 +252,7 @@ def test_blur(side: int, taps: int) -> None:
 
 def test_a_recipe_that_does_nothing_only_normalises() -> None:
     images = pictures(5, 32, 32)
-    ours = OnDevice(STILL, 32)(images, seed=0, epoch=0, samples=torch.arange(5), view=0)
+    ours = view_of(STILL, images, torch.arange(5))
     theirs = torch.stack([augment.per_image(STILL, 32)(image) for image in images])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -252,7 +268,7 @@ def test_both_paths_make_the_same_pictures_on_average(name: str) -> None:
 
     samples = torch.arange(4 * count)
     every = image.expand(4 * count, -1, -1, -1)
-    ours = statistics(OnDevice(RECIPES[name], 32)(every, seed=0, epoch=0, samples=samples, view=0))
+    ours = statistics(view_of(RECIPES[name], every, samples))
     transform, picture = augment.per_image(RECIPES[name], 32), V.to_pil_image(image)
     assert isinstance(picture, Image.Image)
     theirs = statistics(torch.stack([transform(picture) for _ in range(count)]))
@@ -264,24 +280,52 @@ def test_both_paths_make_the_same_pictures_on_average(name: str) -> None:
 def test_a_device_without_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Apple's GPUs: the same draws, the same views but for float32's rounding."""
     images, samples = pictures(5, 40, 36), torch.arange(5)
-    expected = OnDevice(RECIPES[name], 32)(images, seed=0, epoch=0, samples=samples, view=1)
+    expected = view_of(RECIPES[name], images, samples, view=1)
     monkeypatch.setattr(augment, "has_float64", lambda device: False)
     seen = []
 
     def resized_crop(pixels: Tensor, drawn: Draws, size: int, bicubic: bool) -> Tensor:
-        seen.append({x.dtype for x in vars(drawn).values()})
+        flat = [x for field in vars(drawn).values() for x in (field if isinstance(field, tuple) else (field,))]
+        seen.append({x.dtype for x in flat})
         return crop(pixels, drawn, size, bicubic)
 
     crop = augment.resized_crop
     monkeypatch.setattr(augment, "resized_crop", resized_crop)
-    views = OnDevice(RECIPES[name], 32)(images, seed=0, epoch=0, samples=samples, view=1)
+    views = view_of(RECIPES[name], images, samples, view=1)
     assert seen == [{torch.float32, torch.int64, torch.bool}]
     torch.testing.assert_close(views, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_ten_launches() -> None:
+    """Of a batch of CIFAR's on a GPU, in the recipe that has every operation; inductor writes its code without one."""
+    pytest.importorskip("triton")
+    found = augmentation_cost.launches(RECIPES["mocov2"], 32, 512)
+    assert found["bmm"] == 4, found  # crop and blur, rows and columns: its lines are found
+    assert 0 < found["Triton"] <= 6, found
+
+
+@pytest.mark.parametrize("name", ["mocov2", "simco"])
+def test_compiled_views_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph without a break, which another epoch does not compile again."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    once = torch.compile(augment.make_views, fullgraph=True, dynamic=False, backend=backend)
+    monkeypatch.setattr(augment, "compiled_views", lambda: once)
+    images, samples = pictures(4, 40, 36), torch.arange(4)
+    for epoch in (0, 1):
+        expected = OnDevice(RECIPES[name], 32)(images, seed=0, epoch=epoch, samples=samples)
+        views = OnDevice(RECIPES[name], 32, compiled=True)(images, seed=0, epoch=epoch, samples=samples)
+        torch.testing.assert_close(views, expected, atol=1e-6, rtol=0)
+    assert len(graphs) == 1
+
+
 def test_bad_input() -> None:
     transform = OnDevice(RECIPES["mocov2"], 32)
-    good: dict[str, Any] = {"seed": 0, "epoch": 0, "samples": torch.arange(2), "view": 0}
+    good: dict[str, Any] = {"seed": 0, "epoch": 0, "samples": torch.arange(2)}
     with pytest.raises(ValueError, match=r"images: expected uint8 \(N, 3, H, W\), got torch.float32 \(2, 3, 32, 32\)"):
         transform(torch.zeros(2, 3, 32, 32), **good)
     with pytest.raises(ValueError, match=r"images: .*, got torch.uint8 \(2, 1, 32, 32\)"):

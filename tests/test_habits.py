@@ -158,7 +158,7 @@ def test_a_logger_gets_what_the_csv_gets(tmp_path: Path, monkeypatch: pytest.Mon
             ended.append(status)
 
     monkeypatch.setattr(loggers, "find_spec", lambda asked: object())
-    monkeypatch.setattr(loggers, "TensorBoardLogger", Logger)
+    monkeypatch.setattr("lightning_fabric.loggers.tensorboard.TensorBoardLogger", Logger)
     train_moco.main(moco_args(tmp_path / "run", logger="tensorboard", probe=False))
     assert [step for step, _ in got] == [1, 2]
     assert ended == ["success"]

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import eqco_loss.ops
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
-from eqco_loss.ops.operator import Operator, flatten
+from eqco_loss.ops.flat import flatten
+from eqco_loss.ops.operator import Operator
 from tests import cases, knobs, oracle
 from tests.cases import LOSSES, MODES, MODES_AND_IDS, Case, Sample
 from tests.tolerance import assert_as_exact_as_eager

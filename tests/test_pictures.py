@@ -19,7 +19,7 @@ from PIL import Image
 
 from . import scripts
 
-from pretrain import data, pictures  # isort: skip
+from pretrain import data, decoding, pictures  # isort: skip
 from pretrain.run import Run, quoted  # isort: skip
 
 GRADIENT = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -131,7 +131,7 @@ def test_another_image_stands_in_for_a_truncated_one(damaged: Path, augment: str
     """With the label and the number of its own; the evaluation leaves the truncated one out."""
     found = open_images(damaged, augment)
     files = found.splits["views"]
-    assert isinstance(files, pictures.Files)
+    assert isinstance(files, pictures.Files | decoding.Decodings)
     (lost,) = (i for i, (path, _) in enumerate(files.samples) if path.parts[-2:] == ("cat", "3.png"))
     (batch,) = found.batches(5, data.Share(32))
     (plain,) = (view.samples for view in open_images(damaged, augment).batches(5, data.Share(32)))
@@ -173,7 +173,7 @@ def test_a_disk_that_is_gone_ends_a_run_at_once(damaged: Path, tmp_path: Path, w
     """One line says so, and no worker is left for Python's end to wait for."""
     found, run = open_images(damaged, workers=workers), Run(tmp_path / "run", (), {}, {})
     files = found.splits["views"]
-    assert isinstance(files, pictures.Files)
+    assert isinstance(files, pictures.Files | decoding.Decodings)
     files.samples = [(path.with_suffix(".gone"), label) for path, label in files.samples]
     with (
         pytest.raises(SystemExit, match=r"error: data_dir: \S+\.gone cannot be decoded .* is the disk still there\?"),
@@ -346,3 +346,50 @@ def test_the_first_image_decides_the_size_down_to_32(tmp_path: Path) -> None:
     for i in range(20):
         Image.new("RGB", (5, 9)).save(tmp_path / "cat" / f"{i}.png")
     assert open_images(tmp_path).image_size == 32
+
+
+def test_each_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For augmentation on the device: to see whether it is an image, for the views, and for the evaluation."""
+    folder = tmp_path / "images"
+    for split, label, name in itertools.product(("train", "test"), "ab", range(12)):
+        path = folder / split / label / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), name, np.uint8)).save(path)
+    broken = folder / "train" / "a" / "3.png"
+    broken.write_bytes(b"no image")
+    opened: list[Path] = []
+    real = pictures.read_image
+
+    def read_image(path: Path) -> Image.Image:
+        opened.append(path)
+        return real(path)
+
+    monkeypatch.setattr(decoding, "read_image", read_image)
+    monkeypatch.setattr(pictures, "read_image", read_image)
+    monkeypatch.setattr(pictures, "has_header", lambda path: pytest.fail("a pass of its own"))
+    found = data.open_data("imagefolder", folder, seed=0, device=torch.device("cpu"), augment="device")
+    assert "1 of 48 images cannot be read" in found.note
+    next(found.batches(0, data.Share(8)))
+    assert sum(len(images) for split in ("train", "test") for images, _ in found.labelled(split, 0)) == 47
+    assert sorted(opened) == sorted(folder.rglob("*.png"))
+
+
+def test_processes_decode_the_same_as_this_one(tmp_path: Path) -> None:
+    """More files than one process takes at once, of which one is truncated and one is no image."""
+    samples = []
+    for number in range(2 * decoding.AT_ONCE + 3):
+        samples.append((tmp_path / f"{number}.png", number % 3))
+        Image.fromarray(np.full((4, 5, 3), number % 256, np.uint8)).save(samples[-1][0])
+    samples[7][0].write_bytes(b"no image")
+    samples[300][0].write_bytes(samples[300][0].read_bytes()[:-30])
+    here, there = (decoding.decoded_files(samples, workers) for workers in (0, 2))
+    assert np.array_equal(here.pixels, there.pixels)
+    assert here.labels == there.labels == [label for _, label in samples]
+    assert here.no_images() == there.no_images() == {samples[7][0]}
+    for found in (here, there):
+        assert set(found.damages) == {7, 300}
+        rest = found.without(found.no_images())
+        assert set(rest.damages) == {299}
+        assert rest.name(299) == str(samples[300][0])
+        assert pictures.show(rest, 298).sample == 298
+        assert np.asarray(pictures.show(rest, 299).image).tolist() == np.full((4, 5, 3), 301 % 256).tolist()

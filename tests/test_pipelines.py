@@ -304,7 +304,7 @@ def test_the_online_probe_is_the_plain_classifier(pieces: int) -> None:
             encoder(digits.view(epoch, 0)[piece])
             encoder(other[piece])
             online.backward(piece, pieces)
-        online.step(0.3)
+        online.step(0.3, skip=torch.tensor(False))
         features = encoder.features(digits.view(epoch, 0)).detach()
         online.kept.clear()
         losses = F.cross_entropy(plain(features), digits.labels["train"], ignore_index=-1, reduction="none")

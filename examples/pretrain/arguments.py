@@ -9,16 +9,14 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import tyro
 
-from .encoders import Arch
-from .loggers import LoggerName, check_logger
-from .norms import Norm
-from .run import fail, print_any_name
-from .schedule import Schedule
+from .choices import Arch, LoggerName, Norm, Schedule
+from .choices import KeyMomentumSchedule as KeyMomentumSchedule
+from .console import fail, print_any_name
+from .loggers import check_logger
 
-KeyMomentumSchedule = Literal["constant", "cosine"]
 Dataset = Literal["digits", "cifar10", "cifar100", "stl10", "imagefolder"]
 # What may change when a run is resumed
-FREE = ("data_dir", "run_dir", "workers", "logger", "save_minutes", "knn", "knn_device")
+FREE = ("data_dir", "run_dir", "workers", "logger", "save_minutes", "knn", "knn_device", "deterministic")
 
 # What a person can do about a GPU without room. Fewer rows a piece are fewer negatives, where these are in the batch
 SMALLER = (
@@ -80,7 +78,8 @@ class Common:
     logger: LoggerName = "none"  # who gets the metrics of each epoch besides metrics.csv
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU if there is one
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"  # of the encoders; the loss is in float32
-    compile: bool = False  # torch.compile the encoders
+    compile: bool | None = None  # the encoders, and augmentation on a GPU. None: on CUDA; also --no-compile
+    deterministic: bool = False  # cuDNN's deterministic algorithms on a GPU, not the fastest; a CPU's always are
 
 
 Args = TypeVar("Args", bound=Common)
@@ -133,7 +132,18 @@ def parse(words: list[str], defaults: dict[str, Args], description: str | None) 
     default = defaults["digits"]  # of an unknown one, which is tyro's to refuse
     if dataset in get_args(Dataset):
         default = dataclasses.replace(defaults[dataset], dataset=cast(Dataset, dataset))
-    return tyro.cli(type(default), args=words, description=description, default=default)
+    return tyro.cli(type(default), args=with_values(words), description=description, default=default)
+
+
+def with_values(words: list[str]) -> list[str]:
+    """``--compile`` and ``--no-compile`` as flags beside ``--compile None``, for which tyro wants a value."""
+    following = [*words[1:], ""]
+    given = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
+    return [
+        each
+        for word, after in zip(words, following[: len(words)], strict=True)
+        for each in ([word] if after in ("True", "False", "None") else given.get(word, [word]))
+    ]
 
 
 def check(args: Common) -> None:

@@ -4,12 +4,8 @@ Sample order and augmentation are pure functions of (seed, epoch, sample, view):
 run sees what it would have seen.
 """
 
-import hashlib
 import math
-import signal
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .augment import RECIPES, OnDevice, Recipe, per_image, to_normalised_tensor
-from .pictures import DAMAGED, Arrays, Damage, DamagedImageError, Files, Pictures, Sample, has_header, legible, show
+from .decoding import decoded_files
+from .decoding import outlive_signals as outlive_signals
+from .folders import TRAIN, Once, Splits, image_files, subfolders
+from .folders import broken_files as broken_files
+from .pictures import Arrays, Damage, DamagedImageError, Files, Pictures, show
 from .pictures import DataError as DataError
 
-TRAIN = ("train", "training")  # names of folders, in upper or lower case
-TEST = ("test", "val", "valid", "validation", "eval")  # the first that is there
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
 
 
@@ -162,9 +160,6 @@ class PlacedDigits:
 
 # ---------------------------------------------------------------------------------------------- images
 
-Once = Callable[[Callable[[], Any]], Any]
-Splits = dict[str, Pictures]
-
 
 class ImageData:
     """Pictures in workers' hands, or (``on_device``) all of them in the device's memory, augmented there."""
@@ -183,9 +178,10 @@ class ImageData:
         on_device: torch.device | None,
         note: str = "",
         fingerprint: str = "",
+        compiled: bool = False,
     ) -> None:
         self.name, self.splits, self.classes, self.note = name, splits, classes, note
-        self.seed, self.recipe = seed, recipe
+        self.seed, self.recipe, self.compiled = seed, recipe, compiled
         if image_size is None:  # that of the first image, from 32 to 224
             image_size = max(32, min(224, *show(splits["views"], 0).image.size))
         self.image_size, self.workers, self.device = image_size, workers, on_device
@@ -194,17 +190,21 @@ class ImageData:
         self.damage = Damage(self.train_size + self.test_size)
         self._loader: DataLoader[Pair] | None = None
         self._working = set[Any]()  # iterators that have workers
-        self._decoded = {split: self.decode(split, on_device) for split in splits} if on_device else {}
+        self._decoded: dict[str, Decoded] = {}
+        if on_device is not None:
+            for split, pictures in splits.items():
+                same = next(
+                    (other for other in self._decoded if splits[other] is pictures), None
+                )  # "views" and "train"
+                self._decoded[split] = self._decoded[same] if same else self.decode(split, on_device)
 
     def batches(self, epoch: int, share: Share, start: int = 0) -> Iterator[Views]:
         if self.device is not None:
-            augment = OnDevice(self.recipe, self.image_size)
+            augment = OnDevice(self.recipe, self.image_size, compiled=self.compiled)
+            pixels, shown = self._decoded["views"]
             for rows in share.of(sample_order(self.seed, epoch, self.train_size), start).to(self.device):
-                images = self._decoded["views"].pixels[rows]
-                first, second = (
-                    augment(images, seed=self.seed, epoch=epoch, samples=rows, view=view) for view in (0, 1)
-                )
-                yield Views((first, second), self._decoded["views"].shown[rows])
+                first, second = augment(pixels, seed=self.seed, epoch=epoch, samples=rows, rows=rows)
+                yield Views((first, second), shown[rows])
             return
         if self._loader is None:  # one set of workers for the whole run
             views = TwoViews(self.splits["views"], self.seed, per_image(self.recipe, self.image_size))
@@ -238,7 +238,7 @@ class ImageData:
 
     def decode(self, split: str, device: torch.device) -> "Decoded":
         """All images of a split, in the device's memory."""
-        decoded = Decoded.of(self.splits[split], device)
+        decoded = Decoded.of(self.splits[split], device, self.workers)
         asked = torch.arange(len(decoded.shown), device=device)
         self.found_damaged(split, asked[asked != decoded.shown])
         return decoded
@@ -277,13 +277,6 @@ class ImageData:
         )
 
 
-def outlive_signals(worker: int) -> None:
-    """The run finishes its step and saves; its workers must live until then, whoever else gets the signal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # SIGTERM may be meant for this worker alone: it has half a minute
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
-
-
 def end_workers(iterator: Any) -> None:
     """Of a loader's iterator; torch has no public way to it. Workers of which one has died are ended alike."""
     if hasattr(iterator, "_shutdown_workers"):  # with 0 workers there are none
@@ -298,19 +291,15 @@ class Decoded(NamedTuple):
     shown: Tensor  # (M,), whose pixels they are: another image's where one is damaged
 
     @classmethod
-    def of(cls, pictures: Pictures, device: torch.device) -> "Decoded":
+    def of(cls, pictures: Pictures, device: torch.device, workers: int) -> "Decoded":
         """All of them."""
-        with ThreadPoolExecutor(16) as pool:
-            shown = list(pool.map(lambda sample: show(pictures, sample), range(len(pictures.labels))))
-        sizes = {one.image.size for one in shown}
-        if len(sizes) > 1:
-            raise DataError(
-                f"augment: on the device needs images of one size, these have {len(sizes)}. Give --augment workers."
-            )
-        pixels = torch.from_numpy(np.stack([np.asarray(one.image) for one in shown]))
-        return cls(
-            pixels.permute(0, 3, 1, 2).contiguous().to(device), torch.tensor([one.sample for one in shown]).to(device)
-        )
+        arrays = decoded_files(pictures.samples, workers) if isinstance(pictures, Files) else pictures
+        assert isinstance(arrays, Arrays)
+        shown = torch.arange(len(arrays.labels))
+        for sample in arrays.damages:
+            shown[sample] = show(arrays, sample).sample
+        pixels = torch.from_numpy(arrays.pixels)[shown] if arrays.damages else torch.from_numpy(arrays.pixels)
+        return cls(pixels.to(device).permute(0, 3, 1, 2).contiguous(), shown.to(device))
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -394,6 +383,7 @@ def open_data(
     workers: int = 0,
     recipe: str = "mocov2",
     augment: str = "workers",
+    compiled: bool = False,
     once: Once = lambda work: work(),
 ) -> Data:
     """The data set by its name. A folder with train/<class>/* in it serves for cifar10, cifar100 and stl10, too.
@@ -406,13 +396,15 @@ def open_data(
         raise DataError("data_dir: imagefolder needs one. Give --data-dir DIR, with DIR/train/<class>/* in it.")
     root = Path("data") if data_dir is None else data_dir
     if dataset == "imagefolder" or any(path.name.lower() in TRAIN for path in subfolders(root)):
-        splits, classes, note, digest = image_files(root, limit, once)
+        splits, classes, note, digest = image_files(root, limit, once, workers if augment == "device" else None)
         name = root.resolve().name if dataset == "imagefolder" else dataset
     else:
         splits, classes = torchvision_arrays(dataset, root, limit, once)
         name, note, digest = dataset, "", ""
     on_device = device if augment == "device" else None
-    return ImageData(name, splits, classes, seed, image_size, RECIPES[recipe], workers, on_device, note, digest)
+    return ImageData(
+        name, splits, classes, seed, image_size, RECIPES[recipe], workers, on_device, note, digest, compiled
+    )
 
 
 def torchvision_arrays(dataset: str, root: Path, limit: int | None, once: Once) -> tuple[Splits, int]:
@@ -436,141 +428,10 @@ def torchvision_arrays(dataset: str, root: Path, limit: int | None, once: Once) 
         ) from None
     splits: Splits = {}
     for split, one in found.items():
+        if split == "train" and not stl10:
+            splits[split] = splits["views"]
+            continue
         pixels = one.data.transpose(0, 2, 3, 1) if stl10 else one.data
         labels = one.labels if stl10 else one.targets
         splits[split] = Arrays(pixels[:limit], [int(label) for label in labels[:limit]])
     return splits, len(found["train"].classes)
-
-
-def image_files(root: Path, limit: int | None, once: Once) -> tuple[Splits, int, str, str]:
-    """``root/train/<class>/*`` and ``root/test/<class>/*`` (see ``TEST``); or ``root/<class>/*``, a tenth to test."""
-    train, test, class_names = find_images(root)
-    asked = {"train": train[:limit], "test": test[:limit]}
-    unreadable = once(lambda: {split: set(broken_files(found)) for split, found in asked.items()})
-    samples = {split: [sample for sample in asked[split] if sample[0] not in unreadable[split]] for split in asked}
-    broken = [path for split in asked for path in unreadable[split]]
-    every = sum(map(len, asked.values()))
-    note = (
-        f"{len(broken)} of {every} images cannot be read and are left out, the first is {legible(min(broken))}"
-        if broken
-        else ""
-    )
-    for split in samples:
-        if not samples[split]:
-            raise DataError(f"data_dir: {legible(root)} has no readable {split} image ({note or 'too few in all'}).")
-    if len(broken) > DAMAGED * every:
-        raise DataError(f"data_dir: {note}. More than {DAMAGED:.0%} is no accident: replace them by whole copies.")
-    names = [f"{split}/{label}/{path.name}" for split in asked for path, label in samples[split]]
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    files = {split: Files(found) for split, found in samples.items()}
-    return {"views": files["train"], **files}, len(class_names), note, f", {digest[:12]}"
-
-
-def find_images(root: Path) -> tuple[list[Sample], list[Sample], list[str]]:
-    """Training samples, test samples, class names. Any prefix of either list is balanced over the classes."""
-    if not root.is_dir():
-        what = "a file" if root.exists() else "not there"
-        raise DataError(f"data_dir: {legible(root)} is {what}. Give a folder of images.")
-    train_folder, held_out = split_folders(root)
-    if train_folder is None:
-        for folder in subfolders(root):
-            if any(path.name.lower() in TRAIN for path in subfolders(folder)):
-                raise DataError(
-                    f"data_dir: {legible(root)} has no train folder, but {legible(folder)} in it has one. Give "
-                    f"--data-dir {legible(folder)}."
-                )
-        samples, classes = image_folder(root)
-        return *hold_out(samples), classes
-    samples, classes = image_folder(train_folder)
-    if held_out is None:
-        return *hold_out(samples), classes
-    test, test_classes = image_folder(held_out)
-    if test_classes != classes:
-        differing = legible(", ".join(sorted(set(classes) ^ set(test_classes))[:5]))
-        both = f"{train_folder.name} and {held_out.name}"
-        raise DataError(
-            f"data_dir: {legible(root)}: {both} differ in their classes ({differing}). Give both the same folders."
-        )
-    return samples, test, classes
-
-
-def split_folders(root: Path) -> tuple[Path | None, Path | None]:
-    """The folders of training and of test images; None and None where the folders in ``root`` are classes."""
-    folders = subfolders(root)
-    train = [path for name in TRAIN for path in folders if path.name.lower() == name]
-    test = [path for name in TEST for path in folders if path.name.lower() == name]
-    if not train and not test:
-        return None, None
-    others = [path for path in folders if path not in (*train, *test)]
-    if len(train) == 1 and (test or not others):
-        labelled = [path for path in test if subfolders(path)]  # ImageNet's test has no labels, its val has
-        return train[0], (labelled or test)[0] if test else None
-    found = legible(", ".join(path.name for path in folders[:8])) + (", ..." if len(folders) > 8 else "")
-    raise DataError(
-        f"data_dir: {legible(root)} holds the folders {found}, and which of them are the training and the test "
-        f"images is not clear. Name them train and {', '.join(TEST[:-1])} or {TEST[-1]} (a tenth of train is held out "
-        "where none is there), and move the other folders elsewhere."
-    )
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Without hidden ones, which programs leave behind; none where the folder is not there."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def image_folder(folder: Path) -> tuple[list[Sample], list[str]]:
-    from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-
-    class VisibleFolders(ImageFolder):  # type: ignore[misc]
-        def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-            names = [path.name for path in subfolders(Path(directory))]
-            if not names:
-                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-            return names, {name: i for i, name in enumerate(names)}
-
-    try:
-        found = VisibleFolders(folder)
-    except FileNotFoundError as error:  # no class, or a class without an image
-        layout = "train/<class>/* and test/<class>/*, or <class>/*"
-        reason = str(error).split(" Supported")[0].rstrip(".")
-        empty = [path for path in subfolders(folder) if not has_image(path)]
-        if empty:
-            reason = f"the class folder {legible(empty[0])} has none. Put images into it, or remove it from every split"
-        raise DataError(f"data_dir: expected images as {layout}; {legible(reason)}.") from None
-    nth: dict[int, int] = defaultdict(int)
-    order = []
-    for path, label in found.samples:
-        order.append((nth[label], label, Path(path)))
-        nth[label] += 1
-    return [(path, label) for _, label, path in sorted(order)], found.classes
-
-
-def has_image(folder: Path) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
-
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
-
-
-def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Every tenth image of each class is for testing, of smaller classes the last."""
-    count: dict[int, int] = defaultdict(int)
-    for _, label in samples:
-        count[label] += 1
-    seen: dict[int, int] = defaultdict(int)
-    train, test = [], []
-    for path, label in samples:
-        seen[label] += 1
-        if seen[label] % 10 == 0 or seen[label] == count[label] < 10:
-            test.append((path, label))
-        else:
-            train.append((path, label))
-    return train, test
-
-
-def broken_files(samples: list[Sample]) -> list[Path]:
-    """Those whose header cannot be read. A truncated image is found when it is used."""
-    with ThreadPoolExecutor(16) as pool:
-        good = pool.map(has_header, (path for path, _ in samples))
-        return [path for (path, _), whole in zip(samples, good, strict=True) if not whole]

@@ -1,26 +1,15 @@
 """Encoders: a backbone, whose features are evaluated, and a projection head, whose output the loss sees."""
 
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from .choices import Arch as Arch
+from .choices import Head as Head
 from .norms import Norm, convert_norm
-
-Arch = Literal["small", "resnet18", "resnet34", "resnet50", "resnet50x2", "resnet50x4"]
-
-
-class Head(NamedTuple):
-    """A projection or prediction head: linear layers with ReLU between them. Words and numbers, for the checkpoint."""
-
-    layers: int = 2
-    hidden: int | Literal["inputs", "outputs"] = "inputs"  # width between the layers
-    batch_norm: bool = False  # after every layer but the last, none of which then has a bias
-    last_norm: Literal["none", "affine", "plain"] = "none"  # after the last layer; plain: without weight and bias
-    std: float | None = None  # of the first weights. None: as torch draws them
-
 
 # What checkpoints call the heads that were made before each method's file had its own
 FORMER_HEADS = {

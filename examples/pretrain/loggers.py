@@ -3,13 +3,11 @@
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from .choices import LoggerName
+from .console import fail
 
-from .run import fail
-
-LoggerName = Literal["none", "tensorboard", "wandb"]
 NEEDED = {"none": (), "tensorboard": ("tensorboard",), "wandb": ("wandb", "lightning")}  # packages
 
 
@@ -26,6 +24,8 @@ def open_logger(name: LoggerName, directory: Path, epoch: int, arguments: dict[s
     if name == "none":
         return None
     if name == "tensorboard":
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
         return TensorBoardLogger(directory, name="tensorboard", version="", purge_step=epoch)
     import wandb
     from wandb.integration.lightning.fabric import WandbLogger

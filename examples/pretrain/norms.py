@@ -4,7 +4,7 @@ A query and its key in the same batch of a BatchNorm can be told apart from the 
 (MoCo, section 3.3). SyncBN, shuffling BN, split BN and GroupNorm are the known ways out.
 """
 
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Norm = Literal["batch", "sync", "shuffle", "split", "group"]
+from .choices import Norm as Norm
 
 
 class SplitBatchNorm(_BatchNorm):
@@ -109,7 +109,9 @@ def shuffled(encode: nn.Module, images: Tensor, generator: torch.Generator) -> T
         embeddings: Tensor = encode(images)
         return embeddings
     n = len(images)
-    order = torch.randperm(n * world, generator=generator).to(images.device)
+    # From pinned memory, or the copy would wait for the device
+    order = torch.randperm(n * world, generator=generator, pin_memory=images.is_cuda)
+    order = order.to(images.device, non_blocking=True)
     rank = dist.get_rank() if world > 1 else 0
     mine = slice(rank * n, (rank + 1) * n)
     encoded = encode(gathered(images, world)[order[mine]])

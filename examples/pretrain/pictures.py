@@ -9,6 +9,8 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
+from .console import legible as legible
+
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
 DAMAGED = 0.1  # share of images above which there is something wrong with the folder
 STAND_INS = 10  # images in a row that are tried before it is called an error
@@ -24,6 +26,10 @@ class DataError(ValueError):
 
 class DamagedImageError(DataError):
     """One image cannot be decoded."""
+
+
+class NoImageError(DamagedImageError):
+    """Not even the beginning of the file is an image's."""
 
 
 # ---------------------------------------------------------------------------------------------- many images
@@ -51,10 +57,19 @@ class Files:
 
 
 class Arrays:
-    def __init__(self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", labels: list[int]) -> None:
-        self.pixels, self.labels = pixels, labels  # (M, H, W, 3)
+    """Images in memory; ``damages`` has what was wrong with those that could not be decoded."""
+
+    def __init__(
+        self,
+        pixels: "np.ndarray[Any, np.dtype[np.uint8]]",
+        labels: list[int],
+        damages: dict[int, DamagedImageError] | None = None,
+    ) -> None:
+        self.pixels, self.labels, self.damages = pixels, labels, damages or {}  # (M, H, W, 3)
 
     def open(self, sample: int) -> Image.Image:
+        if sample in self.damages:
+            raise self.damages[sample]
         return Image.fromarray(self.pixels[sample])
 
     def name(self, sample: int) -> str:
@@ -113,22 +128,20 @@ class Damage:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def legible(text: object) -> str:
-    """Of a file's name, which may hold bytes that are no UTF-8: with these as escapes, so that it can be printed."""
-    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def read_image(path: Path) -> Image.Image:
     """RGB. A file that cannot be decoded is a DamagedImageError, one of numbers of an unknown range a DataError."""
+    kind: type[DamagedImageError] = NoImageError
     try:
         with Image.open(path) as image:
+            brightest(image, path)
+            kind = DamagedImageError
             image.load()
             return ImageOps.exif_transpose(eight_bits(image, path)).convert("RGB")
     except (DataError, MemoryError):
         raise
     except Exception as error:  # a broken file makes PIL raise whatever its reader stumbles over
         reason = f"data_dir: {legible(path)} cannot be decoded ({legible(error)})"
-        raise DamagedImageError(f"{reason}. Replace it by a whole copy.") from None
+        raise kind(f"{reason}. Replace it by a whole copy.") from None
 
 
 def has_header(path: Path) -> bool:

@@ -1,5 +1,7 @@
 """A linear classifier that learns beside the encoder, from features through which no gradient returns (SimCo)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from .data import Data
 from .encoders import Encoder
 from .evaluate import features_of
 from .norms import gathered
+from .optimizers import step_unless
 from .schedule import set_learning_rate
 
 BASE_LR = 0.3  # of the authors, for 256 queries
@@ -21,10 +24,11 @@ class OnlineProbe(nn.Linear):
 
     labels: Tensor  # (M,), of the training images
 
-    def __init__(self, encoder: Encoder, data: Data, ranks: int) -> None:
+    def __init__(self, encoder: Encoder, data: Data, ranks: int, *, fused: bool = False) -> None:
         super().__init__(encoder.width, data.classes)
         self.register_buffer("labels", data.view_labels(), persistent=False)
-        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.0, momentum=0.9)
+        how: dict[str, Any] = {"fused": True} if fused else {}
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=0.0, momentum=0.9, **how)
         self.kept: list[Tensor] = []
         self.ranks = ranks
         encoder.backbone.register_forward_hook(torch.compiler.disable(self._keep))
@@ -41,11 +45,10 @@ class OnlineProbe(nn.Linear):
         loss = F.cross_entropy(self(features), labels, ignore_index=-1, reduction="sum")
         (loss / (labels >= 0).sum().clamp(min=1) / pieces).backward()
 
-    def step(self, rate: float, *, skip: bool = False) -> None:
+    def step(self, rate: float, *, skip: Tensor) -> None:
         """``skip`` what was gathered, because the features were not finite."""
         set_learning_rate(self.optimizer, rate)
-        if not skip:
-            self.optimizer.step()
+        step_unless(skip, self.optimizer, self.optimizer)
         self.optimizer.zero_grad()
 
     @torch.no_grad()

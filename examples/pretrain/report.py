@@ -37,6 +37,8 @@ class Report:
         loss: str,
         queue: MomentumQueue | None,
         steps: int,
+        *,
+        compiled: bool,
     ) -> None:
         """Of ``steps`` an epoch, and with it config.json; ``loss`` is what the method says about its loss."""
         args, fabric = self.args, self.fabric
@@ -51,12 +53,14 @@ class Report:
             loss_backend=[backend, reason],
             commit=device["commit"],
         )
+        missing = ", not compiled: Triton is missing" if fabric.device.type == "cuda" and args.compile is None else ""
+        code = ", compiled" if compiled else missing
         many = f", {ranks()} ranks" if ranks() > 1 else ""
         pieces = f", in {args.accumulate} pieces" if args.accumulate > 1 else ""
         at = f", resumed after {run.saved}" if run.saved else ""
         self.say(f"command  {command()}")
         self.say(f"device   {fabric.device} ({device['device']}){many}, {args.precision}; loss by {backend} ({reason})")
-        self.say(f"data     {data.name}: {data.fingerprint}; {data.image_size} px, {args.arch}, norm {args.norm}")
+        self.say(f"data     {data.name}: {data.fingerprint}; {data.image_size} px, {args.arch}, norm {args.norm}{code}")
         if data.note:
             self.say(f"note     {data.note}")
         self.say(f"loss     N = {args.batch_size}{pieces}, {loss}")

@@ -11,14 +11,16 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from io import StringIO, TextIOWrapper
+from io import StringIO
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 
+from .console import fail as fail
+from .console import legible
+from .console import print_any_name as print_any_name
 from .data import DataError
-from .pictures import legible
 
 Row = dict[str, float | int | None]
 PANELS = (  # of the curves: column, title, top
@@ -33,12 +35,6 @@ MEASURED = ("knn", "online_probe")  # columns with a value now and then
 ADDED: dict[str, Any] = {"key_momentum_schedule": "constant", "resume_from": None}
 EXTENDED = ("epochs", "resume_from", "knn_every", "knn_k", "probe")  # what may differ from a run that is gone on from
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "lightning", "eqco_loss", "scikit-learn", "numpy")
-
-
-def fail(message: object) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
-    message = legible(message)
-    raise SystemExit(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
 
 
 def check_device(device: str) -> None:
@@ -89,16 +85,6 @@ def clear_errors() -> Iterator[None]:
         fail(error)
 
 
-@contextmanager
-def enough_memory(advice: str) -> Iterator[None]:
-    """Decorates a script's main: a device without room is told in one line, with ``advice``, the flags that help."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(" ".join(str(error).split()).split(". ")[:2])
-        fail(f"device: it has no room for this run ({reason.rstrip('.')}). Give {advice}.")
-
-
 def command() -> str:
     """What to type to run this again."""
     start = ["python"]
@@ -114,12 +100,6 @@ def quoted(word: str) -> str:
     if legible(word) == word:
         return shlex.quote(word)
     return "$'" + legible(word.replace("\\", "\\\\").replace("'", "\\'")) + "'"
-
-
-def print_any_name() -> None:
-    """Names of files and folders that are not UTF-8 must not end a script that tells of them."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def peak_memory_mb(device: torch.device) -> int:

@@ -1,11 +1,12 @@
 """Learning rates: a function of the step only, so that there is nothing to save."""
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from torch.optim import Optimizer
+from .choices import Schedule as Schedule
 
-Schedule = Literal["simo", "cosine", "cosine-by-epoch", "drops"]
+if TYPE_CHECKING:  # what follows runs without torch, for which --help would wait
+    from torch.optim import Optimizer
 
 
 def learning_rate(
@@ -31,6 +32,6 @@ def learning_rate(
     return warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: "Optimizer", rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -43,7 +43,7 @@ def launch(args: Common) -> Fabric:
     return fabric
 
 
-def open_training_data(args: Common, fabric: Fabric) -> Data:
+def open_training_data(args: Common, fabric: Fabric, *, compiled: bool) -> Data:
     """Raises DataError where the arguments ask for what these data do not have."""
     data = open_data(
         args.dataset,
@@ -55,6 +55,7 @@ def open_training_data(args: Common, fabric: Fabric) -> Data:
         workers=args.workers,
         recipe=args.recipe,
         augment=args.augment,
+        compiled=compiled and fabric.device.type == "cuda",
         once=lambda work: fabric.broadcast(work() if fabric.is_global_zero else None),
     )
     if args.batch_size > data.train_size:
@@ -73,13 +74,15 @@ def open_training_data(args: Common, fabric: Fabric) -> Data:
     return data
 
 
-def open_run(method: str, label: str, args: Common, data: Data, fabric: Fabric, columns: tuple[str, ...]) -> Run:
+def open_run(
+    method: str, label: str, args: Common, data: Data, fabric: Fabric, columns: tuple[str, ...], *, compiled: bool
+) -> Run:
     """The run directory. A resumed run must agree in all that can change a result."""
     longer = f"-epochs{args.epochs}" if args.resume_from else ""
     directory = args.run_dir or Path("runs") / f"{method}-{data.name}-{label}-seed{args.seed}{longer}"
     fixed = {"method": method, "data": data.fingerprint, **dataclasses.asdict(args)}
     fixed |= {"resume_from": args.resume_from and str(args.resume_from)}
-    fixed |= {"device": fabric.device.type, "image_size": data.image_size}
+    fixed |= {"device": fabric.device.type, "image_size": data.image_size, "compile": compiled}
     free = {name: fixed.pop(name) for name in FREE}
     free = {name: str(value) if isinstance(value, Path) else value for name, value in free.items()}
     where = {"name": args.dataset, "data_dir": args.data_dir and str(args.data_dir)}

@@ -1,34 +1,11 @@
-"""What is told of embeddings, and the running statistics of batch norm, which one bad batch must not spoil."""
+"""What is told of embeddings."""
 
 import math
-from collections.abc import Iterable
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from eqco_loss.functional import LossMetrics
-
-
-class Statistics:
-    """Running statistics of batch norm, which one batch that is not finite would make NaN for ever."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        layers = [layer for module in modules for layer in module.modules() if isinstance(layer, _BatchNorm)]
-        self.running = [x for layer in layers for x in layer.buffers() if x.is_floating_point()]
-        self.kept = [x.clone() for x in self.running]
-
-    def keep(self) -> None:
-        """After a step that was taken."""
-        if self.running:
-            torch._foreach_copy_(self.kept, self.running)
-
-    def mend(self) -> None:
-        """After one that was skipped: those that are not finite are as they were kept."""
-        for now, before in zip(self.running, self.kept, strict=True):
-            if not now.isfinite().all():
-                now.copy_(before)
 
 
 def feature_std(queries: Tensor) -> Tensor:

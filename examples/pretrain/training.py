@@ -7,6 +7,7 @@ norm), signals (how a run is stopped), report (what a person sees), run (what is
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
+from importlib.util import find_spec
 from typing import Any, Generic, NamedTuple
 
 import torch
@@ -23,13 +24,15 @@ from .data import DRAW, INIT, SHUFFLE, STEP, Share, generator_of, seed_of
 from .encoders import Encoder, Head, encoder_of
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
+from .optimizers import Statistics, load, start_momentum, step_unless
+from .prefetch import ahead
 from .probe import BASE_LR, OnlineProbe
 from .report import NOT_FINITE, Report, summary
 from .run import Row, clear_errors, fail, peak_memory_mb
 from .schedule import learning_rate, set_learning_rate
 from .signals import StopSignal
 from .startup import launch, open_run, open_training_data
-from .statistics import Statistics, feature_std
+from .statistics import feature_std
 
 COLUMNS = ("epoch", "loss", "top1", "feature_std", "knn", "online_probe", "lr", *NOT_FINITE, *TIMED)
 
@@ -52,16 +55,19 @@ class Training(Generic[Args]):
         check(args)
         self.args, self.ranks = args, ranks()
         self.fabric = launch(args)
-        torch.backends.cudnn.deterministic = True  # a resumed run is the same run
+        self.fused = self.fabric.device.type == "cuda"  # whether an optimiser's step is to be a few kernels
+        torch.backends.cudnn.deterministic = args.deterministic or not self.fused
+        torch.backends.cudnn.benchmark = self.fused and not args.deterministic
+        self.compile = self.fused and find_spec("triton") is not None if args.compile is None else args.compile
         self.report = Report(args, self.fabric)
         self.say = self.report.say
         self.share = Share(args.batch_size, args.accumulate, self.fabric.global_rank, self.ranks)
         with clear_errors():
             rows = args.batch_size // args.accumulate // self.ranks  # of a process's batch
             check_norm(args.norm, self.fabric.device, self.ranks, rows, args.splits)
-            self.data = open_training_data(args, self.fabric)
+            self.data = open_training_data(args, self.fabric, compiled=self.compile)
         self.steps = self.data.train_size // args.batch_size  # optimiser steps of an epoch
-        self.run = open_run(method, label, args, self.data, self.fabric, COLUMNS)
+        self.run = open_run(method, label, args, self.data, self.fabric, COLUMNS, compiled=self.compile)
         self.state = self.run.resume(args.resume_from)
         self.fabric.barrier()  # every rank has read it before anyone writes
         if self.run.result is not None:
@@ -70,7 +76,9 @@ class Training(Generic[Args]):
         self.done = 0  # optimiser steps
         # Of this epoch's pieces where all are finite: loss, top-1 accuracy, feature std, and how many these pieces are
         self.sums = torch.zeros(4, device=self.fabric.device)
-        self.skipping, self.skipped = False, 0  # the last step, and how many, whose gradients were not finite
+        # Whether the last step's gradients were not finite, and of how many steps; on the device, as nobody waits
+        self.skipping = torch.zeros((), dtype=torch.bool, device=self.fabric.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.fabric.device)
         self.stop = StopSignal(speaks=self.fabric.is_global_zero)
 
     def encoder(self, head: Head, *, zero_init_residual: bool = False) -> Encoder:
@@ -98,7 +106,8 @@ class Training(Generic[Args]):
         ``loss`` is what the header says about it. ``model`` is what the optimiser trains, the encoder where it is left
         out; where it has more parts than that, name them among the others, too.
         """
-        self.probe = OnlineProbe(encoder, self.data, self.ranks) if self.args.online_probe else None
+        online = self.args.online_probe
+        self.probe = OnlineProbe(encoder, self.data, self.ranks, fused=self.fused) if online else None
         if self.probe is not None:
             others["online_probe"] = self.probe
         self.query_encoder, self.modules = encoder, {"encoder": encoder, **others}
@@ -108,27 +117,30 @@ class Training(Generic[Args]):
                 module.load_state_dict(self.state[name])
         for module in others.values():
             self.fabric.to_device(module)
-        if self.args.compile:
+        if self.compile:
             for module in self.modules.values():
                 if isinstance(module, Encoder):
                     module.compile()
         self.model: Any
         self.model, self.optimizer = self.fabric.setup(self.trained, optimizer)
         self.plain_optimizer = optimizer
+        for one in (optimizer, *([self.probe.optimizer] if self.probe is not None else [])):
+            start_momentum(one)
         if self.state is not None:
-            optimizer.load_state_dict(self.state["optimizer"])
+            load(optimizer, self.state["optimizer"])
             if self.probe is not None:
-                self.probe.optimizer.load_state_dict(self.state["online_probe_optimizer"])
+                load(self.probe.optimizer, self.state["online_probe_optimizer"])
             self.fabric.strategy.precision.load_state_dict(self.state["scaler"])
             progress = self.state["progress"]
-            self.done, self.skipped = progress["step"], progress.get("skipped", 0)
+            self.done = progress["step"]
+            self.skipped += progress.get("skipped", 0)
             counted = [float(self.done % self.steps * self.args.accumulate)] * (len(progress["sums"]) == 3)
             sums = torch.cat([progress["sums"], torch.tensor(counted)])  # older checkpoints counted all pieces
             self.sums = self.fabric.to_device(sums)
             self.state = None
         self.queue = next((module for module in others.values() if isinstance(module, MomentumQueue)), None)
         self.statistics = Statistics(self.modules.values())
-        self.report.header(self.data, self.run, criterion, loss, self.queue, self.steps)
+        self.report.header(self.data, self.run, criterion, loss, self.queue, self.steps, compiled=self.compile)
         wrapped: nn.Module = self.model
         return wrapped
 
@@ -152,21 +164,18 @@ class Training(Generic[Args]):
             while self.done < args.epochs * self.steps:
                 epoch, start = divmod(self.done, self.steps)
                 self.clock.start()
-                pieces = enumerate(
-                    self.clock.waiting(self.data.batches(epoch, self.share, start)), start * args.accumulate
-                )
-                for piece, ((query_view, key_view), ids) in pieces:
+                batches = ahead(self.data.batches(epoch, self.share, start), fabric)
+                pieces = enumerate(self.clock.waiting(batches), start * args.accumulate)
+                for piece, (views, ids) in pieces:
                     number = (epoch, piece)
                     first, self.last = piece % args.accumulate == 0, (piece + 1) % args.accumulate == 0
                     if first:
                         set_learning_rate(self.plain_optimizer, self.rate(args.base_lr))
                     torch.manual_seed(seed_of(STEP, args.seed, *number, fabric.global_rank))  # for whatever draws
                     shuffle, draw = (generator_of(purpose, args.seed, *number) for purpose in (SHUFFLE, DRAW))
-                    views = fabric.to_device(query_view), fabric.to_device(key_view)
-                    ids = fabric.to_device(ids)
                     self.clock.begin_piece(piece)
                     with fabric.no_backward_sync(self.model, enabled=not self.last):
-                        yield Batch(*views, ids, first, shuffle, draw)
+                        yield Batch(views[0], views[1], ids, first, shuffle, draw)
                     if self.probe is not None:
                         self.probe.backward(ids, args.accumulate)
                     self.clock.end_piece()
@@ -211,13 +220,14 @@ class Training(Generic[Args]):
         self.sums += torch.where(figures.isfinite().all(), figures, 0.0)
         if self.last:
             gradients = [x.grad for x in self.trained.parameters() if x.grad is not None]
-            self.skipping = not bool(nn.utils.get_total_norm(gradients).isfinite())  # on every rank alike
+            self.skipping = ~nn.utils.get_total_norm(gradients).isfinite()  # on every rank alike
             self.skipped += self.skipping
-            scales = getattr(self.fabric.strategy.precision, "scaler", None) is not None
-            if scales or not self.skipping:  # a gradient scaler skips for itself, and lowers its scale
-                self.optimizer.step()
+            if getattr(self.fabric.strategy.precision, "scaler", None) is not None:
+                self.optimizer.step()  # a gradient scaler skips for itself, and lowers its scale
+            else:
+                step_unless(self.skipping, self.optimizer, self.plain_optimizer)
             self.optimizer.zero_grad()
-            self.statistics.mend() if self.skipping else self.statistics.keep()
+            self.statistics.mend()
 
     # ------------------------------------------------------------------------------------- between steps and epochs
 
@@ -250,7 +260,7 @@ class Training(Generic[Args]):
         measure = epoch == args.epochs or epoch % args.knn_every == 0
         row: Row = {"epoch": epoch, "loss": loss, "top1": 100 * top1, "feature_std": std}
         row["lr"] = self.plain_optimizer.param_groups[0]["lr"]
-        row["skipped_steps"] = self.skipped
+        row["skipped_steps"] = int(self.skipped)
         row["replaced_keys"] = None if self.queue is None else int(self.queue.replaced)
         self.report.not_finite(row, self.run.rows[-1], self.steps)
         row["images_per_s"] = round(steps * args.batch_size / times.seconds, 1)
@@ -289,7 +299,7 @@ class Training(Generic[Args]):
         if self.probe is not None:
             state["online_probe_optimizer"] = self.probe.optimizer.state_dict()
         state["scaler"] = self.fabric.strategy.precision.state_dict()
-        state["progress"] = {"step": self.done, "skipped": self.skipped, "sums": self.sums}
+        state["progress"] = {"step": self.done, "skipped": int(self.skipped), "sums": self.sums}
         self.run.save(epoch, state, step)
         self.saved_at = time.monotonic()
 
