@@ -8,6 +8,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {
@@ -17,6 +18,7 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
     "first_steps.md": "docs/first_steps.ipynb",
 }
+SOURCE = re.compile(r'src="([^":]+)"')  # of an image in HTML, which mkdocs leaves as it is
 LINK = re.compile(r"(!?)\[([^\[\]]+)\]\(([^()\s#:]+)(#[^()\s]*)?\)")
 
 
@@ -44,17 +46,28 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Links as they are right in the repository become links as they are right on the site."""
     uri = page.file.src_uri
     folder = (ROOT / ELSEWHERE.get(uri, f"docs/{uri}")).parent
+    pages = {source: page for page, source in ELSEWHERE.items()}
 
-    def on_site(link: re.Match[str]) -> str:
-        image, text, target, anchor = link.groups()
+    def name_of(target: str) -> str:
+        """A target's path in the repository, or nothing where there is no such file."""
         path = (folder / target).resolve()
-        if not path.is_relative_to(ROOT) or not path.exists():
-            return link[0]  # mkdocs says what is wrong with it
-        name = path.relative_to(ROOT).as_posix()
-        where = {source: page for page, source in ELSEWHERE.items()}.get(name, name.removeprefix("docs/"))
-        if files.get_file_from_path(where) is not None:
-            up = "../" * uri.count("/")
-            return f"{image}[{text}]({up}{where}{anchor or ''})"
+        return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) and path.exists() else ""
+
+    def on_site(name: str) -> File | None:
+        return files.get_file_from_path(pages.get(name, name.removeprefix("docs/")))
+
+    def link(found: re.Match[str]) -> str:
+        image, text, target, anchor = found.groups()
+        name = name_of(target)
+        if not name:
+            return found[0]  # mkdocs says what is wrong with it
+        file = on_site(name)
+        if file is not None:
+            return f"{image}[{text}]({'../' * uri.count('/')}{file.src_uri}{anchor or ''})"
         return f"`{name}`" if name.endswith(text.strip("`")) else f"{text} (`{name}`)"
 
-    return LINK.sub(on_site, markdown)
+    def source(found: re.Match[str]) -> str:
+        file = on_site(name_of(found[1]))
+        return found[0] if file is None else f'src="{get_relative_url(file.url, page.url)}"'
+
+    return SOURCE.sub(source, LINK.sub(link, markdown))

@@ -198,6 +198,8 @@ def anchors(page: Path) -> set[str]:
 @each_page
 def test_tests_that_a_page_names_exist(page: Path) -> None:
     """`test_file.py::test_one`, and `test_two` after it."""
+    for file in re.findall(r"\btest_\w+\.py", page.read_text()):
+        assert (ROOT / "tests" / file).exists(), f"{file} does not exist"
     file = ""
     for named, test in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", page.read_text()):
         file = named or file
