@@ -196,7 +196,7 @@ def test_the_keys_of_simo_are_mixed_for_shuffling_bn(
         orders.append(generator.initial_seed())
         return shuffled(encode, views, generator)
 
-    monkeypatch.setattr(train_simo, "shuffled", recorded)
+    monkeypatch.setattr("pretrain.norms.shuffled", recorded)
     train_simo.main(
         train_simo.Args(norm=norm, limit=128, epochs=2, probe=False, device="cpu", workers=0, run_dir=tmp_path)
     )

@@ -16,6 +16,7 @@ def ahead(batches: Iterator[Views], fabric: Fabric) -> Iterator[Views]:
             yield fabric.to_device(batch)
         return
     stream = torch.cuda.Stream(fabric.device)
+    stream.wait_stream(torch.cuda.current_stream(fabric.device))  # which may still be filling the memory to read from
 
     def prepared() -> tuple[Views, Any] | None:
         with torch.cuda.stream(stream):
