@@ -44,7 +44,7 @@ def test_compiled_augmentation(name: str) -> None:
 def test_no_step_waits(compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the third step of an epoch on; the first ones compile, and copy what an epoch needs."""
     for index in range(96):
-        path = tmp_path / "images" / ("test" if index % 4 == 0 else "train") / "ab"[index % 2] / f"{index}.png"
+        path = tmp_path / "images" / ("test" if index % 4 == 0 else "train") / "ab"[index // 4 % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (2 * index, 0, 0)).save(path)
     real = training.Training.batches
