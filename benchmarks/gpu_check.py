@@ -55,6 +55,7 @@ TESTS = (
     "tests/test_world.py",
     "tests/test_wide.py",
     "tests/test_pages.py",
+    "tests/test_cuda_training.py",
 )
 
 
