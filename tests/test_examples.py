@@ -126,7 +126,7 @@ def test_ctrl_c_says_how_to_continue(whole: Path, simo: Script, tmp_path: Path) 
 
 
 def test_two_processes_cannot_share_a_directory(simo: Script, tmp_path: Path) -> None:
-    words = [*SHORT, f"--run-dir={tmp_path / 'run'}"]
+    words = [*SHORT, "--epochs=1000", f"--run-dir={tmp_path / 'run'}"]  # the first is still training when it is killed
     first = simo.start(*words)
     wait_for(lambda: (tmp_path / "run" / "config.json").exists())
     output = simo.run(*words, code=1)

@@ -26,6 +26,7 @@ from lightning_fabric.plugins.precision.amp import MixedPrecision
 from PIL import Image
 from torch import Tensor, nn
 
+import eqco_loss
 from eqco_loss import EqCoLoss
 from eqco_loss.functional import LossMetrics
 
@@ -155,7 +156,7 @@ def test_the_key_momentum_rises_as_it_is_told(tmp_path: Path, monkeypatch: pytes
     def momentum_update(query_encoder: nn.Module, key_encoder: nn.Module, momentum: float) -> None:
         seen.append(momentum)
 
-    monkeypatch.setattr(train_moco, "momentum_update", momentum_update)
+    monkeypatch.setattr(eqco_loss, "momentum_update", momentum_update)
     args = moco_args(tmp_path, knn=False, accumulate=2, splits=2, key_momentum=0.9)
     train_moco.main(args)
     assert seen == [0.9] * 12
