@@ -170,7 +170,7 @@ def test_a_logger_gets_what_the_csv_gets(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tensorboard_itself(tmp_path: Path) -> None:
     """Its file holds the values, where it is installed."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-not-found,unused-ignore]
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
         EventAccumulator,
     )
 
