@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, ops
 from eqco_loss.ops import KeySet, LogSumExp, Pairs, Row, RowLosses, definition, tiles, triton
 from eqco_loss.ops.calls import LN2, KeysGradient, RowOutputs
+from eqco_loss.ops.operator import LAYOUT
 from eqco_loss.ops.triton import arguments, backward, launch, tables
 from tests import cases, test_negatives
 from tests.cases import DEVICE, LOSSES, Answer, Case, Sample
@@ -564,7 +565,7 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "eqco_loss" or not (func.is_view or "empty" in func.name() or "detach" in func.name()):
-            self.names.append(func.name().split("::")[1].split(".")[0])
+            self.names.append(func.name().split("::")[1].split(".")[0].removesuffix(f"_{LAYOUT}"))
         return func(*args, **(kwargs or {}))
 
 
