@@ -296,6 +296,7 @@ def test_a_device_without_float64(name: str, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(views, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ten_launches() -> None:
     """Of a batch of CIFAR's on a GPU, in the recipe that has every operation; inductor writes its code without one."""
     pytest.importorskip("triton")

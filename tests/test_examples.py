@@ -554,6 +554,7 @@ def test_defaults_follow_the_data() -> None:
     assert parse(["--dataset=cifar10", "--data-dir", "somewhere"]).arch == "resnet18"
 
 
+@pytest.mark.slow
 def test_compare_negatives(tmp_path: Path) -> None:
     """As a person calls it, each run a process of its own."""
     command = [sys.executable, str(EXAMPLES / "compare_negatives.py"), "--seeds=1", "--epochs=1", "--limit=130"]

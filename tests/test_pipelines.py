@@ -168,7 +168,9 @@ def test_the_key_momentum_rises_as_it_is_told(tmp_path: Path, monkeypatch: pytes
 # --------------------------------------------------------------------------------------------------- kills and damage
 
 
-@pytest.mark.parametrize("method", SCRIPTS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(x, marks=[] if x in ("simo", "moco", "mocov3") else pytest.mark.slow) for x in SCRIPTS]
+)
 def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
     words = [
         *SHORT,
