@@ -44,6 +44,7 @@ COMPARISONS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Gt: (">", ">="),
 }
 SAME = {  # of a change's kernel and text, why nobody could see it
+    "read_temperature: t > 0.0 with >=": "by a temperature of 0 every logit is infinite or NaN, and the loss NaN",
     "partners: half > 0 with >=": "without a second view both branches give the rows themselves",
     "attend: rows < n with <=": "the ids of a row beyond the last are read, and nothing of that row is stored",
     "attend_own: row + tl.arange(0, 1) with -": "a range of one element is 0",
