@@ -152,11 +152,11 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
             or negative_keys.shape[-1] != d
             or (negative_keys.dim() == 3 and negative_keys.shape[0] != n)
         ):
-            hint = (
-                "MoCo keeps its queue as (D, K): pass queue.T."
-                if negative_keys.dim() == 2 and negative_keys.shape[0] == d
-                else "Reshape it to one of these."
-            )
+            hint = "Give each key a row of the query's width."
+            if negative_keys.dim() == 2 and negative_keys.shape[0] == d:
+                hint = "MoCo keeps its queue as (D, K): pass queue.T."
+            elif negative_keys.dim() == 3 and negative_keys.shape[:2] == (n, d):
+                hint = "These lie as (N, D, K): pass negative_keys.transpose(1, 2)."
             raise ValueError(
                 f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = "
                 f"{n}, "
