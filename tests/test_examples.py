@@ -73,6 +73,7 @@ def test_a_finished_run(whole: Path, simo: Script) -> None:
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_killed_around_every_file(whole: Path, simo: Script, tmp_path: Path) -> None:
     words = [*SHORT, f"--run-dir={tmp_path / 'run'}"]
     simo.run(*words, die=("fsync", 2), code=-signal.SIGKILL)  # the first checkpoint is half written

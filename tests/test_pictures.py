@@ -289,6 +289,7 @@ def test_names_that_are_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert r"caf\xe93.png cannot be decoded" in output
 
 
+@pytest.mark.slow
 def test_folders_whose_names_are_no_utf_8(tmp_path: Path) -> None:
     """Training, the linear probe and the figure, where standard output takes UTF-8 alone."""
     root, directory = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"r\xe9sultat")

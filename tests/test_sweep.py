@@ -212,6 +212,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_papers_probes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dual temperature's learns with the run; MoCo's follows it."""
     moco = Setting("moco", "MoCo v2", 8, {"batch_size": 8, "splits": 2, "queue_size": 16}, 53.28)
