@@ -140,8 +140,8 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
     if positive_key.shape != query.shape:
         raise ValueError(
             f"positive_key: expected the shape of query, {tuple(query.shape)}, since row i is query i's positive, got "
-            f"{tuple(positive_key.shape)}. "
-            "Encode both views of the same images with heads of the same width."
+            f"{tuple(positive_key.shape)}. Encode both views of the same images"
+            f"{'' if positive_key.shape[1] == query.shape[1] else ' with heads of the same width'}."
         )
     _alike("positive_key", positive_key, query)
     if negative_keys is not None:
@@ -152,15 +152,9 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
             or negative_keys.shape[-1] != d
             or (negative_keys.dim() == 3 and negative_keys.shape[0] != n)
         ):
-            hint = "Give each key a row of the query's width."
-            if negative_keys.dim() == 2 and negative_keys.shape[0] == d:
-                hint = "MoCo keeps its queue as (D, K): pass queue.T."
-            elif negative_keys.dim() == 3 and negative_keys.shape[:2] == (n, d):
-                hint = "These lie as (N, D, K): pass negative_keys.transpose(1, 2)."
             raise ValueError(
                 f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = "
-                f"{n}, "
-                f"got {tuple(negative_keys.shape)}. {hint}"
+                f"{n}, got {tuple(negative_keys.shape)}. {_keys_way_out('negative_keys', negative_keys, n, d)}"
             )
         if negative_keys.shape[-2] == 0:
             raise ValueError(
@@ -168,6 +162,15 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
                 f"to use the batch's other keys."
             )
         _alike("negative_keys", negative_keys, query, dtype=False)
+
+
+def _keys_way_out(name: str, keys: Tensor, n: int, d: int) -> str:
+    """How keys of another shape become (K, D) or (N, K, D). A reshape would scramble them without a word."""
+    if keys.dim() == 2 and keys.shape[0] == d:
+        return "MoCo keeps its queue as (D, K): pass queue.T."
+    if keys.dim() == 3 and keys.shape[:2] == (n, d):
+        return f"These lie as (N, D, K): pass {name}.transpose(1, 2)."
+    return "Give each key a row of the query's width, and of (N, K, D) one set to each query."
 
 
 def _rows_way_out(name: str, x: Tensor) -> str:
@@ -246,18 +249,17 @@ def others(rows: int, query: Tensor) -> None:
 
 
 def queue(stored: Any, query: Tensor) -> None:
-    if not stored.primed:
-        raise ValueError(
-            "negative_keys: expected a MomentumQueue that holds keys, got an empty one. Prime it with a first batch's "
-            "keys before the loop: "
-            "queue.enqueue(key_encoder(images))."
-        )
     contents = stored.contents
     if contents.shape[1] != query.shape[1]:
         raise ValueError(
             f"negative_keys: expected a MomentumQueue of dim {query.shape[1]}, the width of query "
             f"{tuple(query.shape)}, got dim {contents.shape[1]}. "
             f"Construct it as MomentumQueue({contents.shape[0]}, {query.shape[1]})."
+        )
+    if not stored.primed:
+        raise ValueError(
+            "negative_keys: expected a MomentumQueue that holds keys, got an empty one. Prime it with a batch's keys "
+            "before the loop: queue.enqueue(key_encoder(images))."
         )
     _alike("negative_keys", contents, query, dtype=False, advice="Move the queue with queue.to(device).")
 
@@ -346,8 +348,8 @@ def logsumexp_inputs(query: Any, keys: Any, *, query_ids: Any, key_ids: Any, key
         or (keys.dim() == 3 and keys.shape[0] != n)
     ):
         raise ValueError(
-            f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. MoCo "
-            f"keeps its queue as (D, K): pass queue.T."
+            f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. "
+            f"{_keys_way_out('keys', keys, n, d)}"
         )
     _alike("keys", keys, query, dtype=False)
     if (query_ids is None) != (key_ids is None):
@@ -385,7 +387,7 @@ def _mask(name: str, value: Any, shapes: Shapes, query: Tensor, keys: str) -> No
     if tuple(value.shape) not in shapes:
         raise ValueError(
             f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. It has one place for each {keys}, "
-            "for all queries or in a row for each."
+            "for all queries or in a row for each; the batch's own keys are left out by query_ids."
         )
     _alike(name, value, query, dtype=False)
 
@@ -414,6 +416,10 @@ def _tensor(name: str, x: Any) -> None:
         kinds = "torch.Tensor, a MomentumQueue or None" if name == "negative_keys" else "torch.Tensor"
         sequence = isinstance(x, (list, tuple)) and any(isinstance(one, Tensor) for one in x)
         way = f"Stack its embeddings: torch.stack({name})" if sequence else "Convert it with torch.as_tensor"
+        if isinstance(x, MomentumQueue):
+            way = "A queue comes third: criterion(query, positive_key, queue)"
+        elif isinstance(x, numbers.Real):
+            way = f"Settings go by keyword: temperature={x!r}"
         raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. {way}.")
     if x.dtype in FLOATS:
         return

@@ -250,7 +250,8 @@ class MomentumQueue(HoldsGroup):
             )
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(
-                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Give one key a row, of the queue's dim."
+                f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Give one key a row, of the queue's dim, "
+                "which is the second number of MomentumQueue(size, dim)."
             )
         if keys.device != self.contents.device:
             raise ValueError(

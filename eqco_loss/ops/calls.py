@@ -247,6 +247,15 @@ NORM_EPS = 1e-12  # the least length that a row is divided by
 TIE = 1e-5  # a negative that is less similar than the positive by so little, relatively, counts as more similar
 
 
+def no_negatives(row: int) -> ValueError:
+    """What a backend raises on a CPU for a query that has nothing to be told apart from."""
+    return ValueError(
+        f"query {row} has no negatives left (effective K = 0): expected at least one key that neither ids nor mask "
+        "leave out. Leave them out, make ids finer, give more negatives, look whether the mask is True where a key is "
+        "a negative, or prime a queue that is empty yet: queue.enqueue(keys)."
+    )
+
+
 def gradient_eps(dtype: torch.dtype) -> float:
     """The least length that a gradient is divided by, so that it fits the dtype of what it is the gradient of."""
     return torch.finfo(torch.float16).tiny if dtype == torch.float16 else NORM_EPS

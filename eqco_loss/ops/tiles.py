@@ -33,6 +33,7 @@ from .calls import (
     SymmetricOutputs,
     compute_dtype,
     loss_of,
+    no_negatives,
     plainly,
     rounded_log_sum,
     temperature_of,
@@ -403,10 +404,7 @@ def _checked(seen: _Seen, first: int, may_raise: bool) -> Tensor:
     empty = seen.negatives == 0
     if empty.is_cpu and may_raise:
         if bool(empty.any()):
-            raise ValueError(
-                f"query {first + int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
-                "one key that neither ids nor mask leave out. Leave them out, make ids finer, or give more negatives."
-            )
+            raise no_negatives(first + int(empty.nonzero()[0]))
         return seen.maximum
     return torch.where(empty, math.nan, seen.maximum)
 

@@ -33,6 +33,7 @@ from ..calls import (
     SymmetricGradients,
     SymmetricLosses,
     SymmetricOutputs,
+    no_negatives,
     plainly,
     rounded_log_sum,
     temperature_of,
@@ -176,10 +177,7 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
     """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
     empty = state[Plane.COUNT] == 0
     if empty.is_cpu and may_raise and bool(empty.any()):
-        raise ValueError(
-            f"query {int(empty.nonzero()[0])} has no negatives left (effective K = 0): expected at least "
-            "one key that neither ids nor mask leave out. Leave them out, make ids finer, or give more negatives."
-        )
+        raise no_negatives(int(empty.nonzero()[0]))
     return torch.where(empty, math.nan, state[Plane.MAXIMUM])
 
 
