@@ -305,11 +305,9 @@ def _module(index: int | None) -> Any:
     return launches
 
 
-def mutual(multiplied: Tensor) -> Any:
+def mutual(products: torch.dtype, like: Tensor) -> Any:
     """The module whose kernels multiply rows of two views and store no similarity, or None; they take halves."""
-    if multiplied.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if _kernels(multiplied.new_empty(0, dtype=torch.float32)) is None:
+    if products not in (torch.float16, torch.bfloat16) or _kernels(like) is None:
         return None
     from . import mutual
 
