@@ -47,8 +47,8 @@ def pointwise_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if DEVICE.type == "cpu":  # so small that 38 rows are several tiles
         from eqco_loss.ops.wide import mutual
 
-        for name in ("STATISTICS", "WEIGHTS"):
-            monkeypatch.setattr(mutual, name, mutual.Tile(32, 32, 16, 4, 1, 2))
+        for name, keys in (("STATISTICS", 64), ("SQUARE", 32), ("WEIGHTS", 64)):
+            monkeypatch.setattr(mutual, name, mutual.Tile(32, keys, 16, 4, 1, 2))
     with exact_bfloat16() if DEVICE.type == "cpu" else nullcontext():
         yield request.param
 

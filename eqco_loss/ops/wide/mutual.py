@@ -54,9 +54,22 @@ class Tile(NamedTuple):
         }
 
 
+class Rows(NamedTuple):
+    """How kernels of whole rows are cut."""
+
+    elements: int  # of a view, for each program, if a row has not more of them
+    warps: int
+
+    def constants(self, d):
+        block_d = min(2048, triton.next_power_of_2(d))
+        return {"BLOCK_ROWS": max(1, self.elements // block_d), "BLOCK_D": block_d, "num_warps": self.warps}
+
+
 # Measured with the kernels' first form, N = 4096, D = 512: 70 and 57 us; with 8 warps 98 and 84.
-STATISTICS = Tile(128, 128, 64, 4, 3, 16)  # rows and keys are as many, because those of one view may meet each other
+STATISTICS = Tile(128, 128, 64, 4, 3, 16)
+SQUARE = Tile(128, 128, 64, 4, 3, 16)  # of statistics where rows meet rows of their own view
 WEIGHTS = Tile(128, 128, 64, 4, 3, 16)
+ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
@@ -65,7 +78,7 @@ def symmetric_losses(call, products):
     x, scale = _prepared(views, products, rows, True)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh, dual = call.learned_temperature is not None, call.inter_temperature is not None
-    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, dual, STATISTICS, PARTS)
+    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, dual, STATISTICS if call.across else SQUARE, PARTS)
     parts = torch.empty(plan.parts, dtype=torch.float32, device=views.device)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
@@ -151,7 +164,7 @@ def _prepared(views, products, rows, measure):
     The loops' loads have no mask, which would make them spill.
     """
     n, d = views.shape
-    width = d + -d % max(STATISTICS.features, WEIGHTS.features)
+    width = d + -d % max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
     as_it_lies = products == views.dtype and products != torch.float16 and width == d and views.stride(1) == 1
     form = _UNIT if products != views.dtype else _POWER if products == torch.float16 else _COPY
     out, scale = None, rows[Row.INVERSE]
@@ -164,12 +177,11 @@ def _prepared(views, products, rows, measure):
     elif form == _POWER:
         scale = torch.empty(n, dtype=torch.float32, device=views.device)
     here, there = views[: n // 2], views[n // 2 :]
-    block_d = min(2048, triton.next_power_of_2(width))
-    block_rows = max(1, 1024 // block_d)
+    constants = ROWS.constants(width)
     launch(
-        prepare_kernel, (triton.cdiv(n // 2, block_rows),),
+        prepare_kernel, (triton.cdiv(n // 2, constants["BLOCK_ROWS"]),),
         here, *here.stride(), there, *there.stride(), out, width, scale if form == _POWER else None, rows, n // 2,
-        D=d, WIDTH=width, FORM=form, MEASURE=measure, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4,
+        D=d, WIDTH=width, FORM=form, MEASURE=measure, **constants,
     )  # fmt: skip
     return (views if out is None else out), scale
 
@@ -179,14 +191,13 @@ def _through(views, of_here, of_there, out, given, some):
     (n, d), (rows, scale, grad, largest) = views.shape, given
     half = n // 2
     here, there = views[:half], views[half:]
-    block_d = min(2048, triton.next_power_of_2(d))
-    block_rows = max(1, 1024 // block_d)
+    constants = ROWS.constants(d)
     launch(
-        through_views_kernel, (triton.cdiv(some.stop - some.start, block_rows),),
+        through_views_kernel, (triton.cdiv(some.stop - some.start, constants["BLOCK_ROWS"]),),
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
         out[some], out[half:][some], d, rows, scale, grad, largest, some.start, some.stop, half,
         1.0 / gradient_eps(views.dtype),
-        D=d, BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4,
+        D=d, **constants,
     )  # fmt: skip
 
 

@@ -139,13 +139,12 @@ def folded(
         if DUAL:
             of_inter = tl.load(parts + PART_INTER * plane + at, mask=there, other=0.0)
         if FORM != BOUNDED:
-            fall = tl.load(parts + PART_MAXIMUM * plane + at, mask=there, other=MINIMUM) - new[None, :]
-            shrink = tl.exp2(fall)
+            below = tl.load(parts + PART_MAXIMUM * plane + at, mask=there, other=MINIMUM) - new[None, :]
             if WEIGH:
-                of_weighted = (of_weighted + fall * share) * shrink
+                of_weighted = (of_weighted + below * share) * tl.exp2(below)
             if DUAL:
-                of_inter = of_inter * tl.exp2(fall * to_inter)
-            share = share * shrink
+                of_inter = of_inter * tl.exp2(below * to_inter)
+            share = share * tl.exp2(below)
         total += tl.sum(share, 0)
         if WEIGH:
             weighted += tl.sum(of_weighted, 0)
