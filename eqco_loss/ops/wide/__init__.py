@@ -188,11 +188,11 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    t, like, n = temperature_of(call), arithmetic(call.views), len(call.views)
-    products = product_dtype(call.autocast, call.views)
+    like, n, products = arithmetic(call.views), len(call.views), product_dtype(call.autocast, call.views)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_losses(call, products)  # type: ignore[no-any-return]
+    t = temperature_of(call)
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
@@ -217,11 +217,11 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
     ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``. Every tile's weights serve its rows, and turned its keys.
     """
-    t, like, (n, d) = temperature_of(call), arithmetic(call.views), call.views.shape
-    products = product_dtype(call.autocast, call.views)
+    like, (n, d), products = arithmetic(call.views), call.views.shape, product_dtype(call.autocast, call.views)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_gradient(call, products)  # type: ignore[no-any-return]
+    t = temperature_of(call)
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)

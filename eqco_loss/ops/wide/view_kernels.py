@@ -84,8 +84,8 @@ def prepare_kernel(
         by_left, by_right = inverse_length(tl.sum(left, 1)), inverse_length(tl.sum(right, 1))
         similarity = tl.sum(both, 1) * (by_left * by_right)
     else:
-        by_left = tl.load(inverses, mask=inside, other=0.0)
-        by_right = tl.load(inverses + half, mask=inside, other=0.0)
+        by_left = tl.load(inverses, mask=inside, other=1.0)
+        by_right = tl.load(inverses + half, mask=inside, other=1.0)
     if out is not None:
         of_left, of_right = by_left, by_right
         if FORM == POWER:
