@@ -77,8 +77,9 @@ def symmetric_losses(call, products):
     rows = torch.empty((len(Row), n), dtype=torch.float32, device=views.device)
     x, scale = _prepared(views, products, rows, True)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
-    weigh, dual = call.learned_temperature is not None, call.inter_temperature is not None
-    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, dual, STATISTICS if call.across else SQUARE, PARTS)
+    weigh = call.learned_temperature is not None
+    tile = STATISTICS if call.across else SQUARE
+    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS)
     parts = torch.empty(plan.parts, dtype=torch.float32, device=views.device)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
@@ -86,7 +87,7 @@ def symmetric_losses(call, products):
         state, stride = new_state(n, parts), n
     for chunk in plan.chunks:
         launch(
-            statistics_kernel, (chunk.tiles_of_rows * chunk.tiles_of_keys,),
+            statistics_kernel, chunk.grid,
             x, x.stride(0), scale, parts, chunk.of_keys, *temperatures, *chunk.places, n // 2, plan.steps,
             **plan.statistics,
         )  # fmt: skip
@@ -98,14 +99,12 @@ def symmetric_losses(call, products):
                 count = of_rows.shape[1]
                 grid = (triton.cdiv(count, plan.fold["BLOCK_ROWS"]),)
                 launch(fold_kernel, grid, part, tiles, count, of_rows, stride, *temperatures, **plan.fold)
-    losses = torch.empty(plan.sides * plan.blocks, dtype=torch.float32, device=views.device)
+    losses = torch.empty(plan.finish_grid, dtype=torch.float32, device=views.device)
     one = plan.chunks[0]
-    known = max(1, (n // 2 - 1) * (1 if call.across else 2))
     launch(
-        finish_views_kernel, (plan.blocks, plan.sides),
+        finish_views_kernel, plan.finish_grid,
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
-        float(known), float(call.alpha or 1.0), call.ratio, losses, rows, n,
-        ALPHA=call.alpha is not None, LOSS=loss_of(call), **plan.finish,
+        plan.known, float(call.alpha or 1.0), call.ratio, losses, rows, n, **plan.finish,
     )  # fmt: skip
     return SymmetricOutputs(losses.sum(), rows)
 
@@ -128,12 +127,11 @@ def symmetric_gradient(call, products):
         step = plan.chunks[0][0]
         gradients = torch.empty((step.stop - step.start, d), dtype=torch.float32, device=device)
     workspace = torch.empty(plan.workspace, dtype=products, device=device)
-    for some, columns in plan.chunks:
+    for some, columns, grid, stride in plan.chunks:
         r, c = some.stop - some.start, columns.stop - columns.start
-        stride = c + 7 & -8
         weights = workspace[: r * stride].view(r, stride)[:, :c]  # rows aligned, as a fast product asks
         launch(
-            weights_kernel, (triton.cdiv(r, WEIGHTS.rows) * triton.cdiv(c, WEIGHTS.keys),),
+            weights_kernel, grid,
             x, x.stride(0), scale, rows, n, pull, grad, weights, stride,
             float(call.temperature), call.learned_temperature,
             some.start, some.stop, columns.start, columns.stop, half, plan.steps, FORM=form, **plan.weights,
@@ -146,9 +144,9 @@ def symmetric_gradient(call, products):
             of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
             chunks.product(weights[:, own:].T, multiplied[some], of_keys, add=some.start > 0)
         if not plan.whole and columns.stop == n:
-            _through(views, gradient, None, out, (rows, scale, grad, largest), some)
+            _through(views, products, gradient, None, out, (rows, scale, grad, largest), some)
     whole = sums[:half] if plan.whole else None
-    _through(views, whole, sums[-half:], out, (rows, scale, grad, largest), slice(0, half))
+    _through(views, products, whole, sums[-half:], out, (rows, scale, grad, largest), slice(0, half))
     of_temperature = torch.empty(0, dtype=torch.float32, device=device)
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
@@ -159,45 +157,38 @@ def symmetric_gradient(call, products):
 
 
 def _prepared(views, products, rows, measure):
-    """What is multiplied, (2M, D) and zeros to whole steps, and its scale or None; ``measure`` fills two of ``rows``.
-
-    The loops' loads have no mask, which would make them spill.
-    """
+    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; ``measure``: to two of ``rows``."""
     n, d = views.shape
-    width = d + -d % max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
-    as_it_lies = products == views.dtype and products != torch.float16 and width == d and views.stride(1) == 1
-    form = _UNIT if products != views.dtype else _POWER if products == torch.float16 else _COPY
-    out, scale = None, rows[Row.INVERSE]
-    if not as_it_lies:
-        out = torch.empty((n, width), dtype=products, device=views.device)
-    elif not measure:
-        return views, scale
-    if form == _UNIT:
-        scale = None
-    elif form == _POWER:
-        scale = torch.empty(n, dtype=torch.float32, device=views.device)
-    here, there = views[: n // 2], views[n // 2 :]
-    constants = ROWS.constants(width)
-    launch(
-        prepare_kernel, (triton.cdiv(n // 2, constants["BLOCK_ROWS"]),),
-        here, *here.stride(), there, *there.stride(), out, width, scale if form == _POWER else None, rows, n // 2,
-        D=d, WIDTH=width, FORM=form, MEASURE=measure, **constants,
-    )  # fmt: skip
+    step = max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
+    plan = _rows_plan(n // 2, d, views.dtype, products, views.stride(1) == 1, step, ROWS)
+    out, scale, written = None, None, None
+    if not plan.as_they_lie:
+        out = torch.empty((n, plan.width), dtype=products, device=views.device)
+    if plan.form == _POWER:
+        scale = written = torch.empty(n, dtype=torch.float32, device=views.device)
+    elif plan.form == _COPY:
+        scale = rows[Row.INVERSE]
+    if out is not None or measure:
+        here, there = views[: n // 2], views[n // 2 :]
+        launch(
+            prepare_kernel, plan.prepare_grid,
+            here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, n // 2,
+            MEASURE=measure, **plan.prepare,
+        )  # fmt: skip
     return (views if out is None else out), scale
 
 
-def _through(views, of_here, of_there, out, given, some):
+def _through(views, products, of_here, of_there, out, given, some):
     """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
     (n, d), (rows, scale, grad, largest) = views.shape, given
     half = n // 2
     here, there = views[:half], views[half:]
-    constants = ROWS.constants(d)
+    plan = _rows_plan(some.stop - some.start, d, views.dtype, products, views.stride(1) == 1, 1, ROWS)
     launch(
-        through_views_kernel, (triton.cdiv(some.stop - some.start, constants["BLOCK_ROWS"]),),
+        through_views_kernel, plan.through_grid,
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
-        out[some], out[half:][some], d, rows, scale, grad, largest, some.start, some.stop, half,
-        1.0 / gradient_eps(views.dtype),
-        D=d, **constants,
+        out[some], out[half + some.start :], d, rows, scale, grad, largest, some.start, some.stop, half, plan.least,
+        **plan.through,
     )  # fmt: skip
 
 
@@ -211,6 +202,34 @@ def _form(temperature, inter_temperature, learned):
 # ------------------------------------------------------------------------------------------------------ what to launch
 
 
+class _RowsPlan(NamedTuple):
+    width: int  # D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill
+    form: int  # of ``prepare_kernel``
+    as_they_lie: bool  # whether rows are multiplied without a copy
+    least: float  # 1 / the least length that a gradient is divided by
+    prepare_grid: tuple[int, ...]
+    prepare: dict
+    through_grid: tuple[int, ...]
+    through: dict
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_plan(count, d, dtype, products, features_together, step, how):
+    width = d + -d % step
+    form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
+    prepare, through = how.constants(width), how.constants(d)
+    return _RowsPlan(
+        width=width,
+        form=form,
+        as_they_lie=form == _COPY and width == d and features_together,
+        least=1.0 / gradient_eps(dtype),
+        prepare_grid=(triton.cdiv(count, prepare["BLOCK_ROWS"]),),
+        prepare={"D": d, "WIDTH": width, "FORM": form} | prepare,
+        through_grid=(triton.cdiv(count, through["BLOCK_ROWS"]),),
+        through={"D": d} | through,
+    )
+
+
 class _Chunk(NamedTuple):
     """Rows whose tiles' statistics are held at the same time."""
 
@@ -221,6 +240,7 @@ class _Chunk(NamedTuple):
     tiles_of_keys: int
     of_keys: int  # where these lie
     places: tuple[int, ...]  # the kernel's integers
+    grid: tuple[int, ...]
 
 
 class _StatisticsPlan(NamedTuple):
@@ -228,15 +248,16 @@ class _StatisticsPlan(NamedTuple):
     parts: int  # numbers
     steps: int  # of features
     rows_end: int  # rows before this one are those whose parts come first
-    sides: int
-    blocks: int  # of ``finish_views_kernel``, for each side
+    known: float  # negatives of each row
     statistics: dict
     fold: dict
+    finish_grid: tuple[int, ...]
     finish: dict
 
 
 @functools.lru_cache(maxsize=1024)
-def _statistics_plan(n, width, across, form, weigh, dual, tile, most):
+def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most):
+    dual = loss == "dual"
     planes = 4 if dual else 3 if weigh else 1 if form == _BOUNDED else 2
     anchors, first_key = (n // 2, n // 2) if across else (n, 0)
     of_a_row = 4 * planes * (triton.cdiv(n - first_key, tile.keys) + triton.cdiv(n - first_key, tile.rows))
@@ -249,7 +270,8 @@ def _statistics_plan(n, width, across, form, weigh, dual, tile, most):
         of_keys = planes * tiles_of_keys * (stop - start)
         parts = max(parts, of_keys + planes * tiles_of_rows * (n - apart))
         places = start, stop, key, n, apart
-        found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places))
+        grid = (tiles_of_rows * tiles_of_keys,)
+        found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
     block_rows = 32
     common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
     statistics = {"TRIANGLE": not across, "FORM": form, "WEIGH": weigh, "DUAL": dual}
@@ -258,16 +280,16 @@ def _statistics_plan(n, width, across, form, weigh, dual, tile, most):
         parts=parts,
         steps=width // tile.features,
         rows_end=anchors,
-        sides=2 if across else 1,
-        blocks=triton.cdiv(anchors, block_rows),
+        known=max(1.0, (n // 2 - 1) * (1.0 if across else 2.0)),
         statistics=statistics | tile.constants,
         fold=common | {"DUAL": dual},
-        finish=common,
+        finish_grid=(triton.cdiv(anchors, block_rows), 2 if across else 1),
+        finish=common | {"ALPHA": alpha, "LOSS": loss},
     )
 
 
 class _GradientPlan(NamedTuple):
-    chunks: list[tuple[slice, slice]]  # some rows and some of the keys that they meet
+    chunks: list[tuple[slice, slice, tuple[int], int]]  # rows, keys, grid, and stride of the weights
     whole: bool  # whether the sums of all rows are held until the end, or those of a chunk's rows only until its end
     workspace: int  # weights
     steps: int  # of features
@@ -283,10 +305,15 @@ def _gradient_plan(n, width, across, products, tile, steps):
         )
         for columns in several
     ]
+    strides = [columns.stop - columns.start + 7 & -8 for _, columns in found]
+    grids = [
+        (triton.cdiv(some.stop - some.start, tile.rows) * triton.cdiv(columns.stop - columns.start, tile.keys),)
+        for some, columns in found
+    ]
     return _GradientPlan(
-        chunks=found,
+        chunks=[(*both, grid, stride) for both, grid, stride in zip(found, grids, strides, strict=True)],
         whole=not across or all(some == found[0][0] for some, _ in found),
-        workspace=max((some.stop - some.start) * (columns.stop - columns.start + 7 & -8) for some, columns in found),
+        workspace=max((some.stop - some.start) * stride for (some, _), stride in zip(found, strides, strict=True)),
         steps=width // tile.features,
         weights=tile.constants,
     )

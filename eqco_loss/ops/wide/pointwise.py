@@ -287,10 +287,13 @@ def _either(a: Tensor | None, b: Tensor) -> Tensor:
 
 def _kernels(x: Tensor) -> Any:
     """The module of the kernels that serve x, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
-    if x.dtype != torch.float32 or not (x.is_cuda or interpreted):
+    if x.dtype != torch.float32 or not (x.is_cuda or _interpreted()):
         return None
     return _module(x.device.index if x.is_cuda else None)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
