@@ -18,6 +18,7 @@ from .pointwise import Plane
 
 LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
 ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
+ROW_BOUNDED_PULL = tl.constexpr(int(Row.BOUNDED_PULL))
 ROW_POSITIVE, ROW_TEMPERATURE = tl.constexpr(int(Row.POSITIVE)), tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
 METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
 METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
@@ -196,9 +197,12 @@ def load_plane(state, stride, plane: tl.constexpr, rows, inside, other):
 @triton.jit
 def finished(
     rows, inside, s, maximum, total, inter_total, weighted, count, t, inter_t, alpha, share, out, n,
-    ALPHA: tl.constexpr, LOSS: tl.constexpr, LEARNED: tl.constexpr,
+    ALPHA: tl.constexpr, LOSS: tl.constexpr, LEARNED: tl.constexpr, BOUNDED_TOO: tl.constexpr,
 ):  # fmt: skip
-    """From some rows' statistics to their losses, and to ``out``, (len(Row), n), what backward needs of them."""
+    """From some rows' statistics to their losses, and to ``out``, (len(Row), n), what backward needs of them.
+
+    BOUNDED_TOO: also PULL for powers of two that are less the largest possible logit instead of BASE.
+    """
     shift = tl.zeros(s.shape, tl.float32)
     if ALPHA:
         shift = tl.log(alpha / tl.maximum(count, 1.0))  # of no negatives the maximum is NaN
@@ -210,6 +214,9 @@ def finished(
     tl.store(out + ROW_BASE * n + rows, base, mask=inside)
     tl.store(out + ROW_TOTAL * n + rows, rest, mask=inside)
     tl.store(out + ROW_PULL * n + rows, pull / rest, mask=inside)
+    if BOUNDED_TOO:
+        below = tl.minimum(-(base - LOG2E / t), 120.0)  # more only where no such power of two is taken
+        tl.store(out + ROW_BOUNDED_PULL * n + rows, pull / rest * tl.exp2(below), mask=inside)
     of_temperature = tl.zeros(s.shape, tl.float32)
     if LEARNED:
         of_temperature = pull * (above - weighted / total) * LN2
@@ -250,7 +257,7 @@ def finish_kernel(
         weighted = load_plane(state, state_stride, WEIGHTED, rows, inside, 0.0)
     loss, pull, intra_loss, weight, log_weight = finished(
         rows, inside, s, maximum, total, inter_total, weighted, count, t, inter_t, alpha, share, out, n,
-        ALPHA, LOSS, temperature_tensor is not None,
+        ALPHA, LOSS, temperature_tensor is not None, False,
     )  # fmt: skip
     tl.store(losses + rows, loss, mask=inside)
     tl.store(factor + rows, pull, mask=inside)

@@ -4,6 +4,9 @@ What to launch depends on shapes, dtypes and settings alone and is worked out on
 because in eager code the GPU would wait for Python to do so at every step. Forward launches ``prepare_kernel``,
 ``statistics_kernel`` and ``finish_views_kernel``; backward ``prepare_kernel``, where rows are not multiplied as they
 lie, ``weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold all.
+
+Of ``Row`` forward also fills INVERSE, for backward's rows, and BOUNDED_PULL, which is here PULL for powers of two that
+are less the largest possible logit.
 """
 
 # mypy: ignore-errors
@@ -41,6 +44,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     group: int  # rows of tiles that programs which run at the same time share
+    programs: int = 0  # for each multiprocessor, which visit tile after tile; 0: a program for each tile
 
     @property
     def constants(self):
@@ -49,9 +53,13 @@ class Tile(NamedTuple):
             "BLOCK_KEYS": self.keys,
             "BLOCK_D": self.features,
             "GROUP": self.group,
+            "PERSISTENT": self.programs > 0,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+
+    def grid(self, tiles, multiprocessors):
+        return (min(tiles, self.programs * multiprocessors) if self.programs else tiles,)
 
 
 class Rows(NamedTuple):
@@ -79,7 +87,9 @@ def symmetric_losses(call, products):
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh = call.learned_temperature is not None
     tile = STATISTICS if call.across else SQUARE
-    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS)
+    plan = _statistics_plan(
+        n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(views)
+    )
     parts = torch.empty(plan.parts, dtype=torch.float32, device=views.device)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
@@ -115,10 +125,12 @@ def symmetric_gradient(call, products):
     half, device = n // 2, call.views.device
     x, scale = _prepared(views, products, rows, False)
     multiplied = x if x.shape[1] == d else x[:, :d]
-    pull, largest, grad = None, None, call.grad
-    if products == torch.float16:
-        pull, largest = chunks.fitting(rows[Row.PULL] * call.grad, products)
-    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps)
+    largest, factor = None, call.grad
+    if products == torch.float16:  # which holds no weight above 65504 and loses small ones
+        largest = (rows[Row.PULL] * call.grad).abs().amax()
+        largest = torch.where(largest > 0, largest, 1.0)
+        factor = call.grad / largest
+    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps, parallel(views))
     form = _form(call.temperature, None, call.learned_temperature)
     out = torch.empty((n, d), dtype=views.dtype, device=device)
     sums = torch.empty((n if plan.whole else half, d), dtype=torch.float32, device=device)
@@ -132,7 +144,7 @@ def symmetric_gradient(call, products):
         weights = workspace[: r * stride].view(r, stride)[:, :c]  # rows aligned, as a fast product asks
         launch(
             weights_kernel, grid,
-            x, x.stride(0), scale, rows, n, pull, grad, weights, stride,
+            x, x.stride(0), scale, rows, n, factor, weights, stride,
             float(call.temperature), call.learned_temperature,
             some.start, some.stop, columns.start, columns.stop, half, plan.steps, FORM=form, **plan.weights,
         )  # fmt: skip
@@ -144,9 +156,9 @@ def symmetric_gradient(call, products):
             of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
             chunks.product(weights[:, own:].T, multiplied[some], of_keys, add=some.start > 0)
         if not plan.whole and columns.stop == n:
-            _through(views, products, gradient, None, out, (rows, scale, grad, largest), some)
+            _through(views, products, gradient, None, out, (rows, scale, call.grad, largest), some)
     whole = sums[:half] if plan.whole else None
-    _through(views, products, whole, sums[-half:], out, (rows, scale, grad, largest), slice(0, half))
+    _through(views, products, whole, sums[-half:], out, (rows, scale, call.grad, largest), slice(0, half))
     of_temperature = torch.empty(0, dtype=torch.float32, device=device)
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
@@ -190,6 +202,16 @@ def _through(views, products, of_here, of_there, out, given, some):
         out[some], out[half + some.start :], d, rows, scale, grad, largest, some.start, some.stop, half, plan.least,
         **plan.through,
     )  # fmt: skip
+
+
+def parallel(x):
+    """How many multiprocessors there are; in the interpreter, so few that a program has several tiles."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 2
+
+
+@functools.cache
+def _multiprocessors(index):
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _form(temperature, inter_temperature, learned):
@@ -256,7 +278,7 @@ class _StatisticsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most):
+def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, multiprocessors):
     dual = loss == "dual"
     planes = 4 if dual else 3 if weigh else 1 if form == _BOUNDED else 2
     anchors, first_key = (n // 2, n // 2) if across else (n, 0)
@@ -270,7 +292,7 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most):
         of_keys = planes * tiles_of_keys * (stop - start)
         parts = max(parts, of_keys + planes * tiles_of_rows * (n - apart))
         places = start, stop, key, n, apart
-        grid = (tiles_of_rows * tiles_of_keys,)
+        grid = tile.grid(tiles_of_rows * tiles_of_keys, multiprocessors)
         found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
     block_rows = 32
     common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
@@ -297,7 +319,7 @@ class _GradientPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_plan(n, width, across, products, tile, steps):
+def _gradient_plan(n, width, across, products, tile, steps, multiprocessors):
     found = [
         (some, columns)
         for some, several in chunks.met_once(
@@ -307,8 +329,8 @@ def _gradient_plan(n, width, across, products, tile, steps):
     ]
     strides = [columns.stop - columns.start + 7 & -8 for _, columns in found]
     grids = [
-        (triton.cdiv(some.stop - some.start, tile.rows) * triton.cdiv(columns.stop - columns.start, tile.keys),)
-        for some, columns in found
+        tile.grid(triton.cdiv(r.stop - r.start, tile.rows) * triton.cdiv(c.stop - c.start, tile.keys), multiprocessors)
+        for r, c in found
     ]
     return _GradientPlan(
         chunks=[(*both, grid, stride) for both, grid, stride in zip(found, grids, strides, strict=True)],

@@ -211,7 +211,7 @@ def finish_views_kernel(
     counts = total * 0.0 + known
     loss, _, _, _, _ = finished(
         rows, inside, s, maximum, something(total), something(inter), weighted, counts, t, inter_t, alpha, share,
-        out, n, ALPHA, LOSS, WEIGH,
+        out, n, ALPHA, LOSS, WEIGH, True,
     )  # fmt: skip
     tl.store(losses + side * blocks + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0), 0))
 
