@@ -58,7 +58,7 @@ def candidates(name: str, groups: tuple[int, ...] = GROUPS) -> list[Candidate | 
     found: list[Candidate | Rows | None] = [None]
     for (rows, keys, warps), features, stages, programs, group in product(SHAPES, FEATURES, STAGES, PROGRAMS, groups):
         shared = (rows + keys) * features * 2 * stages
-        resident = programs == 0 or (features == 64 and shared * programs <= SHARED[1] and warps * programs <= 8)
+        resident = programs == 0 or (features == 64 and shared * programs <= SHARED[1] and warps * programs == 8)
         if SHARED[0] <= shared <= SHARED[1] and resident:
             found.append(Candidate(rows, keys, features, warps, stages, group, programs))
     return found
