@@ -112,7 +112,7 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
     ours: dict[str, Pass] = {
         "M1 forward": forward(q, q, queue, Pairs()),
         "S1 forward": forward(query, key, key, band, **batch),
-        "S1 keys' gradient": lambda tile: (backward.keys_gradient(of_keys, tile),),
+        "S1 keys' gradient": lambda tile: (backward.keys_gradient(of_keys, tile).keys,),
         "S2 forward": forward(views, partners, views, band, **loss_only),
         "S2 gradient": lambda tile: backward.symmetric_gradient(of_views, tile)[:1],
     }
