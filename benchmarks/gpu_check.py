@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -166,24 +167,25 @@ def tests(args: Args, out: Path) -> int:
     command += ["-p", "xdist.plugin"]  # and no other, which might warn of this one
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with (out / "tests.txt").open("w") as log:
-        try:
-            done = subprocess.run(
-                [*command, *files],
-                cwd=root,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=args.tests,
-                check=False,
-                env=environment,
-            )
-            status = done.returncode
-        except subprocess.TimeoutExpired:
-            status = 124
+        status = interrupted([*command, *files], args.tests, cwd=root, stdout=log, env=environment)
     lines = (out / "tests.txt").read_text().splitlines()
     wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
     print("\n".join(wanted[-30:]) or f"tests: status {status}", flush=True)
     write_csv(out / "tests-gpu.csv", [counted(wanted[-1] if wanted else "", status) | provenance("cuda")])
     return status
+
+
+def interrupted(command: list[str], seconds: float, **how: Any) -> int:
+    """The command's exit status; 124 where it took longer, after pytest has told what had failed until then."""
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True, **how)
+    for patience, then in ((seconds, signal.SIGINT), (15, signal.SIGKILL)):
+        try:
+            process.wait(patience)
+            return process.returncode if then == signal.SIGINT else 124
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, then)
+    process.wait()
+    return 124
 
 
 def counted(line: str, status: int) -> Row:

@@ -10,7 +10,9 @@ tables themselves are changed by hand.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,7 @@ from .runner import check_device
 Outputs = tuple[Tensor, ...]
 Pass = Callable[[Tile | None], Outputs]
 RESIDENT, STREAMED, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-PASSES = ("M1 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
+PASSES = ("M1 forward", "M1 autocast", "M2 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
 CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2}  # to the table's tile, in the norm
 
 
@@ -45,6 +47,7 @@ class Args:
     d: int = 128  # features
     rounds: int = 20
     waves: tuple[float, ...] = (1.0, 2.0)  # times as many splits of the forward passes as the launcher takes
+    processes: int = 1  # that compile the candidates before they are timed
     out: Path = RESULTS / "tune.csv"
 
 
@@ -52,8 +55,9 @@ def main(args: Args) -> None:
     unknown = [name for name in args.passes if name not in PASSES]
     if unknown:
         raise SystemExit(f"error: passes: unknown {', '.join(unknown)}; known: {', '.join(PASSES)}.")
-    if not args.rounds > 0:
-        raise SystemExit(f"error: rounds: expected more than 0, got {args.rounds}.")
+    for setting in ("rounds", "processes"):
+        if not getattr(args, setting) > 0:
+            raise SystemExit(f"error: {setting}: expected more than 0, got {getattr(args, setting)}.")
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no GPU, and tiles are tuned on the GPU that they are for.")
     check_device("cuda")
@@ -61,6 +65,7 @@ def main(args: Args) -> None:
     rows: list[Row] = []
     origin = provenance("cuda")
     every = passes(args.dtype, args.d, "cuda")
+    compile_first(args)
     for name in args.passes:
         found = tried(every[name], tiles(args.dtype), args.waves if "forward" in name else (1.0,), args.dtype)
         timings = timed({place: step for place, (_, _, step) in enumerate(found) if callable(step)}, args.rounds)
@@ -77,6 +82,23 @@ def main(args: Args) -> None:
         write_csv(args.out, rows)
         show(name, part)
     print(f"written to {args.out}")
+
+
+def compile_first(args: Args) -> None:
+    """Each candidate once, in processes side by side, so that its kernels lie in Triton's cache on disk."""
+    if args.processes == 1:
+        return
+    work = list(itertools.product(args.passes, tiles(args.dtype)))
+    shares = [(args.dtype, args.d, work[place :: args.processes]) for place in range(args.processes)]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        pool.starmap(compile_some, shares, chunksize=1)
+
+
+def compile_some(dtype: str, d: int, work: list[tuple[str, Tile | None]], device: str = "cuda") -> None:
+    every = passes(dtype, d, device)
+    for name, tile in work:
+        with contextlib.suppress(Exception):  # the one that times them says why
+            every[name](tile)
 
 
 def tiles(dtype: str) -> list[Tile | None]:
@@ -97,7 +119,7 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
     q, queue, query = random(m), F.normalize(random(k).float()).to(kind), random(n)
     key = query + random(n)
     views, partners, band = torch.cat([query, key]), torch.cat([key, query]), Pairs(band=[0, n - 1, n])
-    grad = torch.tensor(1.0, device=device)
+    grad, ids = torch.tensor(1.0, device=device), torch.arange(k, device=device)
 
     def forward(query: Tensor, positive: Tensor, keys: Tensor, pairs: Pairs, **fields: Any) -> Pass:
         call = records.row_losses(query, positive, keys, pairs, **fields)
@@ -111,6 +133,8 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
         records.row_losses(views, partners, views, band, **loss_only)).rows)  # fmt: skip
     ours: dict[str, Pass] = {
         "M1 forward": forward(q, q, queue, Pairs()),
+        "M1 autocast": forward(q.float(), q.float(), queue.float(), Pairs(), autocast=kind),
+        "M2 forward": forward(q, q, queue, Pairs(query_ids=ids[:m], key_ids=ids)),
         "S1 forward": forward(query, key, key, band, **batch),
         "S1 keys' gradient": lambda tile: (backward.keys_gradient(of_keys, tile).keys,),
         "S2 forward": forward(views, partners, views, band, **loss_only),

@@ -302,7 +302,7 @@ def finish(
     n, half, t, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Losses (R,) of some rows. Stores unit gradients and statistics. mean_key is the sum of exponentials times keys."""
+    """Losses (R,) of some rows; stores gradients and statistics. mean_key: the sum of exponentials times keys."""
     p = load_rows(positive, partners(rows, half), positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
     p = p.to(tl.float32)
     q_inverse = tl.full(rows.shape, 1.0, tl.float32)
