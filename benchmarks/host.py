@@ -2,13 +2,15 @@
 
     python -m benchmarks.host
 
-Our step of M1, S1, S2 and P1 beside the eager baseline's, on so few rows that torch's own arithmetic is over at once;
-ours also with Triton's own launcher, which ``eqco_loss/ops/launcher.py`` goes past. In none is the driver's time to
-launch a kernel, of which the baseline has more.
+Our step of M1, S1, S2, P1 and C1 beside the eager baseline's, on so few rows that torch's own arithmetic is over at
+once; ours also with Triton's own launcher, which ``eqco_loss/ops/launcher.py`` goes past. C1 is the wide engine's,
+under autocast, and a small product stands for each of the vendor's library. In none is the driver's time to launch a
+kernel, of which the baseline has more.
 """
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +23,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from eqco_loss.ops import launcher
+from eqco_loss.ops import launcher, wide
+from eqco_loss.ops.backends import WIDE_ABOVE
 from eqco_loss.ops.triton import arguments
+from eqco_loss.ops.wide import chunks, pointwise
 
 from .compile_report import NoGpu
 from .measure import Timing
@@ -36,6 +40,7 @@ CASES = [  # as small as the kernels of the real sizes serve
     Case("S1", 600, 599, 16, "bfloat16"),
     Case("S2", 600, 1198, 16, "bfloat16"),
     Case("P1", 4, 3, 16, "bfloat16"),
+    Case("C1", 16, 15, 512, "amp"),
 ]
 
 
@@ -91,11 +96,19 @@ def no_launches(target: int, launches: list[str]) -> Iterator[None]:
     from triton.compiler.compiler import CompiledKernel
 
     def run(self: Any) -> Callable[..., None]:
-        launches[:] = [*launches[-9:], self.metadata.name]
+        launches[:] = [*launches[-19:], self.metadata.name]
         return lambda *arguments: None
 
     def auto(requested: str, query: Tensor, *keys: Tensor | None) -> tuple[str, str]:
-        return "triton", "fused kernels"
+        return ("wide" if query.shape[1] > WIDE_ABOVE else "triton"), "as on a GPU"
+
+    def kernels_of_wide(x: Tensor) -> Any:
+        return importlib.import_module("eqco_loss.ops.wide.launches") if x.dtype == torch.float32 else None
+
+    one = torch.zeros((1, 1))
+
+    def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        torch.mm(one, one, out=one)
 
     nothing: dict[str, Any] = {
         "function": None,
@@ -109,6 +122,9 @@ def no_launches(target: int, launches: list[str]) -> Iterator[None]:
         mock.patch.multiple(arguments, arch=lambda x: target, parallel=lambda x: 132),
         mock.patch("eqco_loss.ops.triton._refusal_of", return_value=None),
         mock.patch("eqco_loss.ops.choose", auto),
+        mock.patch.object(pointwise, "_kernels", kernels_of_wide),
+        mock.patch.object(chunks, "product", product),
+        mock.patch.object(wide, "product", product),
     ):
         yield
 

@@ -1,7 +1,11 @@
 """Which tiles are fastest on this GPU: candidates for the static tables in eqco_loss/ops/triton/tables.py, in turn.
 
-    python -m benchmarks.tune                              # every pass in bfloat16
+    python -m benchmarks.tune                              # every pass of the fused kernels in bfloat16
     python -m benchmarks.tune --passes "M1 forward" --dtype float32
+    python -m benchmarks.tune --passes "wide statistics" "wide weights" "wide rows" --dtype amp --d 512
+
+The passes of the wide engine are CLIP's forward, its backward, products by the vendor's library included, and both,
+with candidates for eqco_loss/ops/wide/mutual.py; several processes compile these first.
 
 Each candidate must give what the table's own tile gives before it is timed, in CUDA graphs, L2 flushed and warm; one
 that does not fit or is wrong is a row that says so. The fastest of each pass are printed beside the table's tile; the
@@ -29,50 +33,69 @@ from eqco_loss.ops import Pairs
 from eqco_loss.ops.triton import arguments, backward, launch
 from eqco_loss.ops.triton.tables import Tile
 
-from . import records
+from . import records, tune_wide
 from .measure import RESULTS, Row, Timing, captured, interleave, interleave_gpu, provenance, set_precision, write_csv
 from .runner import check_device
 
 Outputs = tuple[Tensor, ...]
-Pass = Callable[[Tile | None], Outputs]
+Pass = Callable[[Any], Outputs]  # by the tile that it takes, None for the table's
 RESIDENT, STREAMED, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
 PASSES = ("M1 forward", "M1 autocast", "M2 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
-CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2}  # to the table's tile, in the norm
+# To the table's tile, in the norm.
+CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2, "amp": 2e-2}
+FIELDS = dict.fromkeys(Tile._fields + tune_wide.Candidate._fields + tune_wide.Rows._fields)  # of any candidate
 
 
 @dataclass(frozen=True)
 class Args:
     passes: tuple[str, ...] = PASSES
-    dtype: Literal["float32", "high", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "high", "bfloat16", "float16", "amp"] = "bfloat16"  # "amp": wide passes only
     d: int = 128  # features
+    n: int = 4096  # images, of the wide passes
+    groups: tuple[int, ...] = tune_wide.GROUPS  # rows of tiles that programs share, of the wide passes
+    processes: int = 14  # that compile the candidates before they are timed
     rounds: int = 20
     waves: tuple[float, ...] = (1.0, 2.0)  # times as many splits of the forward passes as the launcher takes
-    processes: int = 1  # that compile the candidates before they are timed
     out: Path = RESULTS / "tune.csv"
 
 
 def main(args: Args) -> None:
-    unknown = [name for name in args.passes if name not in PASSES]
+    every = (*PASSES, *tune_wide.PASSES)
+    unknown = [name for name in args.passes if name not in every]
     if unknown:
-        raise SystemExit(f"error: passes: unknown {', '.join(unknown)}; known: {', '.join(PASSES)}.")
-    for setting in ("rounds", "processes"):
-        if not getattr(args, setting) > 0:
-            raise SystemExit(f"error: {setting}: expected more than 0, got {getattr(args, setting)}.")
+        raise SystemExit(f"error: passes: unknown {', '.join(unknown)}; known: {', '.join(every)}.")
+    of_wide = [name for name in args.passes if name in tune_wide.PASSES]
+    if of_wide and args.dtype in ("float32", "high"):
+        raise SystemExit("error: dtype: expected bfloat16, float16 or amp, the wide engine's kernels multiply halves.")
+    if args.dtype == "amp" and len(of_wide) < len(args.passes):
+        raise SystemExit('error: dtype: "amp" is for the wide passes.')
+    if not (args.rounds > 0 and args.processes > 0):
+        raise SystemExit(f"error: rounds, processes: expected more than 0, got {args.rounds} and {args.processes}.")
     if not torch.cuda.is_available():
         raise SystemExit("error: torch sees no GPU, and tiles are tuned on the GPU that they are for.")
     check_device("cuda")
     set_precision(args.dtype)
     rows: list[Row] = []
     origin = provenance("cuda")
-    every = passes(args.dtype, args.d, "cuda")
-    compile_first(args)
+    candidates: dict[str, list[Any]] = {name: tiles(args.dtype) for name in PASSES}
+    candidates |= {name: tune_wide.candidates(name, args.groups) for name in tune_wide.PASSES}
+    problem = tune_wide.Problem(args.dtype, args.d, args.n, "cuda")
+    if of_wide:
+        tune_wide.compile_all(problem, [(name, tile) for name in of_wide for tile in candidates[name]], args.processes)
+    fused = {}
+    if len(of_wide) < len(args.passes):
+        compile_first(args, [name for name in args.passes if name not in of_wide])
+        fused = passes(args.dtype, args.d, "cuda")
     for name in args.passes:
-        found = tried(every[name], tiles(args.dtype), args.waves if "forward" in name else (1.0,), args.dtype)
+        waves = args.waves if name in PASSES and "forward" in name else (1.0,)
+        one = tune_wide.passes(problem)[name] if name in of_wide else fused[name]
+        found = tried(one, candidates[name], waves, args.dtype)
         timings = timed({place: step for place, (_, _, step) in enumerate(found) if callable(step)}, args.rounds)
+        fields = type(candidates[name][-1])._fields
         part = []
         for place, (tile, wave, step) in enumerate(found):
-            row = {"pass": name, "dtype": args.dtype, "d": str(args.d)}
-            row |= dict(zip(Tile._fields, map(str, tile or ("table",) * len(Tile._fields)), strict=True))
+            row = {"pass": name, "dtype": args.dtype, "d": str(args.d)} | dict.fromkeys(FIELDS, "")
+            row |= dict(zip(fields, map(str, tile or ("table",) * len(fields)), strict=True))
             row |= {"waves": f"{wave:g}", "status": step if isinstance(step, str) else "timed", "us": "", "warm_us": ""}
             if place in timings:
                 cold, warm = timings[place]
@@ -80,15 +103,13 @@ def main(args: Args) -> None:
             part.append(row | origin)
         rows += part
         write_csv(args.out, rows)
-        show(name, part)
+        show(name, part, fields)
     print(f"written to {args.out}")
 
 
-def compile_first(args: Args) -> None:
+def compile_first(args: Args, names: list[str]) -> None:
     """Each candidate once, in processes side by side, so that its kernels lie in Triton's cache on disk."""
-    if args.processes == 1:
-        return
-    work = list(itertools.product(args.passes, tiles(args.dtype)))
+    work = list(itertools.product(names, tiles(args.dtype)))
     shares = [(args.dtype, args.d, work[place :: args.processes]) for place in range(args.processes)]
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         pool.starmap(compile_some, shares, chunksize=1)
@@ -144,18 +165,18 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
 
 
 def tried(
-    one: Pass, candidates: list[Tile | None], waves: tuple[float, ...], dtype: str
-) -> list[tuple[Tile | None, float, Callable[[], Outputs] | str]]:
+    one: Pass, candidates: list[Any], waves: tuple[float, ...], dtype: str
+) -> list[tuple[Any, float, Callable[[], Outputs] | str]]:
     """Each candidate that gives what the table's tile gives, as a step to time; of the others, why not."""
     expected = one(None)
-    found: list[tuple[Tile | None, float, Callable[[], Outputs] | str]] = []
+    found: list[tuple[Any, float, Callable[[], Outputs] | str]] = []
     fits = arguments.wave
     for tile, wave in tqdm(list(itertools.product(candidates, waves)), desc="checking", leave=False):
 
         def more(*of: object, wave: float = wave) -> int:
             return max(1, int(wave * fits(*of)))  # type: ignore[arg-type]
 
-        def step(tile: Tile | None = tile, more: Callable[..., int] = more) -> Outputs:
+        def step(tile: Any = tile, more: Callable[..., int] = more) -> Outputs:
             with mock.patch.object(arguments, "wave", more):
                 return one(tile)
 
@@ -183,13 +204,13 @@ def timed(
     return {int(name): both for name, both in measured.items()}
 
 
-def show(name: str, rows: list[Row]) -> None:
+def show(name: str, rows: list[Row], fields: tuple[str, ...]) -> None:
     done = sorted((row for row in rows if row["us"]), key=lambda row: float(row["us"]))
-    best = [row for row in done if row["resident"] != "table"][:8]
+    best = [row for row in done if row[fields[0]] != "table"][:8]
     print(f"\n{name}, {rows[0]['dtype']}, D = {rows[0]['d']}: {len(done)} of {len(rows)} ran")
-    for row in [*(row for row in done if row["resident"] == "table"), *best]:
-        tile = " x ".join(row[field] for field in Tile._fields)
-        print(f"{tile:28} waves {row['waves']:>3}{row['us']:>10} us{row['warm_us']:>10} us warm")
+    for row in [*(row for row in done if row[fields[0]] == "table"), *best]:
+        tile = " x ".join(row[field] for field in fields)
+        print(f"{tile:44} waves {row['waves']:>3}{row['us']:>10} us{row['warm_us']:>10} us warm")
 
 
 if __name__ == "__main__":

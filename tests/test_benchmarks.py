@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_check, peers, ranks, registry, runner, scaling, step, tune, workloads
+from benchmarks import gpu_check, peers, ranks, registry, runner, scaling, step, tune, tune_wide, workloads
 from benchmarks.measure import RESULTS, Limits, peak_extra_bytes, read_csv
 from benchmarks.peers import PEERS
 from benchmarks.registry import Loss, Peer
@@ -273,12 +273,29 @@ def test_candidates_of_the_tables_are_checked_and_timed() -> None:
     assert "differs by" in str(tune.tried(wrong, some[:2], (1.0,), "float16")[1][2])
 
 
+@pytest.mark.parametrize("dtype", ["amp", "bfloat16"])
+def test_candidates_of_the_wide_engine_are_checked_and_timed(dtype: str) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    every = tune_wide.passes(tune_wide.Problem(dtype, 16, 20, device))
+    assert tuple(every) == tune_wide.PASSES
+    for name, one in every.items():
+        assert None in tune_wide.candidates(name)
+        some = tune_wide.Rows(64, 4) if name == "wide rows" else tune_wide.Candidate(32, 64, 16, 4, 1, 2)
+        found = tune.tried(one, [None, some], (1.0,), dtype)
+        assert [callable(step) for _, _, step in found] == [True] * 2, found
+
+
 def test_tuning_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="sees no GPU"):
         tune.main(tune.Args())
     with pytest.raises(SystemExit, match="known: M1 forward"):
         tune.main(tune.Args(passes=("M7",)))
+    with pytest.raises(SystemExit, match="multiply halves"):
+        tune.main(tune.Args(passes=("wide weights",), dtype="float32"))
+    with pytest.raises(SystemExit, match="for the wide passes"):
+        tune.main(tune.Args(dtype="amp"))
 
 
 def test_the_tiles_of_a_dtype() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eqco_loss.ops import wide
+from eqco_loss.ops import launcher, wide
 from eqco_loss.ops.calls import (
     KeySet,
     KeysGradient,
@@ -47,8 +47,8 @@ def pointwise_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if DEVICE.type == "cpu":  # so small that 38 rows are several tiles
         from eqco_loss.ops.wide import mutual
 
-        monkeypatch.setattr(mutual, "BLOCK", 32)
-        monkeypatch.setattr(mutual, "BLOCK_D", 16)
+        for name, keys in (("STATISTICS", 64), ("SQUARE", 32), ("WEIGHTS", 64)):
+            monkeypatch.setattr(mutual, name, mutual.Tile(32, keys, 16, 4, 1, 2))
     with exact_bfloat16() if DEVICE.type == "cpu" else nullcontext():
         yield request.param
 
@@ -143,6 +143,98 @@ def test_products_are_as_few_as_can_be() -> None:
     with Watch() as watch:
         ours_both(both, case.grad(1))
     assert watch.multiply_adds == 4 * 19 * 19 * D
+
+
+FREE = {"empty", "new_empty", "slice", "select", "view", "alias", "permute"}  # memory, and views of it
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    """What a GPU would run: kernels of Triton, products, and torch's operations, but for memory and views of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        from eqco_loss.ops.wide import mutual
+
+        self.found: list[str] = []
+        self.quiet = False  # while an interpreter or a CPU's conversions are at work
+        launch, multiply = launcher.launch, chunks.product
+
+        def noted(name: str, step: Any, *args: Any, **kwargs: Any) -> None:
+            self.found.append(name)
+            self.quiet = True
+            step(*args, **kwargs)
+            self.quiet = False
+
+        monkeypatch.setattr(
+            mutual, "launch", lambda kernel, *args, **kwargs: noted(kernel.__name__, launch, kernel, *args, **kwargs)
+        )
+        monkeypatch.setattr(chunks, "product", lambda *args, **kwargs: noted("product", multiply, *args, **kwargs))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not self.quiet and name not in FREE:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["", "learned"])
+@pytest.mark.parametrize("form", ["bfloat16", "autocast", "float16"])
+@pytest.mark.parametrize("across", [True, False], ids=["across", "views"])
+def test_launches_of_both_directions(
+    across: bool, form: str, learned: bool, pointwise_form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In eager code each costs Python 10 us and more, and in a CUDA graph the GPU a microsecond or two."""
+    if pointwise_form == "torch":
+        pytest.skip("of the kernels")
+    monkeypatch.setattr(chunks, "steps", STEPS)
+    dtype = torch.float32 if form == "autocast" else getattr(torch, form)
+    t = torch.tensor(0.1, device=DEVICE) if learned else None
+    autocast = torch.bfloat16 if form == "autocast" else None
+    views = draw(2 * 19, 32, dtype=dtype)
+    call = SymmetricLosses(views, across, 0.2, t, None, None, [1, 38], autocast, "wide")
+    grad = torch.ones((), device=DEVICE)
+    with Launches(monkeypatch) as seen:
+        ours_both(call, grad)
+    as_it_lies = form == "bfloat16"
+    fitting = ["mul", "abs", "amax", "gt", "scalar_tensor", "where", "div"] if form == "float16" else []
+    products = ["weights_kernel", "product", "product"]  # the second one, of the keys
+    if not across:  # a chunk for each view, of which the second one has no keys but its own rows
+        products += ["weights_kernel", "product"]
+    assert seen.found == [
+        *("prepare_kernel", "statistics_kernel", "finish_views_kernel", "sum"),
+        *([] if as_it_lies else ["prepare_kernel"]),
+        *fitting,
+        *products,
+        "through_views_kernel",
+        *(["sum", "mul"] if learned else []),
+    ]
+
+
+@pytest.mark.parametrize("across", [True, False], ids=["across", "views"])
+@pytest.mark.parametrize(("dual", "t", "learned"), [(False, 0.2, False), (False, 0.02, False), (True, 0.2, True)])
+def test_chunks_of_statistics(
+    across: bool, dual: bool, t: float, learned: bool, pointwise_form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics that are folded chunk by chunk, and gradients of chunks, are those of a single chunk."""
+    if pointwise_form == "torch":
+        pytest.skip("of the kernels")
+    from eqco_loss.ops.wide import mutual
+
+    given = torch.tensor(t, device=DEVICE) if learned else None
+    views = draw(2 * 75, D, dtype=torch.bfloat16)
+    call = SymmetricLosses(views, across, t, given, 0.5 if dual else None, None, [1, 150], None, "wide")
+    grad = torch.ones((), device=DEVICE)
+    if DEVICE.type == "cuda":
+        monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))
+        monkeypatch.setattr(mutual, "SQUARE", mutual.Tile(32, 32, 32, 4, 2, 2))
+    several = ours_both(call, grad)
+    monkeypatch.setattr(mutual, "PARTS", 1)
+    every = ours_both(call, grad)
+    monkeypatch.setattr(chunks, "steps", STEPS)
+    single = ours_both(call, grad)
+    for name, x in single.items():
+        for other in (several[name], every[name]):
+            torch.testing.assert_close(other, x, rtol=2e-2 if name == "views" else 1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (256, 65536), (4096, 4096), (32768, 32768), (512, 2**24), (10**6, 3)])

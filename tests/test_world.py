@@ -66,8 +66,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("triton") is not None and DEVICE.type == "cpu":
         from eqco_loss.ops.wide import mutual
 
-        monkeypatch.setattr(mutual, "BLOCK", 32)
-        monkeypatch.setattr(mutual, "BLOCK_D", 16)
+        for name, keys in (("STATISTICS", 64), ("SQUARE", 32), ("WEIGHTS", 64)):
+            monkeypatch.setattr(mutual, name, mutual.Tile(32, keys, 16, 4, 1, 2))
 
 
 def case_of(engine: str, kind: str = "all", dtype: torch.dtype = torch.float32, **changes: Any) -> Case:

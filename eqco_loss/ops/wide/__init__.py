@@ -44,11 +44,12 @@ from ..scaled import with_others
 from . import pointwise
 from .chunks import (
     Passes,
-    Rows,
     Workspace,
     arithmetic,
     fitting,
     may_hold_anything,
+    met_once,
+    own,
     own_rows,
     prepare,
     product,
@@ -190,21 +191,21 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    t, like, n = temperature_of(call), arithmetic(call.views), len(call.views)
-    products = product_dtype(call.autocast, call.views)
+    like, n, products = arithmetic(call.views), len(call.views), product_dtype(call.autocast, call.views)
+    mutual = pointwise.mutual(products, like)
+    if mutual is not None:
+        return mutual.symmetric_losses(call, products)  # type: ignore[no-any-return]
+    t = temperature_of(call)
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
-    state, s, mutual = new_state(n, like), like.new_empty(n), pointwise.mutual(views.multiplied)
-    if mutual is not None:
-        mutual.statistics(mutual.steps_of(views.multiplied), views.scale, logit_scale, call, state, seek)
-    else:
-        for some, chunks in _mutual(n, views, call.across, like):
-            for columns in chunks:
-                tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-                own = _own(some, columns)
-                pointwise.fold_both(tile, own, state[:, some], state[:, columns.start + own : columns.stop], seek)
+    state, s = new_state(n, like), like.new_empty(n)
+    for some, several in _mutual(n, call.across, products, like):
+        for columns in several:
+            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+            first = own(some, columns)
+            pointwise.fold_both(tile, first, state[:, some], state[:, columns.start + first : columns.stop], seek)
     here, there = views.raw.rows.tensor_split(2)
     pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
     s[half:] = s[:half]
@@ -219,8 +220,11 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
     ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``. Every tile's weights serve its rows, and turned its keys.
     """
-    t, like, (n, d) = temperature_of(call), arithmetic(call.views), call.views.shape
-    products = product_dtype(call.autocast, call.views)
+    like, (n, d), products = arithmetic(call.views), call.views.shape, product_dtype(call.autocast, call.views)
+    mutual = pointwise.mutual(products, like)
+    if mutual is not None:
+        return mutual.symmetric_gradient(call, products)  # type: ignore[no-any-return]
+    t = temperature_of(call)
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
@@ -240,23 +244,17 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
         rest = views.raw.rows[partner], weight, out[some]
         pointwise.through_unit(views.part(some).raw, gradient, largest / views.scale[some], *rest)
 
-    mutual = pointwise.mutual(views.multiplied)
-    whole_steps = None if mutual is None else mutual.steps_of(views.multiplied)
-    for some, chunks in _mutual(n, views, call.across, like, stored=mutual is None):
+    for some, several in _mutual(n, call.across, products, like):
         gradient = like.new_empty((some.stop - some.start, d)) if call.across else sums[some]
-        for columns in chunks:
-            own = _own(some, columns)
-            if mutual is not None:
-                weights = workspace.matrix(products, some.stop - some.start, columns.stop - columns.start)
-                mutual.weights(whole_steps, views.scale, logit_scale, call, anchors, some, columns, weights)
-            else:
-                tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-                weights = workspace.weights(tile.x)
-                pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
+        for columns in several:
+            first = own(some, columns)
+            tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
+            weights = workspace.weights(tile.x)
+            pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
             product(weights, views.multiplied[columns], gradient, add=not call.across or columns.start > first_key)
-            if own < weights.shape[1]:
-                of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
-                product(weights[:, own:].T, views.multiplied[some], of_keys, add=not call.across or some.start > 0)
+            if first < weights.shape[1]:
+                of_keys = sums[columns.start + first - first_key : columns.stop - first_key]
+                product(weights[:, first:].T, views.multiplied[some], of_keys, add=not call.across or some.start > 0)
         finish(some, gradient)
     if call.across:
         finish(slice(half, n), sums)
@@ -266,21 +264,6 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     return SymmetricGradients(out, of_temperature)
 
 
-def _mutual(
-    n: int, views: Rows, across: bool, like: Tensor, stored: bool = True
-) -> Iterator[tuple[slice, Iterator[slice]]]:
-    """Chunks of rows, and of the keys that each of them meets, such that every pair of rows comes once.
-
-    Where both views' rows are keys, a row's keys begin with its own chunk, which has both of (i, j) and (j, i).
-    """
+def _mutual(n: int, across: bool, products: torch.dtype, like: Tensor) -> Iterator[tuple[slice, Iterator[slice]]]:
     anchors = n // 2 if across else n
-    step, width = steps(anchors, anchors, like, views.multiplied.dtype, False, stored)
-    for first in range(0, anchors, n // 2):  # no chunk has rows of both views
-        for some in slices(first + n // 2, step, first):
-            yield some, slices(n, width, anchors if across else some.start)
-
-
-def _own(rows: slice, columns: slice) -> int:
-    """How many of the keys, the first ones, are among the rows."""
-    own: int = max(0, min(rows.stop, columns.stop) - columns.start)
-    return own
+    return met_once(n, across, steps(anchors, anchors, like, products))

@@ -250,6 +250,23 @@ def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
+def met_once(n: int, across: bool, step_and_width: tuple[int, int]) -> Iterator[tuple[slice, Iterator[slice]]]:
+    """Chunks of rows, and of the keys that each of them meets, such that every pair of rows comes once.
+
+    Where both views' rows are keys, a row's keys begin with its own chunk, which has both of (i, j) and (j, i).
+    """
+    anchors, (step, width) = n // 2 if across else n, step_and_width
+    for first in range(0, anchors, max(1, n // 2)):  # no chunk has rows of both views
+        for some in slices(first + n // 2, step, first):
+            yield some, slices(n, width, anchors if across else some.start)
+
+
+def own(rows: slice, columns: slice) -> int:
+    """How many of the keys, the first ones, are among the rows."""
+    found: int = max(0, min(rows.stop, columns.stop) - columns.start)
+    return found
+
+
 def arithmetic(query: Tensor) -> Tensor:
     """An empty tensor of the arithmetic's dtype and device, which others are made like."""
     return query.new_empty(0, dtype=compute_dtype(query))

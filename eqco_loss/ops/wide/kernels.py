@@ -194,6 +194,40 @@ def load_plane(state, stride, plane: tl.constexpr, rows, inside, other):
 
 
 @triton.jit
+def finished(
+    rows, inside, s, maximum, total, inter_total, weighted, count, t, inter_t, alpha, share, out, n,
+    ALPHA: tl.constexpr, LOSS: tl.constexpr, LEARNED: tl.constexpr,
+):  # fmt: skip
+    """From some rows' statistics to their losses, and to ``out``, (len(Row), n), what backward needs of them."""
+    shift = tl.zeros(s.shape, tl.float32)
+    if ALPHA:
+        shift = tl.log(alpha / tl.maximum(count, 1.0))  # of no negatives the maximum is NaN
+    above = s * (LOG2E / t) - maximum
+    loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, LOSS)
+    pull = weight * (share / t)
+    base = maximum + tl.log2(total)  # as calls.rounded_log_sum has it
+    rest = total * tl.exp2(maximum - base)
+    tl.store(out + ROW_BASE * n + rows, base, mask=inside)
+    tl.store(out + ROW_TOTAL * n + rows, rest, mask=inside)
+    tl.store(out + ROW_PULL * n + rows, pull / rest, mask=inside)
+    of_temperature = tl.zeros(s.shape, tl.float32)
+    if LEARNED:
+        of_temperature = pull * (above - weighted / total) * LN2
+    tl.store(out + ROW_TEMPERATURE * n + rows, of_temperature, mask=inside)
+    return loss * share, pull, intra_loss, weight, log_weight
+
+
+@triton.jit
+def read_temperature(temperature, temperature_tensor):
+    """t, NaN where a learned one is not positive."""
+    t = temperature
+    if temperature_tensor is not None:
+        t = tl.load(temperature_tensor).to(tl.float32)
+        t = tl.where(t > 0.0, t, float("nan"))
+    return t
+
+
+@triton.jit
 def finish_kernel(
     similarity, state, state_stride, temperature, temperature_tensor, inter_t, known, alpha, share,
     losses, factor, out, metrics, n,
@@ -202,37 +236,25 @@ def finish_kernel(
     """From the positives' similarities and the states to losses, ``Row`` and ``Metric``."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
-    t = temperature
-    if temperature_tensor is not None:
-        t = tl.load(temperature_tensor).to(tl.float32)
-        t = tl.where(t > 0.0, t, float("nan"))
+    t = read_temperature(temperature, temperature_tensor)
     s = tl.load(similarity + rows, mask=inside, other=0.0)
     maximum = load_plane(state, state_stride, MAXIMUM, rows, inside, 0.0)
     total = something(load_plane(state, state_stride, TOTAL, rows, inside, 1.0))
     count = tl.zeros((BLOCK,), tl.float32) + known
     if not KNOWN:
         count = load_plane(state, state_stride, COUNT, rows, inside, 1.0)
-    shift = tl.zeros((BLOCK,), tl.float32)
-    if ALPHA:
-        shift = tl.log(alpha / tl.maximum(count, 1.0))  # of no negatives the maximum is NaN
-    above = s * (LOG2E / t) - maximum
-    inter_total = total
+    inter_total, weighted = total, total
     if LOSS == "dual":
         inter_total = something(load_plane(state, state_stride, INTER_TOTAL, rows, inside, 1.0))
-    loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, LOSS)
-    tl.store(losses + rows, loss * share, mask=inside)
-    pull = weight * (share / t)
-    tl.store(factor + rows, pull, mask=inside)
-    base = maximum + tl.log2(total)  # as calls.rounded_log_sum has it
-    rest = total * tl.exp2(maximum - base)
-    tl.store(out + ROW_BASE * n + rows, base, mask=inside)
-    tl.store(out + ROW_TOTAL * n + rows, rest, mask=inside)
-    tl.store(out + ROW_PULL * n + rows, pull / rest, mask=inside)
-    tl.store(out + ROW_POSITIVE * n + rows, s, mask=inside)
-    of_temperature = tl.zeros((BLOCK,), tl.float32)
     if temperature_tensor is not None:
-        of_temperature = pull * (above - load_plane(state, state_stride, WEIGHTED, rows, inside, 0.0) / total) * LN2
-    tl.store(out + ROW_TEMPERATURE * n + rows, of_temperature, mask=inside)
+        weighted = load_plane(state, state_stride, WEIGHTED, rows, inside, 0.0)
+    loss, pull, intra_loss, weight, log_weight = finished(
+        rows, inside, s, maximum, total, inter_total, weighted, count, t, inter_t, alpha, share, out, n,
+        ALPHA, LOSS, temperature_tensor is not None,
+    )  # fmt: skip
+    tl.store(losses + rows, loss, mask=inside)
+    tl.store(factor + rows, pull, mask=inside)
+    tl.store(out + ROW_POSITIVE * n + rows, s, mask=inside)
     if metrics is not None:
         tl.store(metrics + METRIC_WEIGHT * n + rows, weight, mask=inside)
         tl.store(metrics + METRIC_COUNT * n + rows, count, mask=inside)

@@ -1,316 +1,319 @@
-"""Products of two views' rows that are never stored: each tile ends in what its rows and its columns need of it.
+"""Both directions between two views in half precision, whose similarities are never stored: the launches of a step.
 
-Every row is an anchor and a key. ``statistics`` folds the logits of both roles into their states, and ``weights``
-writes the numbers that the gradient's two products are made of, in half precision. Between them the similarities are
-multiplied a second time, which costs less than to write and read them.
+What to launch depends on shapes, dtypes and settings alone and is worked out once for each of their combinations,
+because in eager code the GPU would wait for Python to do so at every step. Forward launches ``prepare_kernel``,
+``statistics_kernel`` and ``finish_views_kernel``; backward ``prepare_kernel``, where rows are not multiplied as they
+lie, ``weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold all.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
-from ..calls import LOG2E as _LOG2E
+from ..calls import Row, SymmetricGradients, SymmetricOutputs, gradient_eps, loss_of
 from ..launcher import launch
-from .kernels import INTER_TOTAL, MAXIMUM, TOTAL, WEIGHTED
-from .pointwise import MINIMUM as _MINIMUM
-from .pointwise import Plane
+from . import chunks
+from .mutual_kernels import _BOUNDED, _EITHER, _FOLLOWED, _LEAST, statistics_kernel, weights_kernel
+from .pointwise import new_state
+from .view_kernels import (
+    _COPY,
+    _POWER,
+    _UNIT,
+    finish_views_kernel,
+    fold_kernel,
+    prepare_kernel,
+    through_views_kernel,
+)
 
-_LEAST = 0.05  # temperature whose logits of unit rows, at most 29 in base 2, need no maximum
-MINIMUM, LOG2E, LEAST = tl.constexpr(_MINIMUM), tl.constexpr(_LOG2E), tl.constexpr(_LEAST)
-BLOCK, BLOCK_D = 128, 64  # rows and columns of a tile, and features of a step
-LAUNCH = {"num_warps": 4, "num_stages": 3}  # measured: N = 4096, D = 512: 70 and 57 us; with 8 warps 98 and 84
-PARTS = 2**24  # bytes that the tiles' statistics may take
-USED = tuple(int(plane) for plane in (Plane.MAXIMUM, Plane.TOTAL, Plane.INTER_TOTAL, Plane.WEIGHTED))  # of them
-PART_MAXIMUM, PART_TOTAL, PART_INTER, PART_WEIGHTED = (tl.constexpr(place) for place in range(len(USED)))
-
-
-# --------------------------------------------------------------------------------------------------------- the kernels
-
-
-@triton.jit
-def multiplied(
-    views, stride, row, row_stop, column, column_stop, d,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Products of the rows from ``row`` on with the columns from ``column`` on: two halves (BLOCK, BLOCK / 2).
-
-    What comes after the products takes one number a column, and of half the columns the registers hold them.
-    """
-    rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK)
-    at_rows = views + tl.minimum(rows, row_stop - 1).to(tl.int64)[:, None] * stride  # beyond the last row, that row
-    at_columns = views + tl.minimum(columns, column_stop - 1).to(tl.int64)[:, None] * stride
-    x = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for first in range(0, d, BLOCK_D):
-        feature = first + tl.arange(0, BLOCK_D)
-        a, b = tl.load(at_rows + feature[None, :]), tl.load(at_columns + feature[None, :])
-        x = tl.dot(a, tl.trans(b), acc=x)
-    left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK, 2, BLOCK // 2)), (0, 2, 1)))
-    return left, right
+PARTS = 2**25  # bytes that the tiles' statistics may take
 
 
-@triton.jit
-def logits_of(
-    x, row_scale, key_scale, row, row_stop, column, column_stop, half, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Products (BLOCK, BLOCK / 2) to logits, -inf for no pair.
+class Tile(NamedTuple):
+    """How a product of two views is cut."""
 
-    No pair are places beyond the ends, a row and itself, and the two rows of one image, which are ``half`` apart.
-    """
-    rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, BLOCK // 2)
-    in_rows, in_columns = rows < row_stop, columns < column_stop
-    x = x * tl.load(row_scale + rows, mask=in_rows, other=0.0)[:, None]
-    x = x * tl.load(key_scale + columns, mask=in_columns, other=0.0)[None, :]
-    ahead = row - column
-    some_left_out = (tl.abs(ahead) < BLOCK) | (tl.abs(tl.abs(ahead) - half) < BLOCK)
-    if some_left_out | (row + BLOCK > row_stop) | (column + BLOCK // 2 > column_stop):
-        apart = rows[:, None] - columns[None, :]
-        keep = in_rows[:, None] & in_columns[None, :] & (apart != 0) & (apart != half) & (apart != -half)
-        x = tl.where(keep, x, float("-inf"))
-    return x
+    rows: int
+    keys: int
+    features: int  # of a step
+    warps: int
+    stages: int
+    group: int  # rows of tiles that programs which run at the same time share
 
-
-@triton.jit
-def largest_logit(temperature, temperature_tensor):
-    """log2(e) / t, which no logit of unit rows passes."""
-    t = temperature
-    if temperature_tensor is not None:
-        t = tl.load(temperature_tensor).to(tl.float32)
-    return LOG2E / t
+    @property
+    def constants(self):
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_KEYS": self.keys,
+            "BLOCK_D": self.features,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
-@triton.jit
-def is_bounded(temperature_tensor, ratio):
-    """Whether 2 ** (logit - largest logit) stays in float32, for a learned temperature, which the host cannot tell."""
-    t = tl.load(temperature_tensor).to(tl.float32)
-    enough = t >= LEAST
-    if ratio is not None:
-        enough = enough & (t >= LEAST * tl.load(ratio))
-    return enough
+class Rows(NamedTuple):
+    """How kernels of whole rows are cut."""
+
+    elements: int  # of a view, for each program, if a row has not more of them
+    warps: int
+
+    def constants(self, d):
+        block_d = min(2048, triton.next_power_of_2(d))
+        return {"BLOCK_ROWS": max(1, self.elements // block_d), "BLOCK_D": block_d, "num_warps": self.warps}
 
 
-@triton.jit
-def store_statistics(
-    parts, plane, at, inside, maximum, weight, lower, ratio, AXIS: tl.constexpr, WEIGH: tl.constexpr
-):  # fmt: skip
-    """What half a tile adds to the states of its rows (AXIS = 1) or columns (AXIS = 0)."""
-    tl.store(parts + PART_MAXIMUM * plane + at, maximum, mask=inside)
-    tl.store(parts + PART_TOTAL * plane + at, tl.sum(weight, AXIS), mask=inside)
-    if WEIGH:
-        weighted = tl.sum(weight * tl.maximum(lower, -2000.0), AXIS)  # where weight is 0, and 0 * -inf is NaN
-        tl.store(parts + PART_WEIGHTED * plane + at, weighted, mask=inside)
-    if ratio is not None:
-        inter = tl.sum(tl.exp2(lower * tl.load(ratio)), AXIS)
-        tl.store(parts + PART_INTER * plane + at, inter, mask=inside)
+# Measured with the kernels' first form, N = 4096, D = 512: 70 and 57 us; with 8 warps 98 and 84.
+STATISTICS = Tile(128, 128, 64, 4, 3, 16)
+SQUARE = Tile(128, 128, 64, 4, 3, 16)  # of statistics where rows meet rows of their own view
+WEIGHTS = Tile(128, 128, 64, 4, 3, 16)
+ROWS = Rows(1024, 4)
 
 
-@triton.jit
-def statistics_kernel(
-    views, stride, row_scale, key_scale, of_rows, rows_plane, of_columns, columns_plane,
-    temperature, temperature_tensor, ratio, row_start, row_stop, column_start, column_stop, half, d,
-    TRIANGLE: tl.constexpr, WEIGH: tl.constexpr, BOUNDED: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One tile's share of the states: ``of_rows`` (planes, halves of tiles, rows), ``of_columns`` (planes, tiles,
-    columns).
-
-    TRIANGLE: rows and columns are the same ones, and a tile on one side of the diagonal serves both. BOUNDED: no
-    maximum is sought, and one power of two serves both roles. A learned temperature has both forms launched, and one
-    of them returns at once.
-    """
-    if temperature_tensor is not None:  # noqa: SIM102 - Triton evaluates both sides of an "and"
-        if is_bounded(temperature_tensor, ratio) != BOUNDED:
-            return
-    i, j = tl.program_id(0), tl.program_id(1)
-    row, column = row_start + i * BLOCK, column_start + j * BLOCK
-    rows, columns = row_stop - row_start, column_stop - column_start
-    place, beside = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK // 2)
-    if TRIANGLE and column < row:  # the tile that is this one turned around has done this one's work
-        return
-    left, right = multiplied(views, stride, row, row_stop, column, column_stop, d, BLOCK, BLOCK_D)
-    highest = largest_logit(temperature, temperature_tensor)
-    for right_half in tl.static_range(2):
-        at_rows = (2 * j + right_half).to(tl.int64) * rows + place
-        at_columns = i.to(tl.int64) * columns + beside + right_half * (BLOCK // 2)
-        in_rows, in_columns = place < rows, beside + right_half * (BLOCK // 2) < columns
-        if TRIANGLE:  # on the diagonal the columns are the rows
-            in_columns = in_columns & (column != row)
-        x = logits_of(
-            right if right_half else left, row_scale, key_scale, row, row_stop, column + right_half * (BLOCK // 2),
-            column_stop, half, BLOCK,
+def symmetric_losses(call, products):
+    views, n = call.views, len(call.views)
+    rows = torch.empty((len(Row), n), dtype=torch.float32, device=views.device)
+    x, scale = _prepared(views, products, rows, True)
+    form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
+    weigh = call.learned_temperature is not None
+    tile = STATISTICS if call.across else SQUARE
+    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS)
+    parts = torch.empty(plan.parts, dtype=torch.float32, device=views.device)
+    temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
+    state, stride = None, 0
+    if len(plan.chunks) > 1:
+        state, stride = new_state(n, parts), n
+    for chunk in plan.chunks:
+        launch(
+            statistics_kernel, chunk.grid,
+            x, x.stride(0), scale, parts, chunk.of_keys, *temperatures, *chunk.places, n // 2, plan.steps,
+            **plan.statistics,
         )  # fmt: skip
-        if BOUNDED:
-            lower = x - highest
-            weight = tl.exp2(lower)
-            store_statistics(of_rows, rows_plane, at_rows, in_rows, highest, weight, lower, ratio, 1, WEIGH)
-            store_statistics(of_columns, columns_plane, at_columns, in_columns, highest, weight, lower, ratio, 0, WEIGH)
-        else:
-            maximum = tl.maximum(tl.max(x, 1), MINIMUM)  # NaN is no maximum, and is summed
-            lower = x - maximum[:, None]
-            store_statistics(of_rows, rows_plane, at_rows, in_rows, maximum, tl.exp2(lower), lower, ratio, 1, WEIGH)
-            maximum = tl.maximum(tl.max(x, 0), MINIMUM)
-            lower = x - maximum[None, :]
-            weight = tl.exp2(lower)
-            store_statistics(of_columns, columns_plane, at_columns, in_columns, maximum, weight, lower, ratio, 0, WEIGH)
-
-
-@triton.jit
-def fold_parts_kernel(
-    parts, plane, tiles, state, state_stride, ratio, n,
-    WEIGH: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The tiles' shares (planes, tiles, n), in a fixed order, into the states of n rows."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = rows < n
-    old = tl.load(state + MAXIMUM * state_stride + rows, mask=inside, other=MINIMUM)
-    new = old
-    for first in range(0, tiles, BLOCK_TILES):
-        tile = first + tl.arange(0, BLOCK_TILES)
-        at, there = tile.to(tl.int64)[:, None] * n + rows[None, :], (tile < tiles)[:, None] & inside[None, :]
-        new = tl.maximum(new, tl.max(tl.load(parts + PART_MAXIMUM * plane + at, mask=there, other=MINIMUM), 0))
-    lower = old - new
-    shrink = tl.exp2(lower)
-    total = tl.load(state + TOTAL * state_stride + rows, mask=inside, other=0.0)
-    weighted, inter = shrink, shrink
-    if WEIGH:
-        weighted = (tl.load(state + WEIGHTED * state_stride + rows, mask=inside, other=0.0) + lower * total) * shrink
-    if ratio is not None:
-        to_inter = tl.load(ratio)
-        inter = tl.load(state + INTER_TOTAL * state_stride + rows, mask=inside, other=0.0) * tl.exp2(lower * to_inter)
-    total = total * shrink
-    for first in range(0, tiles, BLOCK_TILES):
-        tile = first + tl.arange(0, BLOCK_TILES)
-        at, there = tile.to(tl.int64)[:, None] * n + rows[None, :], (tile < tiles)[:, None] & inside[None, :]
-        maximum = tl.load(parts + PART_MAXIMUM * plane + at, mask=there, other=MINIMUM) - new[None, :]
-        share = tl.load(parts + PART_TOTAL * plane + at, mask=there, other=0.0)
-        weight = tl.exp2(maximum)
-        total += tl.sum(share * weight, 0)
-        if WEIGH:
-            more = tl.load(parts + PART_WEIGHTED * plane + at, mask=there, other=0.0)
-            weighted += tl.sum((more + maximum * share) * weight, 0)
-        if ratio is not None:
-            more = tl.load(parts + PART_INTER * plane + at, mask=there, other=0.0)
-            inter += tl.sum(more * tl.exp2(maximum * to_inter), 0)
-    tl.store(state + MAXIMUM * state_stride + rows, new, mask=inside)
-    tl.store(state + TOTAL * state_stride + rows, total, mask=inside)
-    if WEIGH:
-        tl.store(state + WEIGHTED * state_stride + rows, weighted, mask=inside)
-    if ratio is not None:
-        tl.store(state + INTER_TOTAL * state_stride + rows, inter, mask=inside)
-
-
-@triton.jit
-def weights_kernel(
-    views, stride, row_scale, key_scale, base, pull, out, out_stride, temperature, temperature_tensor,
-    row_start, row_stop, column_start, column_stop, half, d,
-    BOUNDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) key_scale_i key_scale_j.
-
-    BOUNDED as above.
-    """
-    if temperature_tensor is not None:  # noqa: SIM102 - Triton evaluates both sides of an "and"
-        if is_bounded(temperature_tensor, None) != BOUNDED:
-            return
-    row, column = row_start + tl.program_id(0) * BLOCK, column_start + tl.program_id(1) * BLOCK
-    left, right = multiplied(views, stride, row, row_stop, column, column_stop, d, BLOCK, BLOCK_D)
-    highest = largest_logit(temperature, temperature_tensor)
-    rows = row + tl.arange(0, BLOCK)
-    in_rows = rows < row_stop
-    row_base = tl.load(base + rows, mask=in_rows, other=0.0)
-    row_length = tl.load(key_scale + rows, mask=in_rows, other=0.0)
-    row_pull = tl.load(pull + rows, mask=in_rows, other=0.0) * row_length
-    if BOUNDED:
-        row_pull *= tl.exp2(highest - row_base)
-    for right_half in tl.static_range(2):
-        first = column + right_half * (BLOCK // 2)
-        columns = first + tl.arange(0, BLOCK // 2)
-        in_columns = columns < column_stop
-        x = logits_of(
-            right if right_half else left, row_scale, key_scale, row, row_stop, first, column_stop, half, BLOCK
-        )
-        key_base = tl.load(base + columns, mask=in_columns, other=0.0)
-        key_length = tl.load(key_scale + columns, mask=in_columns, other=0.0)
-        key_pull = tl.load(pull + columns, mask=in_columns, other=0.0) * key_length
-        if BOUNDED:
-            key_pull *= tl.exp2(highest - key_base)
-            weight = row_pull[:, None] * key_length[None, :] + key_pull[None, :] * row_length[:, None]
-            weight *= tl.exp2(x - highest)
-        else:
-            weight = tl.exp2(x - row_base[:, None]) * (row_pull[:, None] * key_length[None, :])
-            weight += tl.exp2(x - key_base[None, :]) * (key_pull[None, :] * row_length[:, None])
-        at = out + (rows - row_start)[:, None] * out_stride + (columns - column_start)[None, :]
-        tl.store(at, weight.to(out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
-
-
-# ------------------------------------------------------------------------------------------------------------ launches
-
-
-def steps_of(x):
-    """Rows (2M, D) in half precision whose features lie side by side and fill whole steps, with zeros at the end.
-
-    A mask of the loads would make the loops spill.
-    """
-    missing = -x.shape[1] % BLOCK_D
-    if missing:
-        return torch.nn.functional.pad(x, (0, missing))
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def statistics(x, scale, logit_scale, call, state, seek):
-    """``x`` is of ``steps_of``, and ``scale`` of ``chunks.Rows``; fills the state of all rows."""
-    n = len(x)
-    across = call.across
-    anchors, first_key = (n // 2, n // 2) if across else (n, 0)
-    step = max(BLOCK, PARTS * BLOCK // (3 * 4 * len(USED) * (n - first_key)) // BLOCK * BLOCK)
-    for start in range(0, anchors, step):
-        stop, column = min(start + step, anchors), first_key if across else start
-        rows, columns = stop - start, n - column
-        grid = triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK)
-        of_rows = torch.empty((len(USED), 2 * grid[1], rows), dtype=torch.float32, device=x.device)
-        of_columns = torch.empty((len(USED), grid[0], columns), dtype=torch.float32, device=x.device)
-        if not across:  # not every tile is visited
-            for parts in (of_rows, of_columns):
-                parts[PART_MAXIMUM.value].fill_(_MINIMUM)
-                parts[PART_MAXIMUM.value + 1 :].zero_()
-        for bounded in _forms(call.temperature, call.inter_temperature, call.learned_temperature):
-            launch(
-                statistics_kernel, grid,
-                *(x, x.stride(0), logit_scale, scale),
-                *(of_rows, of_rows.stride(0), of_columns, of_columns.stride(0)),
-                *(float(call.temperature), call.learned_temperature, seek.ratio),
-                *(start, stop, column, n, n // 2, x.shape[1]),
-                TRIANGLE=not across, WEIGH=seek.weighted, BOUNDED=bounded, BLOCK=BLOCK, BLOCK_D=BLOCK_D, **LAUNCH,
-            )  # fmt: skip
-        _fold_parts(of_rows, state[:, start:stop], seek)
-        _fold_parts(of_columns, state[:, column:], seek)
-
-
-def _fold_parts(parts, state, seek):
-    n = parts.shape[2]
+        if state is not None:
+            for part, tiles, of_rows in (
+                (parts, chunk.tiles_of_keys, state[:, chunk.start : chunk.stop]),
+                (parts[chunk.of_keys :], chunk.tiles_of_rows, state[:, chunk.apart :]),
+            ):
+                count = of_rows.shape[1]
+                grid = (triton.cdiv(count, plan.fold["BLOCK_ROWS"]),)
+                launch(fold_kernel, grid, part, tiles, count, of_rows, stride, *temperatures, **plan.fold)
+    losses = torch.empty(plan.finish_grid, dtype=torch.float32, device=views.device)
+    one = plan.chunks[0]
     launch(
-        fold_parts_kernel, (triton.cdiv(n, 32),),
-        parts, parts.stride(0), parts.shape[1], state, state.stride(0), seek.ratio, n,
-        WEIGH=seek.weighted, BLOCK_TILES=32, BLOCK_ROWS=32, num_warps=4,
+        finish_views_kernel, plan.finish_grid,
+        parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
+        plan.known, float(call.alpha or 1.0), call.ratio, losses, rows, n, **plan.finish,
+    )  # fmt: skip
+    return SymmetricOutputs(losses.sum(), rows)
+
+
+def symmetric_gradient(call, products):
+    """See ``symmetric_gradient`` of this folder."""
+    views, (n, d), rows = call.views, call.views.shape, call.rows
+    half, device = n // 2, call.views.device
+    x, scale = _prepared(views, products, rows, False)
+    multiplied = x if x.shape[1] == d else x[:, :d]
+    pull, largest, grad = None, None, call.grad
+    if products == torch.float16:
+        pull, largest = chunks.fitting(rows[Row.PULL] * call.grad, products)
+    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps)
+    form = _form(call.temperature, None, call.learned_temperature)
+    out = torch.empty((n, d), dtype=views.dtype, device=device)
+    sums = torch.empty((n if plan.whole else half, d), dtype=torch.float32, device=device)
+    first_key = 0 if plan.whole else half  # of the rows that have sums
+    if not plan.whole:
+        step = plan.chunks[0][0]
+        gradients = torch.empty((step.stop - step.start, d), dtype=torch.float32, device=device)
+    workspace = torch.empty(plan.workspace, dtype=products, device=device)
+    for some, columns, grid, stride in plan.chunks:
+        r, c = some.stop - some.start, columns.stop - columns.start
+        weights = workspace[: r * stride].view(r, stride)[:, :c]  # rows aligned, as a fast product asks
+        launch(
+            weights_kernel, grid,
+            x, x.stride(0), scale, rows, n, pull, grad, weights, stride,
+            float(call.temperature), call.learned_temperature,
+            some.start, some.stop, columns.start, columns.stop, half, plan.steps, FORM=form, **plan.weights,
+        )  # fmt: skip
+        gradient = sums[some] if plan.whole else gradients[:r]
+        first = (some.start == 0 or call.across) and columns.start == (half if call.across else some.start)
+        chunks.product(weights, multiplied[columns], gradient, add=not first)
+        own = chunks.own(some, columns)
+        if own < c:
+            of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
+            chunks.product(weights[:, own:].T, multiplied[some], of_keys, add=some.start > 0)
+        if not plan.whole and columns.stop == n:
+            _through(views, products, gradient, None, out, (rows, scale, grad, largest), some)
+    whole = sums[:half] if plan.whole else None
+    _through(views, products, whole, sums[-half:], out, (rows, scale, grad, largest), slice(0, half))
+    of_temperature = torch.empty(0, dtype=torch.float32, device=device)
+    if call.learned_temperature is not None:
+        of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
+    return SymmetricGradients(out, of_temperature)
+
+
+# ---------------------------------------------------------------------------------------------------------- small steps
+
+
+def _prepared(views, products, rows, measure):
+    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; ``measure``: to two of ``rows``."""
+    n, d = views.shape
+    step = max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
+    plan = _rows_plan(n // 2, d, views.dtype, products, views.stride(1) == 1, step, ROWS)
+    out, scale, written = None, None, None
+    if not plan.as_they_lie:
+        out = torch.empty((n, plan.width), dtype=products, device=views.device)
+    if plan.form == _POWER:
+        scale = written = torch.empty(n, dtype=torch.float32, device=views.device)
+    elif plan.form == _COPY:
+        scale = rows[Row.INVERSE]
+    if out is not None or measure:
+        here, there = views[: n // 2], views[n // 2 :]
+        launch(
+            prepare_kernel, plan.prepare_grid,
+            here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, n // 2,
+            MEASURE=measure, **plan.prepare,
+        )  # fmt: skip
+    return (views if out is None else out), scale
+
+
+def _through(views, products, of_here, of_there, out, given, some):
+    """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
+    (n, d), (rows, scale, grad, largest) = views.shape, given
+    half = n // 2
+    here, there = views[:half], views[half:]
+    plan = _rows_plan(some.stop - some.start, d, views.dtype, products, views.stride(1) == 1, 1, ROWS)
+    launch(
+        through_views_kernel, plan.through_grid,
+        here, *here.stride(), there, *there.stride(), of_here, of_there, d,
+        out[some], out[half + some.start :], d, rows, scale, grad, largest, some.start, some.stop, half, plan.least,
+        **plan.through,
     )  # fmt: skip
 
 
-def weights(x, scale, logit_scale, call, anchors, some, columns, out):
-    """The weights of some rows and columns, ``out`` (R, C), for both of whose roles ``anchors`` has bases and pulls."""
-    for bounded in _forms(call.temperature, None, call.learned_temperature):
-        launch(
-            weights_kernel, (triton.cdiv(out.shape[0], BLOCK), triton.cdiv(out.shape[1], BLOCK)),
-            *(x, x.stride(0), logit_scale, scale, anchors.base, anchors.pull, out, out.stride(0)),
-            *(float(call.temperature), call.learned_temperature),
-            *(some.start, some.stop, columns.start, columns.stop, len(x) // 2, x.shape[1]),
-            BOUNDED=bounded, BLOCK=BLOCK, BLOCK_D=BLOCK_D, **LAUNCH,
-        )  # fmt: skip
-
-
-def _forms(temperature, inter_temperature, learned):
-    """The kernels' forms to launch: bounded, not so, or both where only the GPU knows the temperature."""
+def _form(temperature, inter_temperature, learned):
+    """Of ``mutual_kernels``."""
     if learned is not None:
-        return (True, False)
-    return (min(temperature, inter_temperature or temperature) >= _LEAST,)
+        return _EITHER
+    return _BOUNDED if min(temperature, inter_temperature or temperature) >= _LEAST else _FOLLOWED
+
+
+# ------------------------------------------------------------------------------------------------------ what to launch
+
+
+class _RowsPlan(NamedTuple):
+    width: int  # D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill
+    form: int  # of ``prepare_kernel``
+    as_they_lie: bool  # whether rows are multiplied without a copy
+    least: float  # 1 / the least length that a gradient is divided by
+    prepare_grid: tuple[int, ...]
+    prepare: dict
+    through_grid: tuple[int, ...]
+    through: dict
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_plan(count, d, dtype, products, features_together, step, how):
+    width = d + -d % step
+    form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
+    prepare, through = how.constants(width), how.constants(d)
+    return _RowsPlan(
+        width=width,
+        form=form,
+        as_they_lie=form == _COPY and width == d and features_together,
+        least=1.0 / gradient_eps(dtype),
+        prepare_grid=(triton.cdiv(count, prepare["BLOCK_ROWS"]),),
+        prepare={"D": d, "WIDTH": width, "FORM": form} | prepare,
+        through_grid=(triton.cdiv(count, through["BLOCK_ROWS"]),),
+        through={"D": d} | through,
+    )
+
+
+class _Chunk(NamedTuple):
+    """Rows whose tiles' statistics are held at the same time."""
+
+    start: int
+    stop: int
+    apart: int  # from this key on keys have statistics apart from the rows'
+    tiles_of_rows: int
+    tiles_of_keys: int
+    of_keys: int  # where these lie
+    places: tuple[int, ...]  # the kernel's integers
+    grid: tuple[int, ...]
+
+
+class _StatisticsPlan(NamedTuple):
+    chunks: list[_Chunk]
+    parts: int  # numbers
+    steps: int  # of features
+    rows_end: int  # rows before this one are those whose parts come first
+    known: float  # negatives of each row
+    statistics: dict
+    fold: dict
+    finish_grid: tuple[int, ...]
+    finish: dict
+
+
+@functools.lru_cache(maxsize=1024)
+def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most):
+    dual = loss == "dual"
+    planes = 4 if dual else 3 if weigh else 1 if form == _BOUNDED else 2
+    anchors, first_key = (n // 2, n // 2) if across else (n, 0)
+    of_a_row = 4 * planes * (triton.cdiv(n - first_key, tile.keys) + triton.cdiv(n - first_key, tile.rows))
+    step = max(tile.rows, most // of_a_row // tile.rows * tile.rows)
+    found, parts = [], 0
+    for start in range(0, anchors, step):
+        stop, key = min(start + step, anchors), first_key if across else start
+        apart = key if across else stop
+        tiles_of_rows, tiles_of_keys = triton.cdiv(stop - start, tile.rows), triton.cdiv(n - key, tile.keys)
+        of_keys = planes * tiles_of_keys * (stop - start)
+        parts = max(parts, of_keys + planes * tiles_of_rows * (n - apart))
+        places = start, stop, key, n, apart
+        grid = (tiles_of_rows * tiles_of_keys,)
+        found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
+    block_rows = 32
+    common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
+    statistics = {"TRIANGLE": not across, "FORM": form, "WEIGH": weigh, "DUAL": dual}
+    return _StatisticsPlan(
+        chunks=found,
+        parts=parts,
+        steps=width // tile.features,
+        rows_end=anchors,
+        known=max(1.0, (n // 2 - 1) * (1.0 if across else 2.0)),
+        statistics=statistics | tile.constants,
+        fold=common | {"DUAL": dual},
+        finish_grid=(triton.cdiv(anchors, block_rows), 2 if across else 1),
+        finish=common | {"ALPHA": alpha, "LOSS": loss},
+    )
+
+
+class _GradientPlan(NamedTuple):
+    chunks: list[tuple[slice, slice, tuple[int], int]]  # rows, keys, grid, and stride of the weights
+    whole: bool  # whether the sums of all rows are held until the end, or those of a chunk's rows only until its end
+    workspace: int  # weights
+    steps: int  # of features
+    weights: dict
+
+
+@functools.lru_cache(maxsize=1024)
+def _gradient_plan(n, width, across, products, tile, steps):
+    found = [
+        (some, columns)
+        for some, several in chunks.met_once(
+            n, across, steps(*[n // 2 if across else n] * 2, None, products, False, False)
+        )
+        for columns in several
+    ]
+    strides = [columns.stop - columns.start + 7 & -8 for _, columns in found]
+    grids = [
+        (triton.cdiv(some.stop - some.start, tile.rows) * triton.cdiv(columns.stop - columns.start, tile.keys),)
+        for some, columns in found
+    ]
+    return _GradientPlan(
+        chunks=[(*both, grid, stride) for both, grid, stride in zip(found, grids, strides, strict=True)],
+        whole=not across or all(some == found[0][0] for some, _ in found),
+        workspace=max((some.stop - some.start) * stride for (some, _), stride in zip(found, strides, strict=True)),
+        steps=width // tile.features,
+        weights=tile.constants,
+    )

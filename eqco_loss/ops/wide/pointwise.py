@@ -287,10 +287,13 @@ def _either(a: Tensor | None, b: Tensor) -> Tensor:
 
 def _kernels(x: Tensor) -> Any:
     """The module of the kernels that serve x, or None."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
-    if x.dtype != torch.float32 or not (x.is_cuda or interpreted):
+    if x.dtype != torch.float32 or not (x.is_cuda or _interpreted()):
         return None
     return _module(x.device.index if x.is_cuda else None)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache
@@ -305,11 +308,9 @@ def _module(index: int | None) -> Any:
     return launches
 
 
-def mutual(multiplied: Tensor) -> Any:
+def mutual(products: torch.dtype, like: Tensor) -> Any:
     """The module whose kernels multiply rows of two views and store no similarity, or None; they take halves."""
-    if multiplied.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    if _kernels(multiplied.new_empty(0, dtype=torch.float32)) is None:
+    if products not in (torch.float16, torch.bfloat16) or _kernels(like) is None:
         return None
     from . import mutual
 
