@@ -116,11 +116,12 @@ def main(args: Args) -> int:
     if "tests" not in args.skip:
         failed = tests(args, out)
     plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
+    later = 0 if {"scaling", "engines"} <= set(args.skip) else 100  # seconds for what comes after the other ways
     for name, action in {
         "cases": lambda: ways(matrix, is_first, plan, min(args.first, left(end))),
         "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
         "step": lambda: step.main(step.Args(out=out / "step-gpu.csv")),
-        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - 100),
+        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - later),
         "scaling": lambda: scaling.main(scaling.Args(deadline=max(15, left(end) - 40), out=out / "scaling-gpu.csv")),
         "engines": lambda: engines(end, out),
     }.items():

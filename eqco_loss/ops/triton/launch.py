@@ -283,7 +283,7 @@ def _shared_keys(
         converts = one.dtype != dtype and blocks_of(n, 64) <= _CONVERSIONS
         turned = converts and one.strides[1] != 1
         tile = forward_tile(
-            dtype, padded(d), n, arch, plain=plain, converts=converts, turned=turned, count=count
+            dtype, padded(d), n, arch, plain=plain, converts=converts, turned=turned, by_pair=by_pair, count=count
         )  # fmt: skip
     if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
         tile = tile._replace(stages=1)
