@@ -228,7 +228,8 @@ def backward(n: int, k: int, *, band: bool = False, own: bool = False) -> Callab
         q, rows = empty(n, d, dtype=dtype), empty(len(Row), n)
         keys = empty(n, k, d, dtype=dtype) if own else empty(k, d, dtype=dtype)
         pairs = Pairs(band=[0, k - 1, k] if band else [])
-        return triton.keys_gradient(records.keys_gradient(q, keys, empty(), rows, pairs))
+        units = empty(n, d, dtype=triton.unit_dtype(dtype)) if band else None
+        return triton.keys_gradient(records.keys_gradient(q, keys, empty(), rows, pairs, units=units))
 
     return launch
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -115,11 +116,12 @@ def main(args: Args) -> int:
     if "tests" not in args.skip:
         failed = tests(args, out)
     plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
+    later = 0 if {"scaling", "engines"} <= set(args.skip) else 100  # seconds for what comes after the other ways
     for name, action in {
         "cases": lambda: ways(matrix, is_first, plan, min(args.first, left(end))),
         "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
         "step": lambda: step.main(step.Args(out=out / "step-gpu.csv")),
-        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - 100),
+        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - later),
         "scaling": lambda: scaling.main(scaling.Args(deadline=max(15, left(end) - 40), out=out / "scaling-gpu.csv")),
         "engines": lambda: engines(end, out),
     }.items():
@@ -166,24 +168,25 @@ def tests(args: Args, out: Path) -> int:
     command += ["-p", "xdist.plugin"]  # and no other, which might warn of this one
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     with (out / "tests.txt").open("w") as log:
-        try:
-            done = subprocess.run(
-                [*command, *files],
-                cwd=root,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=args.tests,
-                check=False,
-                env=environment,
-            )
-            status = done.returncode
-        except subprocess.TimeoutExpired:
-            status = 124
+        status = interrupted([*command, *files], args.tests, cwd=root, stdout=log, env=environment)
     lines = (out / "tests.txt").read_text().splitlines()
     wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
     print("\n".join(wanted[-30:]) or f"tests: status {status}", flush=True)
     write_csv(out / "tests-gpu.csv", [counted(wanted[-1] if wanted else "", status) | provenance("cuda")])
     return status
+
+
+def interrupted(command: list[str], seconds: float, **how: Any) -> int:
+    """The command's exit status; 124 where it took longer, after pytest has told what had failed until then."""
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True, **how)
+    for patience, then in ((seconds, signal.SIGINT), (15, signal.SIGKILL)):
+        try:
+            process.wait(patience)
+            return process.returncode if then == signal.SIGINT else 124
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, then)
+    process.wait()
+    return 124
 
 
 def counted(line: str, status: int) -> Row:

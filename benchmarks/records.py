@@ -37,9 +37,16 @@ def row_losses(query: Tensor, positive: Tensor, keys: Tensor, pairs: Pairs | Non
 
 
 def keys_gradient(
-    query: Tensor, keys: Tensor, grad: Tensor, rows: Tensor, pairs: Pairs | None = None, autocast: Any = None
+    query: Tensor,
+    keys: Tensor,
+    grad: Tensor,
+    rows: Tensor,
+    pairs: Pairs | None = None,
+    autocast: Any = None,
+    *,
+    units: Tensor | None = None,
 ) -> KeysGradient:
-    """Of raw keys, which are normalised."""
+    """Of raw keys, which are normalised. ``units``: query's and positives' gradients, which come along."""
     return KeysGradient(
         query=query,
         first=KeySet(keys, pairs or Pairs(), normalize=True),
@@ -50,6 +57,8 @@ def keys_gradient(
         normalize=True,
         autocast=autocast,
         backend="triton",
+        query_gradient=units,
+        positive_gradient=units,
     )
 
 

@@ -14,7 +14,9 @@ tables themselves are changed by hand.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ from .runner import check_device
 Outputs = tuple[Tensor, ...]
 Pass = Callable[[Any], Outputs]  # by the tile that it takes, None for the table's
 RESIDENT, STREAMED, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
-PASSES = ("M1 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
+PASSES = ("M1 forward", "M1 autocast", "M2 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
 # To the table's tile, in the norm.
 CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2, "amp": 2e-2}
 FIELDS = dict.fromkeys(Tile._fields + tune_wide.Candidate._fields + tune_wide.Rows._fields)  # of any candidate
@@ -51,7 +53,7 @@ class Args:
     d: int = 128  # features
     n: int = 4096  # images, of the wide passes
     groups: tuple[int, ...] = tune_wide.GROUPS  # rows of tiles that programs share, of the wide passes
-    processes: int = 14  # that compile the candidates of the wide passes
+    processes: int = 14  # that compile the candidates before they are timed
     rounds: int = 20
     waves: tuple[float, ...] = (1.0, 2.0)  # times as many splits of the forward passes as the launcher takes
     out: Path = RESULTS / "tune.csv"
@@ -80,7 +82,10 @@ def main(args: Args) -> None:
     problem = tune_wide.Problem(args.dtype, args.d, args.n, "cuda")
     if of_wide:
         tune_wide.compile_all(problem, [(name, tile) for name in of_wide for tile in candidates[name]], args.processes)
-    fused = passes(args.dtype, args.d, "cuda") if len(of_wide) < len(args.passes) else {}
+    fused = {}
+    if len(of_wide) < len(args.passes):
+        compile_first(args, [name for name in args.passes if name not in of_wide])
+        fused = passes(args.dtype, args.d, "cuda")
     for name in args.passes:
         waves = args.waves if name in PASSES and "forward" in name else (1.0,)
         one = tune_wide.passes(problem)[name] if name in of_wide else fused[name]
@@ -102,6 +107,21 @@ def main(args: Args) -> None:
     print(f"written to {args.out}")
 
 
+def compile_first(args: Args, names: list[str]) -> None:
+    """Each candidate once, in processes side by side, so that its kernels lie in Triton's cache on disk."""
+    work = list(itertools.product(names, tiles(args.dtype)))
+    shares = [(args.dtype, args.d, work[place :: args.processes]) for place in range(args.processes)]
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        pool.starmap(compile_some, shares, chunksize=1)
+
+
+def compile_some(dtype: str, d: int, work: list[tuple[str, Tile | None]], device: str = "cuda") -> None:
+    every = passes(dtype, d, device)
+    for name, tile in work:
+        with contextlib.suppress(Exception):  # the one that times them says why
+            every[name](tile)
+
+
 def tiles(dtype: str) -> list[Tile | None]:
     """The table's (None), and all that may be worth a try."""
     half = dtype in ("bfloat16", "float16")
@@ -120,7 +140,7 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
     q, queue, query = random(m), F.normalize(random(k).float()).to(kind), random(n)
     key = query + random(n)
     views, partners, band = torch.cat([query, key]), torch.cat([key, query]), Pairs(band=[0, n - 1, n])
-    grad = torch.tensor(1.0, device=device)
+    grad, ids = torch.tensor(1.0, device=device), torch.arange(k, device=device)
 
     def forward(query: Tensor, positive: Tensor, keys: Tensor, pairs: Pairs, **fields: Any) -> Pass:
         call = records.row_losses(query, positive, keys, pairs, **fields)
@@ -134,8 +154,10 @@ def passes(dtype: str, d: int, device: str, m: int = 256, k: int = 65536, n: int
         records.row_losses(views, partners, views, band, **loss_only)).rows)  # fmt: skip
     ours: dict[str, Pass] = {
         "M1 forward": forward(q, q, queue, Pairs()),
+        "M1 autocast": forward(q.float(), q.float(), queue.float(), Pairs(), autocast=kind),
+        "M2 forward": forward(q, q, queue, Pairs(query_ids=ids[:m], key_ids=ids)),
         "S1 forward": forward(query, key, key, band, **batch),
-        "S1 keys' gradient": lambda tile: (backward.keys_gradient(of_keys, tile),),
+        "S1 keys' gradient": lambda tile: (backward.keys_gradient(of_keys, tile).keys,),
         "S2 forward": forward(views, partners, views, band, **loss_only),
         "S2 gradient": lambda tile: backward.symmetric_gradient(of_views, tile)[:1],
     }

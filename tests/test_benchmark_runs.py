@@ -398,6 +398,18 @@ def test_a_gpus_tests_are_counted(line: str, expected: tuple[str, ...]) -> None:
     assert row["status"] == "1"
 
 
+def test_tests_that_take_too_long_say_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time\n\n\ndef test_wrong():\n    assert False\n\n\ndef test_slow():\n    time.sleep(60)\n"
+    )
+    log = tmp_path / "log.txt"
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rf", "-p", "no:cacheprovider", "test_slow.py"]
+    with log.open("w") as out:
+        assert gpu_check.interrupted(command, 10, cwd=tmp_path, stdout=out) == 124
+        assert gpu_check.interrupted([sys.executable, "-c", "raise SystemExit(3)"], 30, stdout=out) == 3
+    assert "FAILED test_slow.py::test_wrong" in log.read_text()
+
+
 # -------------------------------------------------------------------------------------------------- a training step
 
 

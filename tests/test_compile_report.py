@@ -72,8 +72,9 @@ def test_host_time() -> None:
     rows = {line[0]: line[1:] for line in command("benchmarks.host", "--rounds", "1")[1:]}
     assert list(rows) == ["M1", "S1", "S2", "P1", "C1"]
     assert all(float(figure) > 0 for row in rows.values() for figure in row[:4])
-    assert rows["M1"][4:] == ["attend,", "combine"]
-    assert rows["P1"][4:] == ["attend"]
+    assert rows["M1"][4:] == ["attend,", "combine,", "multiply_rows"]
+    assert rows["S1"][4:] == ["prepare_rows,", "attend,", "combine,", "keys_gradient,", "merge_splits"]
+    assert rows["P1"][4:] == ["attend,", "multiply_rows"]
     forward, backward = ["prepare_kernel,", "statistics_kernel,", "finish_views_kernel,"], ["prepare_kernel,"]
     assert rows["C1"][4:] == [*forward, *backward, "weights_kernel,", "through_views_kernel"]
 

@@ -178,7 +178,7 @@ def keys_gradient(q: Tensor, keys: Tensor, grad: Tensor, rows: Tensor, t: float,
         autocast=None,
         backend="triton",
     )
-    return triton.keys_gradient(call).double().cpu()
+    return triton.keys_gradient(call).keys.double().cpu()
 
 
 def lse_of(rows: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def test_bands(n: int, offset: int, modulus: int, width: int, views: int) -> Non
         q.double(), KeySet(keys.double(), pairs, True), grad.double(), exact.rows, 0.3, None, True, None, "torch"
     )
     got_keys = keys_gradient(q, keys, grad, got.rows, 0.3, pairs=pairs, normalize=True)
-    torch.testing.assert_close(got_keys, tiles.keys_gradient(call), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(got_keys, tiles.keys_gradient(call).keys, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("filled", [1, 16, 63, 64, 65, 200])
@@ -567,6 +567,56 @@ class Operations(TorchDispatchMode):
         if func.namespace == "eqco_loss" or not (func.is_view or "empty" in func.name() or "detach" in func.name()):
             self.names.append(func.name().split("::")[1].split(".")[0].removesuffix(f"_{LAYOUT}"))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("reduced", [True, False])
+def test_backward_finishes_three_gradients_at_once(dtype: torch.dtype, reduced: bool) -> None:
+    """The keys', with the positives' added, and the query's: as torch multiplies and adds what forward left."""
+    n, d = 21, 20
+    q, keys, query_unit, positive_unit = (torch.randn(n, d, device=DEVICE) for _ in range(4))
+    kind = triton.unit_dtype(dtype)
+    rows = triton.row_losses(
+        ROW_LOSSES._replace(
+            query=q.to(dtype),
+            positive=keys.to(dtype),
+            first=KeySet(keys.to(dtype), Pairs(band=[0, n - 1, n]), True),
+            normalize=True,
+        )
+    ).rows
+    call = KeysGradient(
+        query=q.to(dtype),
+        first=KeySet(keys.to(dtype), Pairs(band=[0, n - 1, n]), True),
+        grad=torch.tensor(1 / 3, device=DEVICE) if reduced else torch.linspace(-1, 2, n, device=DEVICE),
+        rows=rows,
+        temperature=1.0,
+        learned_temperature=None,
+        normalize=True,
+        autocast=None,
+        backend="triton",
+    )
+    both = call._replace(query_gradient=query_unit.to(kind), positive_gradient=positive_unit.to(kind))
+    got, alone = triton.keys_gradient(both), triton.keys_gradient(call)
+    factor = call.grad if reduced else call.grad[:, None]
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
+    added = query_unit.to(kind).float() * factor, positive_unit.to(kind).float() * factor
+    assert alone.query.numel() == 0
+    assert got.query.dtype == got.keys.dtype == dtype
+    torch.testing.assert_close(got.query.float(), added[0], atol=0, rtol=rounding)
+    torch.testing.assert_close(got.keys.float(), alone.keys.float() + added[1], atol=3 * rounding, rtol=rounding)
+    only_query = triton.keys_gradient(call._replace(query_gradient=both.query_gradient))
+    assert torch.equal(only_query.query, got.query)
+    assert torch.equal(only_query.keys, alone.keys)
+
+
+def test_many_programs_add_up_one_loss() -> None:
+    """The last of 2500 programs sums what all have left."""
+    from tests.sums import sum_of_programs
+
+    values, scratch, total = (torch.rand(size, device=DEVICE) for size in (2500, 2501, 1))
+    scratch[0] = 0.0
+    sum_of_programs[(2500,)](values, scratch, total, 2500)
+    torch.testing.assert_close(total[0], values.double().sum().float(), atol=0, rtol=1e-6)
 
 
 def test_a_simo_step_is_three_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

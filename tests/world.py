@@ -251,7 +251,7 @@ def ours(call: RowLosses, grad: Tensor) -> Answers:
         if place == 0 and out.keys_gradient.dim() == one.keys.dim():
             found["keys 0"] = (out.keys_gradient * grad).to(one.keys.dtype)
             continue
-        found[f"keys {place}"] = engine.keys_gradient(
+        gradients = engine.keys_gradient(
             KeysGradient(
                 query=call.query,
                 first=one,
@@ -262,8 +262,12 @@ def ours(call: RowLosses, grad: Tensor) -> Answers:
                 normalize=call.normalize,
                 autocast=call.autocast,
                 backend=call.backend,
+                query_gradient=out.query_gradient if place == 0 else None,
             )
         )
+        found[f"keys {place}"] = gradients.keys
+        if place == 0:
+            found["query"] = gradients.query
     if call.learned_temperature is not None:
         found["temperature"] = (grad * out.rows[Row.TEMPERATURE_GRADIENT]).sum().to(call.learned_temperature.dtype)
     return found
@@ -380,7 +384,7 @@ def ours_logsumexp(call: LogSumExp, grad: Tensor) -> Answers:
     return {
         "lse": out.lse,
         "query": (out.mean_key * (grad / t)[:, None]).to(call.query.dtype),
-        "keys": engine.keys_gradient(gradient),
+        "keys": engine.keys_gradient(gradient).keys,
     }
 
 

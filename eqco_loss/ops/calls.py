@@ -194,7 +194,10 @@ class LogSumExpOutputs(NamedTuple):
 
 
 class KeysGradient(NamedTuple):
-    """The gradient of a set's raw keys: dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i."""
+    """The gradient of a set's raw keys: dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i.
+
+    What else backward multiplies by ``grad`` comes along, so that a backend may do so in the same launch.
+    """
 
     query: Tensor  # (N, D)
     first: KeySet
@@ -205,6 +208,13 @@ class KeysGradient(NamedTuple):
     normalize: bool  # whether the query is to be brought to unit length
     autocast: torch.dtype | None
     backend: str
+    query_gradient: Tensor | None = None  # (N, D): forward's, which is returned times ``grad``
+    positive_gradient: Tensor | None = None  # (K, D): forward's, of positives that are these keys, N = K; it is added
+
+
+class KeysGradients(NamedTuple):
+    keys: Tensor  # in the shape and dtype of the keys
+    query: Tensor  # (N, D) in the query's dtype; (0,) where ``query_gradient`` was not given
 
 
 def loss_of(call: RowLosses | SymmetricLosses) -> str:

@@ -27,6 +27,7 @@ from .backends import BACKENDS
 from .calls import (
     KeySet,
     KeysGradient,
+    KeysGradients,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
@@ -42,9 +43,9 @@ from .calls import (
 )
 from .flat import Call, arguments, flatten, unflatten
 
-# An operator's name ends with this number, because torch's compiler keeps graphs on disk under the operators' names,
-# and a graph knows the sizes of their outputs.
-LAYOUT = len(Row)
+# An operator's name ends with this, because torch's compiler keeps graphs on disk under the operators' names, and a
+# graph knows the operators' arguments and the sizes of their outputs.
+LAYOUT = f"{len(Row)}_{len(KeysGradient._fields)}"
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
 
@@ -227,12 +228,12 @@ def _dense_gradients(
     return dict(zip(views, gradients, strict=True))
 
 
-def _times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of a sum over rows, (N, D), times grad, () or (N,), rounded to ``dtype`` by the same kernel."""
-    factor = grad if grad.dim() == 0 else grad[:, None]
-    if unit.dtype == dtype or _looked_on() or _is_batched(grad):  # a compiler fuses them, and vmap has no out=
-        return (unit * factor).to(dtype)
-    return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
+def _times(call: RowLosses, unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a sum over rows, (N, D), times grad, () or (N,)."""
+    if _looked_on() or _is_batched(grad):  # a compiler makes one kernel of it, and vmap has no out=
+        factor = grad if grad.dim() == 0 else grad[:, None]
+        return ((unit if unit.dtype == grad.dtype else unit.to(grad.dtype)) * factor).to(dtype)
+    return BACKENDS[call.backend].times(unit, grad, dtype)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------------------------------------------------- row losses
@@ -258,7 +259,16 @@ def _row_losses_fake(call: RowLosses) -> RowOutputs:
     )
 
 
-def _of_keys(ctx: Any, call: RowLosses | LogSumExp, one: KeySet, grad: Tensor, rows: Tensor, normalize: bool) -> Tensor:
+def _of_keys(
+    ctx: Any,
+    call: RowLosses | LogSumExp,
+    one: KeySet,
+    grad: Tensor,
+    rows: Tensor,
+    normalize: bool,
+    query_gradient: Tensor | None = None,
+    positive_gradient: Tensor | None = None,
+) -> KeysGradients:
     """The gradient of a set's keys, which forward did not compute."""
     _check_unchanged(ctx, call.query, call.learned_temperature, one.keys, *one.pairs[:-1])
     return keys_gradient(
@@ -272,6 +282,8 @@ def _of_keys(ctx: Any, call: RowLosses | LogSumExp, one: KeySet, grad: Tensor, r
             normalize=normalize,
             autocast=call.autocast,
             backend=call.backend,
+            query_gradient=query_gradient,
+            positive_gradient=positive_gradient,
         )
     )
 
@@ -281,17 +293,22 @@ def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
         return _dense_gradients(ctx, row_losses, definition.row_losses, grad)
     query_gradient, positive_gradient, keys_gradient_, rows, _ = ctx.saved_tensors
     found: Gradients = {}
-    if "query" in ctx.needed:
-        found["query"] = _times(query_gradient, grad, call.query.dtype)
-    if "positive" in ctx.needed:
-        found["positive"] = _times(positive_gradient, grad, call.positive.dtype)
-    for name, one in (("first_keys", call.first), ("second_keys", call.second)):
-        if one is None or name not in ctx.needed:
-            continue
-        if name == "first_keys" and keys_gradient_.dim() == one.keys.dim():
-            found[name] = _times(keys_gradient_, grad, one.keys.dtype)
-            continue
-        found[name] = _of_keys(ctx, call, one, grad, rows, call.normalize)
+    units = {"query": (query_gradient, call.query), "positive": (positive_gradient, call.positive)}
+    if keys_gradient_.dim() == call.first.keys.dim():
+        units["first_keys"] = keys_gradient_, call.first.keys
+    units = {name: unit for name, unit in units.items() if name in ctx.needed}
+    if "first_keys" in ctx.needed and "first_keys" not in units:
+        query, _ = units.pop("query", (None, None))
+        # Of positives that are the keys, the gradients belong to one tensor, and autograd need not add them.
+        positive, _ = units.pop("positive", (None, None)) if call.positive is call.first.keys else (None, None)
+        of_keys = _of_keys(ctx, call, call.first, grad, rows, call.normalize, query, positive)
+        found["first_keys"] = of_keys.keys
+        if query is not None:
+            found["query"] = of_keys.query
+    if "second_keys" in ctx.needed and call.second is not None:
+        found["second_keys"] = _of_keys(ctx, call, call.second, grad, rows, call.normalize).keys
+    for name, (unit, x) in units.items():
+        found[name] = _times(call, unit, grad, x.dtype)
     if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
         of_rows = rows[Row.TEMPERATURE_GRADIENT]
         found["learned_temperature"] = (grad * of_rows).sum().to(call.learned_temperature.dtype)
@@ -311,9 +328,12 @@ row_losses = Operator(
 keys_gradient = Operator(
     "keys_gradient",
     KeysGradient,
-    Tensor,
+    KeysGradients,
     lambda call: BACKENDS[call.backend].keys_gradient(call),
-    lambda call: call.first.keys.new_empty(call.first.keys.shape),
+    lambda call: KeysGradients(
+        call.first.keys.new_empty(call.first.keys.shape),
+        call.query.new_empty(call.query.shape) if call.query_gradient is not None else call.rows.new_empty(0),
+    ),
 )
 
 
@@ -391,7 +411,7 @@ def _logsumexp_backward(ctx: Any, call: LogSumExp, grad: Tensor) -> Gradients:
     if "query" in ctx.needed:
         found["query"] = (mean_key * (grad / t)[:, None]).to(call.query.dtype)
     if "first_keys" in ctx.needed:
-        found["first_keys"] = _of_keys(ctx, call, call.first, grad, rows, False)
+        found["first_keys"] = _of_keys(ctx, call, call.first, grad, rows, False).keys
     if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
         of_rows = (call.query * mean_key).sum(1)
         found["learned_temperature"] = (-(grad * of_rows).sum() / t**2).to(call.learned_temperature.dtype)

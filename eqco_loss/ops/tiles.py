@@ -21,6 +21,7 @@ from .calls import (
     LOG2E,
     TIE,
     KeysGradient,
+    KeysGradients,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
@@ -39,6 +40,8 @@ from .calls import (
     temperature_of,
 )
 from .definition import cleaned
+from .scaled import times as times
+from .scaled import with_others
 
 _MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 _ROWS_AT_ONCE = 256  # of keys whose gradient passes through their normalisation
@@ -127,13 +130,12 @@ def row_losses(call: RowLosses) -> RowOutputs:
 
 
 @plainly
-def keys_gradient(call: KeysGradient) -> Tensor:
+def keys_gradient(call: KeysGradient) -> KeysGradients:
     dtype = compute_dtype(call.query)
     q = unit_rows(call.query, call.normalize, dtype)[0]
     pull = call.rows[Row.PULL] * call.grad
-    return _keys_gradient(q, Ready(call.first, dtype), call.rows, pull, LOG2E / temperature_of(call)).to(
-        call.first.keys.dtype
-    )
+    gradient = _keys_gradient(q, Ready(call.first, dtype), call.rows, pull, LOG2E / temperature_of(call))
+    return with_others(call, gradient.to(call.first.keys.dtype))
 
 
 @plainly

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..calls import RowLosses
 from .arguments import capability, interpreted, kernels, unit_dtype
-from .backward import keys_gradient, symmetric_gradient, symmetric_losses
+from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "row_losses",
     "symmetric_gradient",
     "symmetric_losses",
+    "times",
     "unit_dtype",
 ]
 

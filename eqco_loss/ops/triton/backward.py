@@ -12,6 +12,7 @@ from torch import Tensor
 from ..calls import (
     KeySet,
     KeysGradient,
+    KeysGradients,
     Pairs,
     Row,
     RowLosses,
@@ -23,6 +24,7 @@ from ..calls import (
     gradient_eps,
 )
 from ..launcher import launch
+from ..scaled import with_others
 from . import arguments
 from .arguments import (
     KeyFacts,
@@ -52,32 +54,57 @@ class _KeysPlan(NamedTuple):
     constants: dict[str, Any]
 
 
-def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> Tensor:
+def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> KeysGradients:
     """``tile`` is for tests and benchmarks; None takes the table's."""
+    if call.first.own or call.first.keys.numel() == 0:
+        return with_others(call, _own_keys_gradient(call))
+    return _shared_keys_gradient(call, tile)
+
+
+def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a sum over rows, (N, D), times grad, () or (N,)."""
+    n, d = unit.shape
+    out = torch.empty_like(unit, dtype=dtype)
+    launch(
+        kernels().keys.multiply_rows, (blocks_of(n, 8),),
+        unit, out, grad, grad.stride(0) if grad.dim() else 0, n, D=d, BLOCK_D=padded(d), BLOCK=8,
+    )  # fmt: skip
+    return out
+
+
+def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradients:
     query, (n, d), one = call.query, call.query.shape, call.first
     keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
     dtype = dot_dtype(query.dtype, keys.dtype, call.autocast)
-    weights, prepared = _row_weights(call, call.normalize, query.dtype if one.own else dtype, not one.own)
-    grad = None if call.grad.dim() else call.grad
+    weights, prepared = _row_weights(call, call.normalize, dtype, True)
+    out = torch.empty(keys.shape, dtype=keys.dtype, device=device)
+    plan = _keys_plan(
+        *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
+        *(arguments.arch(query), arguments.parallel(query), arguments.wave),
+    )
+    whole = plan.whole and call.query_gradient is None and call.positive_gradient is None
+    parts = out if whole else torch.empty((plan.splits, *keys.shape), dtype=torch.float32, device=device)
+    launch(
+        kernels().keys.keys_gradient, (plan.blocks, plan.splits),
+        prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
+        None if call.grad.dim() else call.grad, *left_out(pairs), pairs.filled, parts,
+        n, len(keys), *plan.sizes, **plan.constants,
+    )  # fmt: skip
+    of_query = torch.empty((0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)
+    if not whole:
+        others = (call.positive_gradient, call.query_gradient, of_query, call.grad)
+        _merge_splits(parts, keys, out, one.normalize, found.clean, *others)
+    return KeysGradients(out, of_query)
+
+
+def _own_keys_gradient(call: KeysGradient) -> Tensor:
+    query, (n, d), one = call.query, call.query.shape, call.first
+    keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
     out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
     if out.numel() == 0:
         return out
-    if not one.own:
-        plan = _keys_plan(
-            *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
-            *(arguments.arch(query), arguments.parallel(query), arguments.wave),
-        )
-        parts = out
-        if not plan.whole:
-            parts = torch.empty((plan.splits, *keys.shape), dtype=torch.float32, device=device)
-        launch(
-            kernels().keys.keys_gradient, (plan.blocks, plan.splits),
-            prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
-            grad, *left_out(pairs), pairs.filled, parts, n, len(keys), *plan.sizes, **plan.constants,
-        )  # fmt: skip
-        if not plan.whole:
-            _merge_splits(parts, keys, out, one.normalize, found.clean)
-        return out
+    weights, prepared = _row_weights(call, call.normalize, query.dtype, False)
+    grad = None if call.grad.dim() else call.grad
     rows = (prepared, *prepared.stride(), keys, *keys.stride(), weights, grad)
     options = {"D": d, "BLOCK_D": padded(d), "IDS": found.ids, "MASKED": found.masked, "NORMALIZE_KEYS": one.normalize}
     if pairs.picked is None:
@@ -185,10 +212,23 @@ def _largest(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
     return weights[Row.STORED_PULL].abs().amax() if dtype == torch.float16 else None
 
 
-def _merge_splits(parts: Tensor, raw: Tensor, out: Tensor, normalize: bool, clean: bool) -> None:
+def _merge_splits(
+    parts: Tensor,
+    raw: Tensor,
+    out: Tensor,
+    normalize: bool,
+    clean: bool,
+    positive_gradient: Tensor | None = None,
+    query_gradient: Tensor | None = None,
+    of_query: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    n = 0 if query_gradient is None else len(query_gradient)
+    stride = grad.stride(0) if grad is not None and grad.dim() else 0
     launch(
-        kernels().keys.merge_splits, (blocks_of(len(raw), 8),),
-        parts, raw, *raw.stride(), out, len(raw), len(parts), gradient_eps(raw.dtype),
+        kernels().keys.merge_splits, (blocks_of(len(raw), 8) + blocks_of(n, 8),),
+        parts, raw, *raw.stride(), out, positive_gradient, query_gradient, of_query, grad, stride,
+        len(raw), n, len(parts), gradient_eps(raw.dtype),
         D=raw.shape[1], BLOCK_D=padded(raw.shape[1]), BLOCK=8, NORMALIZE=normalize, CLEAN=clean,
         enable_fp_fusion=True,
     )  # fmt: skip

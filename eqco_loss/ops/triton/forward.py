@@ -27,6 +27,7 @@ from .parts import (
     PART_TOTAL,
     UNIT,
     add_product,
+    add_up,
     cut,
     finish,
     finish_logsumexp,
@@ -180,7 +181,7 @@ def attend(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
     keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
     mask, mask_stride_n, mask_stride_k, key_count, temperature_tensor,
-    parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
+    parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
     n, half, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -262,13 +263,16 @@ def attend(
     if PIECES == 2:
         mean_key = mean_key / UNIT
     if FINISH:
-        finish(
+        losses = finish(
             raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            loss, query_gradient, positive_gradient, out_rows, metrics,
+            query_gradient, positive_gradient, out_rows, metrics,
             n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
+        tl.store(loss + rows, losses, mask=rows < n)
     else:
+        if scratch is not None:  # for the count of combine's programs
+            tl.store(scratch, 0.0)
         store_parts(
             parts, outs, first_split + split, splits, rows, n,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, LOSS, METRICS,
@@ -283,7 +287,7 @@ def attend_own(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
     keys, stride_n, stride_k, stride_d, picked, picked_stride_n, picked_stride_c,
     query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, temperature_tensor,
-    parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
+    parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
     n, half, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
@@ -341,13 +345,16 @@ def attend_own(
         if QUERY_GRADIENT:
             mean_key = mean_key * shrink[:, None] + tl.sum(tl.trans(e) * x, 0)[None, :]
     if FINISH:
-        finish(
+        losses = finish(
             raw_q, rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            loss, query_gradient, positive_gradient, out_rows, metrics,
+            query_gradient, positive_gradient, out_rows, metrics,
             n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
+        tl.store(loss + rows, losses, mask=rows < n)
     else:
+        if scratch is not None:  # for the count of combine's programs
+            tl.store(scratch, 0.0)
         store_parts(
             parts, outs, first_split + tl.program_id(1), splits, rows, n,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, LOSS, METRICS,
@@ -376,7 +383,7 @@ def load_outs(outs, split, splits, rows, n, D: tl.constexpr, BLOCK_D: tl.constex
 @triton.jit(do_not_specialize=["n", "half", "splits"])
 def combine(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d, temperature_tensor,
-    parts, outs, loss, query_gradient, positive_gradient, out_rows, metrics,
+    parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
     n, half, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
@@ -418,11 +425,15 @@ def combine(
             out_maxima = load_part(parts, PART_MAXIMUM, start + some, splits, rows, n, MINIMUM)
             mean_key += tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
     if LOSS != "none":
-        finish(
+        losses = finish(
             q, rows, positive, positive_stride_n, positive_stride_d,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            loss, query_gradient, positive_gradient, out_rows, metrics,
+            query_gradient, positive_gradient, out_rows, metrics,
             n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
+        if scratch is None:
+            tl.store(loss + rows, losses, mask=rows < n)
+        else:
+            add_up(losses, rows, n, scratch, loss)
     else:
         finish_logsumexp(rows, maximum, total, mean_key, loss, query_gradient, out_rows, n, t, D, BLOCK_D)

@@ -215,23 +215,51 @@ def keys_gradient(
     store_rows(at, key_row, limit, acc, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["k", "splits"])
+@triton.jit(do_not_specialize=["k", "n", "splits"])
 def merge_splits(
-    parts, rows_in, stride_k, stride_d, out, k, splits, eps,
+    parts, rows_in, stride_k, stride_d, out, positive_gradient, query_gradient, query_out, grad, grad_stride,
+    k, n, splits, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """The splits' shares (splits, k, D) in a fixed order, through the normalisation of the raw rows."""
+    """The splits' shares (splits, k, D) in a fixed order, through the normalisation of the raw rows.
+
+    ``positive_gradient`` (k, D), where it is given, is added times ``grad``. ``query_gradient`` (n, D), where it is
+    given, is multiplied by ``grad`` in programs of its own, after those of the keys.
+    """
+    blocks = tl.cdiv(k, BLOCK)
+    if tl.program_id(0) < blocks:
+        rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        d = tl.arange(0, BLOCK_D)
+        inside = (rows < k)[:, None] & (d < D)[None, :]
+        acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        at = rows.to(tl.int64)[:, None] * D + d[None, :]
+        for split in range(0, splits):
+            acc += tl.load(parts + tl.cast(split, tl.int64) * k * D + at, mask=inside, other=0.0)
+        if NORMALIZE:
+            raw = load_rows(rows_in, rows, stride_k, stride_d, k, D, BLOCK_D, True, True)
+            acc = through_unit(acc, raw, eps, CLEAN)
+        if positive_gradient is not None:
+            acc += multiplied(positive_gradient, rows, k, grad, grad_stride, D, BLOCK_D)
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+    elif query_gradient is not None:
+        rows = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)
+        store_rows(query_out, rows, n, multiplied(query_gradient, rows, n, grad, grad_stride, D, BLOCK_D), D, BLOCK_D)
+
+
+@triton.jit
+def multiplied(unit, rows, n, grad, grad_stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a contiguous (n, D), in float32, times the gradient of the loss, of which a row's stride may be 0."""
+    factor = tl.load(grad + rows.to(tl.int64) * grad_stride, mask=rows < n, other=0.0).to(tl.float32)
+    return load_rows(unit, rows, D, 1, n, D, BLOCK_D, True, True).to(tl.float32) * factor[:, None]
+
+
+@triton.jit(do_not_specialize=["n"])
+def multiply_rows(
+    unit, out, grad, grad_stride, n, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``out`` = ``unit`` times ``grad``, both (n, D)."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    inside = (rows < k)[:, None] & (d < D)[None, :]
-    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    at = rows.to(tl.int64)[:, None] * D + d[None, :]
-    for split in range(0, splits):
-        acc += tl.load(parts + tl.cast(split, tl.int64) * k * D + at, mask=inside, other=0.0)
-    if NORMALIZE:
-        raw = load_rows(rows_in, rows, stride_k, stride_d, k, D, BLOCK_D, True, True)
-        acc = through_unit(acc, raw, eps, CLEAN)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+    store_rows(out, rows, n, multiplied(unit, rows, n, grad, grad_stride, D, BLOCK_D), D, BLOCK_D)
 
 
 # -------------------------------------------------------------------------------------------------- keys of each query

@@ -44,6 +44,7 @@ class _Options(NamedTuple):
     normalize: bool
     query_gradient: bool
     metrics: bool
+    reduced: bool
     warm: float  # the largest of ``WARM`` that no temperature is below
     alpha: bool
     autocast: torch.dtype | None
@@ -83,7 +84,7 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     ``tile`` is for tests and benchmarks; None takes the table's.
     """
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
-    losses, rows = new(n), new(len(Row), n)
+    rows = new(len(Row), n)
     query_gradient = new(n, d, dtype=unit_dtype(call.query.dtype)) if call.need_query_gradient else None
     positive_gradient = new(n, d, dtype=unit_dtype(call.positive.dtype)) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
@@ -92,16 +93,17 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
         normalize=call.normalize,
         query_gradient=call.need_query_gradient,
         metrics=call.need_metrics,
+        reduced=call.reduced,
         warm=_warm(call),
         alpha=call.alpha is not None,
         autocast=call.autocast,
     )
     # Of an integer, Triton would compile a kernel of its own.
     numbers = float(call.inter_temperature or 1.0), float(call.alpha or 1.0), call.ratio
-    outputs = losses, query_gradient, positive_gradient, rows, metrics
-    _attend(call, call.sets, options, tile, half, call.positive, numbers, outputs)
+    outputs = query_gradient, positive_gradient, rows, metrics
+    loss = _attend(call, call.sets, options, tile, half, call.positive, numbers, outputs)
     return RowOutputs(
-        losses.sum() if call.reduced else losses,
+        loss,
         new(0) if query_gradient is None else query_gradient,
         new(0) if positive_gradient is None else positive_gradient,
         new(0),
@@ -112,18 +114,19 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
 
 def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
-    lse, rows, mean_key = new(n), new(len(Row), n), new(n, d) if call.need_query_gradient else None
+    rows, mean_key = new(len(Row), n), new(n, d) if call.need_query_gradient else None
     options = _Options(
         loss="none",
         normalize=False,
         query_gradient=call.need_query_gradient,
         metrics=False,
+        reduced=False,
         warm=0.0,
         alpha=False,
         autocast=call.autocast,
     )
-    outputs = lse, mean_key, None, rows, None
-    _attend(call, [call.first], options, None, 0, call.query, (1.0, 1.0, 1.0), outputs)
+    outputs = mean_key, None, rows, None
+    lse = _attend(call, [call.first], options, None, 0, call.query, (1.0, 1.0, 1.0), outputs)
     return LogSumExpOutputs(lse, new(0) if mean_key is None else mean_key, rows)
 
 
@@ -136,19 +139,24 @@ def _attend(
     positive: Tensor,
     numbers: tuple[float, ...],
     outputs: tuple[Tensor | None, ...],
-) -> None:
+) -> Tensor:
+    """The losses, their sum, or the log-sum-exps."""
     query, (n, d), device, t = call.query, call.query.shape, call.query.device, call.learned_temperature
     plan = _plan(
         *(n, d, query.dtype, options, tile, tuple(map(facts, sets))),
         *(arguments.arch(query), arguments.parallel(query), arguments.wave),
     )
-    parts, outs = None, None
+    parts, outs, scratch = None, None, None
+    added = options.reduced and not plan.finish  # by ``combine``
+    loss = torch.empty(() if added else (n,), dtype=torch.float32, device=device)
+    if added:
+        scratch = torch.empty((1 + blocks_of(n, plan.combine_rows),), dtype=torch.float32, device=device)
     if not plan.finish:
         parts = torch.empty((len(Part), plan.splits, n), dtype=torch.float32, device=device)
         if options.query_gradient:
             outs = torch.empty((plan.splits, n, d), dtype=torch.float32, device=device)
     queries = (query, *query.stride(), positive, *positive.stride())
-    answers = (parts, outs, *outputs)
+    answers = (parts, outs, loss, scratch, *outputs)
     number = float(call.temperature)
     floats = (number, *numbers, gradient_eps(query.dtype), gradient_eps(positive.dtype))
     first_split = 0
@@ -177,6 +185,7 @@ def _attend(
             *queries, t, *answers, n, half, plan.splits, *floats,
             **plan.combine,
         )  # fmt: skip
+    return loss.sum() if options.reduced and not added else loss
 
 
 def _prepare(keys: Tensor, how: _Prepared) -> tuple[Tensor, Tensor | None]:
@@ -274,7 +283,7 @@ def _shared_keys(
         converts = one.dtype != dtype and blocks_of(n, 64) <= _CONVERSIONS
         turned = converts and one.strides[1] != 1
         tile = forward_tile(
-            dtype, padded(d), n, arch, plain=plain, converts=converts, turned=turned, count=count
+            dtype, padded(d), n, arch, plain=plain, converts=converts, turned=turned, by_pair=by_pair, count=count
         )  # fmt: skip
     if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
         tile = tile._replace(stages=1)

@@ -298,11 +298,11 @@ def store_weights(out, rows, n, base, total, pull, inverse, t):
 def finish(
     q, rows, positive, positive_stride_n, positive_stride_d,  # q (R, BLOCK_D) float32, raw
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what was seen of each row
-    loss, query_gradient, positive_gradient, out_rows, metrics,
+    query_gradient, positive_gradient, out_rows, metrics,
     n, half, t, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Losses, unit gradients and statistics of some rows. mean_key is the sum of exponentials times keys."""
+    """Losses (R,) of some rows; stores gradients and statistics. mean_key: the sum of exponentials times keys."""
     p = load_rows(positive, partners(rows, half), positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
     p = p.to(tl.float32)
     q_inverse = tl.full(rows.shape, 1.0, tl.float32)
@@ -322,7 +322,6 @@ def finish(
     row_loss, intra_loss, weight, log_weight = values(
         s * (LOG2E / t) - maximum, total, inter_above, inter_total, shift, LOSS
     )
-    tl.store(loss + rows, row_loss * share, mask=rows < n)
     base, rest = rounded_log_sum(maximum, total)
     factor = weight * share / t
     store_weights(out_rows, rows, n, base, rest, factor / rest, q_inverse, t)
@@ -350,6 +349,25 @@ def finish(
         store_plane(metrics, METRIC_INTRA, rows, n, intra_loss)
         store_plane(metrics, METRIC_RANK, rows, n, rank)
         store_plane(metrics, METRIC_NEGATIVE, rows, n, logit_sum * (t * LN2) / tl.maximum(count, 1.0))
+    return row_loss * share
+
+
+@triton.jit
+def add_up(values, rows, n, scratch, total):
+    """``total`` (): the sum of all programs' values (R,), in a fixed order, by the program that comes last.
+
+    ``scratch`` (1 + programs,) counts at its first place, which must be 0, how many programs have left their sums.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(scratch + 1 + program, tl.sum(tl.where(rows < n, values, 0.0), 0))
+    before = tl.atomic_add(scratch, 1.0, sem="acq_rel", scope="gpu")
+    if before == programs - 1:
+        at = tl.arange(0, 1024)
+        sums = tl.zeros([1024], tl.float32)
+        for start in range(0, programs, 1024):
+            one = start + at
+            sums += tl.load(scratch + 1 + one, mask=one < programs, other=0.0, cache_modifier=".cg")  # not in L1
+        tl.store(total, tl.sum(sums, 0))
 
 
 @triton.jit

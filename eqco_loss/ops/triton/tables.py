@@ -44,13 +44,14 @@ def forward_tile(
     plain: bool,
     converts: bool = False,
     turned: bool = False,
+    by_pair: bool = False,
     count: int = 3,
 ) -> Tile:
     """Of ``attend`` for many keys, which are streamed.
 
     ``plain``: one softmax and its gradient, which leaves registers for more keys. ``converts``: keys of another dtype,
     which the kernel converts; ``turned``: these lie column by column, and turning a tile around takes registers;
-    ``count``: of float32's pieces.
+    ``by_pair``: each pair is compared by ids or a mask; ``count``: of float32's pieces.
     """
     plain = plain and not turned
     rows, major = max(16, power_of_two(n)), arch // 10
@@ -60,17 +61,20 @@ def forward_tile(
     warps = 8 if rows >= 128 else 4  # a warp has 16 whole rows, or on sm_90 four have 64
     if block_d <= 128:
         if major == 9 and not converts:
-            # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69. Two temperatures, metrics and ids by their
-            # loops: 8.8, 12.5 and 17.3 instructions a pair; 128 x 64/8/3 9.9, 13.2 and 18.1.
-            return Tile(min(rows, 64), 128, 4, 3)
+            # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69. Two temperatures and metrics by their loops:
+            # 8.8 and 12.5 instructions a pair; 128 x 64/8/3 9.9 and 13.2. Ids measured, with all other launches of a
+            # forward pass: M2 50.8 us by two stages, 55.9 by three.
+            return Tile(min(rows, 64), 128, 4, 2 if by_pair else 3)
         if major == 9 and plain:
-            return Tile(min(rows, 128), 128, warps, 2)  # measured: M1 of float32 keys 34 us; 64 x 128/4/3 49
+            return Tile(min(rows, 128), 128, warps, 3)  # measured: M1 of float32 keys 44.1 us; by two stages 51.5
         few_registers = turned and (narrow or arch in LITTLE_SHARED_MEMORY)
         resident = 64 if few_registers else min(rows, 128)
         return Tile(min(rows, resident), 32 if narrow else 64, 4 if few_registers else warps, 3)  # by its loop
     if block_d <= 256:
         if narrow:
             return Tile(min(rows, 64), 32, 4 if plain or rows < 64 else 8, 2)  # by its loop
+        if major == 9 and rows >= 128 and not converts:
+            return Tile(128, 64, 8, 3)  # measured: S1 51.8 us; by two stages 55.5, 64 x 64/4/2 53.8
         return Tile(min(rows, 128), 64 if rows >= 128 and (plain or major == 9) else 32, warps, 2)  # by its loop
     return Tile(min(rows, 32), 32, 8, 1) if arch in LITTLE_SHARED_MEMORY else Tile(min(rows, 64), 32, 8, 2)  # its loop
 
@@ -109,7 +113,7 @@ def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int, count: int = 
             return Tile(min(keys, 64), 128, 4, 2)  # measured: S1 35 us; 64 x 64/4/3 39
         return Tile(min(keys, 64), 64, 4, 3)  # by its loop
     if block_d <= 256 and arch // 10 == 9:
-        return Tile(min(keys, 128), 64, 8 if keys >= 128 else 4, 2)  # by its loop: 10.4 a pair; 64 x 32/4/2 15.6
+        return Tile(min(keys, 128), 64, 8 if keys >= 128 else 4, 3)  # measured: S1 51.8 us; by two stages 53.8
     return Tile(min(keys, 64), 32, 4, 2) if block_d <= 256 else Tile(min(keys, 32), 32, 8, 2)  # by their loops
 
 

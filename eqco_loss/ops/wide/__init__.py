@@ -22,6 +22,7 @@ from ..calls import (
     LOG2E,
     TIE,
     KeysGradient,
+    KeysGradients,
     LogSumExp,
     LogSumExpOutputs,
     Metric,
@@ -38,6 +39,8 @@ from ..calls import (
     rounded_log_sum,
     temperature_of,
 )
+from ..scaled import times as times
+from ..scaled import with_others
 from . import pointwise
 from .chunks import (
     Passes,
@@ -133,7 +136,7 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
 
 
 @plainly
-def keys_gradient(call: KeysGradient) -> Tensor:
+def keys_gradient(call: KeysGradient) -> KeysGradients:
     """Chunk of keys by chunk of keys, each with all rows, so that nothing but a chunk is summed in float32."""
     like, one = arithmetic(call.query), call.first
     products = product_dtype(call.autocast, call.query, one.keys)
@@ -143,7 +146,7 @@ def keys_gradient(call: KeysGradient) -> Tensor:
     factor, base = pull * query.scale, call.rows[Row.BASE]
     out, workspace = torch.empty_like(one.keys, memory_format=torch.contiguous_format), Workspace(like, products)
     if out.numel() == 0:
-        return out
+        return with_others(call, out)
     if one.keys.dim() == 3:
         for some in slices(len(one.keys), own_rows(one.keys)):
             keys = prepare(one.keys[some].flatten(0, 1), one.normalize, products, like, may_hold_anything(one))
@@ -154,7 +157,7 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             of_raw = out[some].flatten(0, 1)
             of_keys = None if largest is None else largest.repeat(len(of_raw))
             pointwise.through_unit(keys.raw, gradient.flatten(0, 1), of_keys, None, None, of_raw)
-        return out
+        return with_others(call, out)
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
     if call.normalize:
         width, step = steps(len(one.keys), len(call.query), like, products)
@@ -170,7 +173,7 @@ def keys_gradient(call: KeysGradient) -> Tensor:
             product(weights.T, query.multiplied[some], gradient, add=some.start > 0)
         of_keys = None if largest is None else largest.repeat(len(gradient))
         pointwise.through_unit(part.raw, gradient, of_keys, None, None, out[columns])
-    return out
+    return with_others(call, out)
 
 
 def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:

@@ -55,7 +55,8 @@ def multiplied(
     x = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
     for step in range(0, steps):
         feature = step * BLOCK_D + tl.arange(0, BLOCK_D)
-        a, b = tl.load(at_rows + feature[None, :]), tl.load(at_keys + feature[None, :])
+        a = tl.load(at_rows + feature[None, :], cache_modifier=".ca")
+        b = tl.load(at_keys + feature[None, :])
         x = tl.dot(a, tl.trans(b), acc=x)
     left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, BLOCK_KEYS // 2)), (0, 2, 1)))
     return left, right

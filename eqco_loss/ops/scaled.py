@@ -1,0 +1,24 @@
+"""Gradients times the gradient of the loss, as torch multiplies them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .calls import KeysGradient, KeysGradients
+
+
+def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a sum over rows, (N, D), times grad, () or (N,), rounded to ``dtype`` by the same kernel."""
+    factor = grad if grad.dim() == 0 else grad[:, None]
+    return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
+
+
+def with_others(call: KeysGradient, keys: Tensor) -> KeysGradients:
+    """The keys' gradient beside what else a call wants multiplied."""
+    if call.positive_gradient is not None:
+        added = times(call.positive_gradient, call.grad, call.positive_gradient.dtype)
+        keys = torch.add(keys, added, out=torch.empty_like(keys))
+    if call.query_gradient is None:
+        return KeysGradients(keys, call.rows.new_empty(0))
+    return KeysGradients(keys, times(call.query_gradient, call.grad, call.query.dtype))
