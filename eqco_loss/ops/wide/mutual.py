@@ -83,14 +83,15 @@ ROWS = Rows(1024, 4)
 def symmetric_losses(call, products):
     views, n = call.views, len(call.views)
     rows = torch.empty((len(Row), n), dtype=torch.float32, device=views.device)
-    x, scale = _prepared(views, products, rows, True)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh = call.learned_temperature is not None
     tile = STATISTICS if call.across else SQUARE
     plan = _statistics_plan(
-        n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(views)
+        n, _width(views), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(views)
     )
-    parts = torch.empty(plan.parts, dtype=torch.float32, device=views.device)
+    shapes = (), plan.scratch, plan.parts
+    loss, scratch, parts = (torch.empty(shape, dtype=torch.float32, device=views.device) for shape in shapes)
+    x, scale = _prepared(views, products, rows, scratch)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
     if len(plan.chunks) > 1:
@@ -109,21 +110,20 @@ def symmetric_losses(call, products):
                 count = of_rows.shape[1]
                 grid = (triton.cdiv(count, plan.fold["BLOCK_ROWS"]),)
                 launch(fold_kernel, grid, part, tiles, count, of_rows, stride, *temperatures, **plan.fold)
-    losses = torch.empty(plan.finish_grid, dtype=torch.float32, device=views.device)
     one = plan.chunks[0]
     launch(
         finish_views_kernel, plan.finish_grid,
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
-        plan.known, float(call.alpha or 1.0), call.ratio, losses, rows, n, **plan.finish,
+        plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(losses.sum(), rows)
+    return SymmetricOutputs(loss, rows)
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
     views, (n, d), rows = call.views, call.views.shape, call.rows
     half, device = n // 2, call.views.device
-    x, scale = _prepared(views, products, rows, False)
+    x, scale = _prepared(views, products, rows, None)
     multiplied = x if x.shape[1] == d else x[:, :d]
     largest, factor = None, call.grad
     if products == torch.float16:  # which holds no weight above 65504 and loses small ones
@@ -168,11 +168,16 @@ def symmetric_gradient(call, products):
 # ---------------------------------------------------------------------------------------------------------- small steps
 
 
-def _prepared(views, products, rows, measure):
-    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; ``measure``: to two of ``rows``."""
+def _width(views):
+    """D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill."""
+    d = views.shape[1]
+    return d + -d % max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
+
+
+def _prepared(views, products, rows, scratch):
+    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; and, if ``scratch``, ``rows``."""
     n, d = views.shape
-    step = max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
-    plan = _rows_plan(n // 2, d, views.dtype, products, views.stride(1) == 1, step, ROWS)
+    plan = _rows_plan(n // 2, d, _width(views), views.dtype, products, views.stride(1) == 1, ROWS)
     out, scale, written = None, None, None
     if not plan.as_they_lie:
         out = torch.empty((n, plan.width), dtype=products, device=views.device)
@@ -180,12 +185,12 @@ def _prepared(views, products, rows, measure):
         scale = written = torch.empty(n, dtype=torch.float32, device=views.device)
     elif plan.form == _COPY:
         scale = rows[Row.INVERSE]
-    if out is not None or measure:
+    if out is not None or scratch is not None:
         here, there = views[: n // 2], views[n // 2 :]
         launch(
             prepare_kernel, plan.prepare_grid,
-            here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, n // 2,
-            MEASURE=measure, **plan.prepare,
+            here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, scratch, n // 2,
+            MEASURE=scratch is not None, **plan.prepare,
         )  # fmt: skip
     return (views if out is None else out), scale
 
@@ -195,7 +200,7 @@ def _through(views, products, of_here, of_there, out, given, some):
     (n, d), (rows, scale, grad, largest) = views.shape, given
     half = n // 2
     here, there = views[:half], views[half:]
-    plan = _rows_plan(some.stop - some.start, d, views.dtype, products, views.stride(1) == 1, 1, ROWS)
+    plan = _rows_plan(some.stop - some.start, d, d, views.dtype, products, views.stride(1) == 1, ROWS)
     launch(
         through_views_kernel, plan.through_grid,
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
@@ -225,7 +230,7 @@ def _form(temperature, inter_temperature, learned):
 
 
 class _RowsPlan(NamedTuple):
-    width: int  # D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill
+    width: int  # of what is multiplied
     form: int  # of ``prepare_kernel``
     as_they_lie: bool  # whether rows are multiplied without a copy
     least: float  # 1 / the least length that a gradient is divided by
@@ -236,8 +241,7 @@ class _RowsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows_plan(count, d, dtype, products, features_together, step, how):
-    width = d + -d % step
+def _rows_plan(count, d, width, dtype, products, features_together, how):
     form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
     prepare, through = how.constants(width), how.constants(d)
     return _RowsPlan(
@@ -274,6 +278,7 @@ class _StatisticsPlan(NamedTuple):
     statistics: dict
     fold: dict
     finish_grid: tuple[int, ...]
+    scratch: int  # numbers
     finish: dict
 
 
@@ -294,7 +299,8 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         places = start, stop, key, n, apart
         grid = tile.grid(tiles_of_rows * tiles_of_keys, multiprocessors)
         found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
-    block_rows = 32
+    block_rows, sides = 32, 2 if across else 1
+    blocks = triton.cdiv(anchors, block_rows)
     common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
     statistics = {"TRIANGLE": not across, "FORM": form, "WEIGH": weigh, "DUAL": dual}
     return _StatisticsPlan(
@@ -305,7 +311,8 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         known=max(1.0, (n // 2 - 1) * (1.0 if across else 2.0)),
         statistics=statistics | tile.constants,
         fold=common | {"DUAL": dual},
-        finish_grid=(triton.cdiv(anchors, block_rows), 2 if across else 1),
+        finish_grid=(blocks, sides),
+        scratch=1 + blocks * sides,
         finish=common | {"ALPHA": alpha, "LOSS": loss},
     )
 
