@@ -45,6 +45,7 @@ class Tile(NamedTuple):
     stages: int
     group: int  # rows of tiles that programs which run at the same time share
     programs: int = 0  # for each multiprocessor, which visit tile after tile; 0: a program for each tile
+    pieces: int = 2  # of keys, which what comes after the products takes one after the other
 
     @property
     def constants(self):
@@ -53,6 +54,7 @@ class Tile(NamedTuple):
             "BLOCK_KEYS": self.keys,
             "BLOCK_D": self.features,
             "GROUP": self.group,
+            "PIECES": self.pieces,
             "PERSISTENT": self.programs > 0,
             "num_warps": self.warps,
             "num_stages": self.stages,
