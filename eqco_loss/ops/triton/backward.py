@@ -240,7 +240,7 @@ def _merge_splits(
 def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> SymmetricOutputs:
     """Both directions' losses; their gradients are ``symmetric_gradient``'s."""
 
-    m = len(call.views) // 2
+    m, views = len(call.first), call.views
 
     def outputs(query: Tensor, positive: Tensor, keys: Tensor, half: int = 0) -> RowOutputs:
         one = KeySet(keys, Pairs(band=[0, m - 1, m]), normalize=True)
@@ -270,11 +270,11 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
         )
 
     if not call.across:
-        out = outputs(call.views, call.views, call.views, m)
-        return SymmetricOutputs(out.loss, out.rows)
-    first, second = call.views.chunk(2)
-    there, back = outputs(first, second, second), outputs(second, first, first)
-    return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1))
+        out = outputs(views, views, views, m)
+        return SymmetricOutputs(out.loss, out.rows, views)
+    there = outputs(call.first, call.second, call.second)
+    back = outputs(call.second, call.first, call.first)
+    return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1), views)
 
 
 def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:

@@ -70,6 +70,11 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     return None
 
 
+def keeps_views(call: SymmetricLosses) -> bool:
+    """Whether the gradient of both directions takes both views in one tensor."""
+    return True
+
+
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of gradients before backward multiplies them by the loss's."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -191,12 +196,13 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    like, n, products = arithmetic(call.views), len(call.views), product_dtype(call.autocast, call.views)
+    both = call.views
+    like, n, products = arithmetic(both), len(both), product_dtype(call.autocast, both)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_losses(call, products)  # type: ignore[no-any-return]
     t = temperature_of(call)
-    views, half = prepare(call.views, True, products, like), n // 2
+    views, half = prepare(both, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
@@ -210,7 +216,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
     s[half:] = s[:half]
     losses, rows, _ = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
-    return SymmetricOutputs(losses.sum(), rows)
+    return SymmetricOutputs(losses.sum(), rows, both)
 
 
 @plainly

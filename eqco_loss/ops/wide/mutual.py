@@ -73,7 +73,8 @@ ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
-    views, n = call.views, len(call.views)
+    views = call.views
+    n = len(views)
     rows = torch.empty((len(Row), n), dtype=torch.float32, device=views.device)
     x, scale = _prepared(views, products, rows, True)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
@@ -106,7 +107,7 @@ def symmetric_losses(call, products):
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, losses, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(losses.sum(), rows)
+    return SymmetricOutputs(losses.sum(), rows, views)
 
 
 def symmetric_gradient(call, products):
