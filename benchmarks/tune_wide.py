@@ -18,7 +18,8 @@ from torch import Tensor
 from . import records
 
 SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4), (64, 128, 4))  # rows, keys, warps
-FEATURES, STAGES, GROUPS = (32, 64, 128), (2, 3, 4, 5), (16,)
+FEATURES, STAGES, GROUPS = (64, 128), (2, 3, 4, 5), (16,)
+PROGRAMS = (0, 1, 2)  # for each multiprocessor, that visit tile after tile; 0: a program for each tile
 SHARED = (64 * 2**10, 227 * 2**10)  # bytes that the stages of a loop may take: less hides no latency
 ELEMENTS, WARPS = (512, 1024, 2048, 4096), (2, 4, 8)
 PASSES = ("wide statistics", "wide weights", "wide rows")
@@ -33,6 +34,7 @@ class Candidate(NamedTuple):
     warps: int
     stages: int
     group: int
+    programs: int
 
 
 class Rows(NamedTuple):
@@ -54,9 +56,11 @@ def candidates(name: str, groups: tuple[int, ...] = GROUPS) -> list[Candidate | 
     if name == "wide rows":
         return [None, *map(Rows, *zip(*product(ELEMENTS, WARPS), strict=True))]
     found: list[Candidate | Rows | None] = [None]
-    for (rows, keys, warps), features, stages, group in product(SHAPES, FEATURES, STAGES, groups):
-        if SHARED[0] <= (rows + keys) * features * 2 * stages <= SHARED[1]:
-            found.append(Candidate(rows, keys, features, warps, stages, group))
+    for (rows, keys, warps), features, stages, programs, group in product(SHAPES, FEATURES, STAGES, PROGRAMS, groups):
+        shared = (rows + keys) * features * 2 * stages
+        resident = programs == 0 or (features == 64 and shared * programs <= SHARED[1] and warps * programs == 8)
+        if SHARED[0] <= shared <= SHARED[1] and resident:
+            found.append(Candidate(rows, keys, features, warps, stages, group, programs))
     return found
 
 

@@ -235,6 +235,8 @@ def test_chunks_of_statistics(
         monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))
         monkeypatch.setattr(mutual, "SQUARE", mutual.Tile(32, 32, 32, 4, 2, 2))
     several = ours_both(call, grad)
+    for name in ("STATISTICS", "WEIGHTS"):  # programs that visit several tiles
+        monkeypatch.setattr(mutual, name, getattr(mutual, name)._replace(programs=1))
     monkeypatch.setattr(mutual, "PARTS", 1)
     every = ours_both(call, grad)
     monkeypatch.setattr(chunks, "steps", STEPS)

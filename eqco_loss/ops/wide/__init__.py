@@ -72,7 +72,9 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
 
 def keeps_views(call: SymmetricLosses) -> bool:
     """Whether the gradient of both directions takes both views in one tensor."""
-    return True
+    products = product_dtype(call.autocast, call.first)
+    mutual = pointwise.mutual(products, arithmetic(call.first))
+    return mutual is None or mutual.keeps_views(call, products)
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -95,26 +97,28 @@ def row_losses(call: RowLosses) -> RowOutputs:
     query = prepare(call.query, call.normalize, products, like)
     positive = prepare(call.positive, call.normalize, call.positive.dtype, like)
     passes, scale = Passes(query, call.sets, LOG2E / t, products, like), LOG2E / t
-    state, known, learned = new_state(n, like), passes.known, call.learned_temperature is not None
+    known, learned = passes.known, call.learned_temperature is not None
+    state = pointwise.first_state(n, like) if passes.sets else new_state(n, like)
     query_gradient = like.new_empty((n, d) if call.need_query_gradient else (0,))
     positive_gradient = like.new_empty((n, d) if call.need_positive_gradient else (0,))
     s = like.new_empty(n)
-    pointwise.dots(query.raw.rows, positive.raw.rows, query.raw.inverse * positive.raw.inverse, s)
-    positive_logit = s * scale
-    threshold = positive_logit - TIE * positive_logit.abs()
-    seek = Seek(_to_inter(call, like), threshold if call.need_metrics else None, known is None, learned)
+    pointwise.dots(query.raw, positive.raw, s)
+    threshold = None
+    if call.need_metrics:
+        positive_logit = s * scale
+        threshold = positive_logit - TIE * positive_logit.abs()
+    seek = Seek(_to_inter(call, like), threshold, not known, learned)
     for some in passes.rows:
         passes.attend(some, state[:, some], seek.part(some), query_gradient[some] if call.need_query_gradient else None)
     if not known:
         state[Plane.MAXIMUM] = _checked(state, call.may_raise)
     metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
-    losses, rows, factor = pointwise.finish(call, s, state, known, metrics if call.need_metrics else None)
+    done = pointwise.finish(call, s, state, known, metrics if call.need_metrics else None)
+    losses, rows = done.losses, done.rows
     if call.need_query_gradient:
-        toward = positive.raw.rows, factor * positive.raw.inverse
-        pointwise.through_unit(query.raw, query_gradient, factor, *toward, query_gradient)
+        pointwise.through_unit(query.raw, query_gradient, done.of_sums, positive.raw, done.factor, query_gradient)
     if call.need_positive_gradient:
-        toward = query.raw.rows, factor * query.raw.inverse
-        pointwise.through_unit(positive.raw, None, None, *toward, positive_gradient)
+        pointwise.through_unit(positive.raw, None, None, query.raw, done.factor, positive_gradient)
     loss = losses.sum() if call.reduced else losses
     return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
 
@@ -125,10 +129,13 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     products = product_dtype(call.autocast, call.query, call.first.keys)
     passes = Passes(prepare(call.query, False, products, like), [call.first], LOG2E / t, products, like)
     mean_key = like.new_empty(call.query.shape if call.need_query_gradient else (0,))
-    rows, state = like.new_zeros((len(Row), len(call.query))), new_state(len(call.query), like)
+    rows, n = like.new_zeros((len(Row), len(call.query))), len(call.query)
+    state = pointwise.first_state(n, like) if passes.sets else new_state(n, like)
     for some in passes.rows:
         out = mean_key[some] if call.need_query_gradient else None
-        passes.attend(some, state[:, some], Seek(negatives=passes.known is None), out)
+        passes.attend(some, state[:, some], Seek(negatives=not passes.known), out)
+        if out is not None and passes.sets:
+            out /= state[Plane.TOTAL, some, None]
     maximum = state[Plane.MAXIMUM] if passes.known else _checked(state, True)
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
     rows[Row.PULL] = 1 / (t * rows[Row.TOTAL])
@@ -155,7 +162,8 @@ def keys_gradient(call: KeysGradient) -> KeysGradients:
             pointwise.weights(tile, base[some], factor[some], weights)
             gradient = weights[:, :, None] * query.multiplied[some, None].to(like.dtype)
             of_raw = out[some].flatten(0, 1)
-            pointwise.through_unit(keys.raw, gradient.flatten(0, 1), largest.repeat(len(of_raw)), None, None, of_raw)
+            of_keys = None if largest is None else largest.repeat(len(of_raw))
+            pointwise.through_unit(keys.raw, gradient.flatten(0, 1), of_keys, None, None, of_raw)
         return with_others(call, out)
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
     if call.normalize:
@@ -164,13 +172,14 @@ def keys_gradient(call: KeysGradient) -> KeysGradients:
         step, width = steps(len(call.query), len(one.keys), like, products, True)
     for columns in slices(len(one.keys), width):
         part = keys.part(columns)
-        gradient = like.new_zeros(part.multiplied.shape)
+        gradient = (like.new_empty if len(call.query) else like.new_zeros)(part.multiplied.shape)
         for some in slices(len(call.query), step):
             tile = workspace.tile(query.part(some), part, logit_scale[some], one.pairs, some, columns)
             weights = workspace.weights(tile.x)
             pointwise.weights(tile, base[some], factor[some], weights)
-            product(weights.T, query.multiplied[some], gradient, add=True)
-        pointwise.through_unit(part.raw, gradient, largest.repeat(len(gradient)), None, None, out[columns])
+            product(weights.T, query.multiplied[some], gradient, add=some.start > 0)
+        of_keys = None if largest is None else largest.repeat(len(gradient))
+        pointwise.through_unit(part.raw, gradient, of_keys, None, None, out[columns])
     return with_others(call, out)
 
 
@@ -196,12 +205,12 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    both = call.views
-    like, n, products = arithmetic(both), len(both), product_dtype(call.autocast, both)
+    like, products = arithmetic(call.first), product_dtype(call.autocast, call.first)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_losses(call, products)  # type: ignore[no-any-return]
-    t = temperature_of(call)
+    t, both = temperature_of(call), call.views
+    n = len(both)
     views, half = prepare(both, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
@@ -212,11 +221,10 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
             tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
             first = own(some, columns)
             pointwise.fold_both(tile, first, state[:, some], state[:, columns.start + first : columns.stop], seek)
-    here, there = views.raw.rows.tensor_split(2)
-    pointwise.dots(here, there, views.raw.inverse[:half] * views.raw.inverse[half:], s[:half])
+    pointwise.dots(views.raw.part(slice(0, half)), views.raw.part(slice(half, n)), s[:half])
     s[half:] = s[:half]
-    losses, rows, _ = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
-    return SymmetricOutputs(losses.sum(), rows, both)
+    done = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
+    return SymmetricOutputs(done.losses.sum(), done.rows, both)
 
 
 @plainly
@@ -226,11 +234,11 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
     ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``. Every tile's weights serve its rows, and turned its keys.
     """
-    like, (n, d), products = arithmetic(call.views), call.views.shape, product_dtype(call.autocast, call.views)
+    like, products = arithmetic(call.first), product_dtype(call.autocast, call.first)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_gradient(call, products)  # type: ignore[no-any-return]
-    t = temperature_of(call)
+    t, (n, d) = temperature_of(call), call.views.shape
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
@@ -246,9 +254,9 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
         """From ``scale * sum_j (...) z_j`` of some rows to ``out``."""
         shift = half if some.start < half else -half
         partner = slice(some.start + shift, some.stop + shift)
-        weight = (a[some] + a[partner]) * views.raw.inverse[partner]
-        rest = views.raw.rows[partner], weight, out[some]
-        pointwise.through_unit(views.part(some).raw, gradient, largest / views.scale[some], *rest)
+        rest = views.raw.part(partner), a[some] + a[partner], out[some]
+        factor = (1.0 if largest is None else largest) / views.scale[some]
+        pointwise.through_unit(views.raw.part(some), gradient, factor, *rest)
 
     for some, several in _mutual(n, call.across, products, like):
         gradient = like.new_empty((some.stop - some.start, d)) if call.across else sums[some]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
 from . import pointwise
-from .pointwise import Plane, Raw, Seek, Tile
+from .pointwise import Raw, Seek, Tile
 
 WORKSPACE = 2**25  # bytes that the similarities and weights of a chunk may take: they stay in the L2 of an H100
 ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
@@ -40,25 +40,23 @@ class Passes:
         self.widths = [width for _, width in sizes]
         self.rows = slices(n, min([n, *(step for step, _ in sizes), *(own_rows(one.keys) for one in self.sets)]))
 
-    def attend(self, some: slice, state: Tensor, seek: Seek, mean_key: Tensor | None) -> None:
-        """All negatives of some queries into their state, and into ``mean_key`` (R, D) sum_j softmax_ij n_j."""
+    def attend(self, some: slice, state: Tensor, seek: Seek, sums: Tensor | None) -> None:
+        """All negatives of some queries into their state; to ``sums`` (R, D) of sum_j 2 ** (x_ij - MAXIMUM_i) n_j."""
         query, first = self.query.part(some), True
         for one, prepared, width in zip(self.sets, self.keys, self.widths, strict=True):
             k = one.keys.shape[-2]
             for columns in slices(k, k if prepared is None else width):
                 keys = prepared.part(columns) if prepared else self._prepared(one, one.keys[some].flatten(0, 1))
                 tile = self.workspace.tile(query, keys, self.logit_scale[some], one.pairs, some, columns)
-                weights = None if mean_key is None else self.workspace.weights(tile.x)
-                shrink = pointwise.fold(tile, state, seek, weights)
-                if mean_key is not None and weights is not None:
+                weights = None if sums is None else self.workspace.weights(tile.x)
+                shrink = pointwise.fold(tile, state, seek, weights, first)
+                if sums is not None and weights is not None:
                     if not first:
-                        mean_key *= shrink[:, None]
-                    _weighted_sum(weights, keys.multiplied, mean_key, add=not first)
+                        sums *= shrink[:, None]
+                    _weighted_sum(weights, keys.multiplied, sums, add=not first)
                 first = False
-        if mean_key is not None and first:
-            mean_key.zero_()
-        elif mean_key is not None:
-            mean_key /= state[Plane.TOTAL, :, None]
+        if sums is not None and first:
+            sums.zero_()
 
     def _prepared(self, one: KeySet, keys: Tensor) -> Rows:
         return prepare(keys, one.normalize, self.products, self.like, may_hold_anything(one))
@@ -165,15 +163,15 @@ def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, cle
     """``clean``: a row that is not finite becomes zeros, because 0 * NaN is NaN, and its scale tells who meets it."""
     if like.dtype == torch.float32 and x.dtype == torch.float64:
         x = x.to(like.dtype)
-    scale, finite = like.new_ones(len(x)), None
-    inverse = gradient_inverse = scale
+    finite = None
     if clean:
         lowest, highest = x.aminmax(dim=1)
         finite = lowest.isfinite() & highest.isfinite()
         x = torch.where(finite[:, None], x, 0.0)
     measured = pointwise.measured(x, products, like) if normalize else None
     if not normalize:
-        multiplied = x.to(products)
+        multiplied, scale = x.to(products), like.new_ones(len(x))
+        inverse = gradient_inverse = scale
     elif measured is not None:
         multiplied, inverse, gradient_inverse, scale = measured
     else:
@@ -181,6 +179,7 @@ def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, cle
         inverse, gradient_inverse = 1 / norm.clamp_min(NORM_EPS), 1 / norm.clamp_min(gradient_eps(x.dtype))
         if products != x.dtype:
             multiplied = torch.mul(x, inverse[:, None], out=torch.empty_like(x, dtype=products))
+            scale = torch.ones_like(inverse)
         elif products != torch.float16:
             multiplied, scale = x, inverse
         else:  # the weights hold the scale, which float16 can if it is about 1: a power of two costs no accuracy
@@ -207,10 +206,10 @@ def product_dtype(autocast: torch.dtype | None, query: Tensor, *keys: Tensor) ->
     return torch.float32 if widest == torch.float64 else widest
 
 
-def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows' weights that float16 can hold, and what they must be multiplied by, ()."""
+def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Rows' weights that float16 can hold, and what they must be multiplied by, (); None where any dtype does."""
     if products != torch.float16:
-        return pull, pull.new_ones(())
+        return pull, None
     largest = pull.abs().amax()
     largest = torch.where(largest > 0, largest, 1.0)
     return pull / largest, largest

@@ -14,10 +14,13 @@ from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import Metric, Row
 from ..gap_kernels import something, values
+from .pointwise import MINIMUM as _MINIMUM
 from .pointwise import Plane
 
 LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
+MINIMUM = tl.constexpr(_MINIMUM)
 ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
+ROW_BOUNDED_PULL = tl.constexpr(int(Row.BOUNDED_PULL))
 ROW_POSITIVE, ROW_TEMPERATURE = tl.constexpr(int(Row.POSITIVE)), tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
 METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
 METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
@@ -74,17 +77,19 @@ def fold_kernel(
     query_ids, key_ids, ids_stride_r, ids_stride_c, mask, mask_stride_r, mask_stride_c, count,
     state, state_stride, weights, weights_stride, shrink, ratio, threshold,
     n, k, first_key, ahead, width, modulus,
-    WRAP: tl.constexpr, OWN: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
+    FIRST: tl.constexpr, WRAP: tl.constexpr, OWN: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
     TWICE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a tile into their states.
 
-    Weights need the whole row's maximum. Where a row has several blocks, one visit of them all finds it first (TWICE);
-    else the one visit follows the maximum.
+    FIRST: there is nothing in these yet. Weights need the whole row's maximum. Where a row has several blocks, one
+    visit of them all finds it first (TWICE); else the one visit follows the maximum.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < n
-    old = tl.load(state + MAXIMUM * state_stride + rows, mask=in_rows, other=0.0)
+    old = tl.full((BLOCK_ROWS,), MINIMUM, tl.float32)
+    if not FIRST:
+        old = tl.load(state + MAXIMUM * state_stride + rows, mask=in_rows, other=0.0)
     new = old
     if TWICE:
         highest = tl.full((BLOCK_ROWS, BLOCK_KEYS), float("-inf"), tl.float32)
@@ -141,23 +146,33 @@ def fold_kernel(
     tl.store(state + MAXIMUM * state_stride + rows, new, mask=in_rows)
     if WEIGH:  # before TOTAL, of which it reads the old one
         at = state + WEIGHTED * state_stride + rows
-        before = tl.load(at, mask=in_rows, other=0.0)
-        before += (old - new) * tl.load(state + TOTAL * state_stride + rows, mask=in_rows, other=0.0)
+        before = smaller * 0.0
+        if not FIRST:
+            before = tl.load(at, mask=in_rows, other=0.0)
+            before += (old - new) * tl.load(state + TOTAL * state_stride + rows, mask=in_rows, other=0.0)
         tl.store(at, before * smaller + tl.sum(weighted, 1), mask=in_rows)
-    add(state + TOTAL * state_stride + rows, smaller, tl.sum(total, 1), in_rows)
+    add(state + TOTAL * state_stride + rows, smaller, tl.sum(total, 1), in_rows, FIRST)
     if ratio is not None:
-        add(state + INTER_TOTAL * state_stride + rows, tl.exp2((old - new) * to_inter), tl.sum(inter_total, 1), in_rows)
+        add(
+            state + INTER_TOTAL * state_stride + rows,
+            tl.exp2((old - new) * to_inter),
+            tl.sum(inter_total, 1),
+            in_rows,
+            FIRST,
+        )
     if COUNT_PAIRS:
-        add(state + COUNT * state_stride + rows, 1.0, tl.sum(kept, 1), in_rows)
+        add(state + COUNT * state_stride + rows, 1.0, tl.sum(kept, 1), in_rows, FIRST)
     if threshold is not None:
-        add(state + RANK * state_stride + rows, 1.0, tl.sum(rank, 1), in_rows)
-        add(state + LOGIT_SUM * state_stride + rows, 1.0, tl.sum(logit_sum, 1), in_rows)
+        add(state + RANK * state_stride + rows, 1.0, tl.sum(rank, 1), in_rows, FIRST)
+        add(state + LOGIT_SUM * state_stride + rows, 1.0, tl.sum(logit_sum, 1), in_rows, FIRST)
 
 
 @triton.jit
-def add(at, factor, value, inside):
-    """What lies at ``at``, times factor, plus value."""
-    tl.store(at, tl.load(at, mask=inside, other=0.0) * factor + value, mask=inside)
+def add(at, factor, value, inside, FIRST: tl.constexpr):
+    """What lies at ``at``, times factor, plus value; FIRST: the value alone."""
+    if not FIRST:
+        value += tl.load(at, mask=inside, other=0.0) * factor
+    tl.store(at, value, mask=inside)
 
 
 @triton.jit
@@ -196,9 +211,12 @@ def load_plane(state, stride, plane: tl.constexpr, rows, inside, other):
 @triton.jit
 def finished(
     rows, inside, s, maximum, total, inter_total, weighted, count, t, inter_t, alpha, share, out, n,
-    ALPHA: tl.constexpr, LOSS: tl.constexpr, LEARNED: tl.constexpr,
+    ALPHA: tl.constexpr, LOSS: tl.constexpr, LEARNED: tl.constexpr, BOUNDED_TOO: tl.constexpr,
 ):  # fmt: skip
-    """From some rows' statistics to their losses, and to ``out``, (len(Row), n), what backward needs of them."""
+    """From some rows' statistics to their losses, and to ``out``, (len(Row), n), what backward needs of them.
+
+    BOUNDED_TOO: also PULL for powers of two that are less the largest possible logit instead of BASE.
+    """
     shift = tl.zeros(s.shape, tl.float32)
     if ALPHA:
         shift = tl.log(alpha / tl.maximum(count, 1.0))  # of no negatives the maximum is NaN
@@ -210,6 +228,9 @@ def finished(
     tl.store(out + ROW_BASE * n + rows, base, mask=inside)
     tl.store(out + ROW_TOTAL * n + rows, rest, mask=inside)
     tl.store(out + ROW_PULL * n + rows, pull / rest, mask=inside)
+    if BOUNDED_TOO:
+        below = tl.minimum(-(base - LOG2E / t), 120.0)  # more only where no such power of two is taken
+        tl.store(out + ROW_BOUNDED_PULL * n + rows, pull / rest * tl.exp2(below), mask=inside)
     of_temperature = tl.zeros(s.shape, tl.float32)
     if LEARNED:
         of_temperature = pull * (above - weighted / total) * LN2
@@ -230,7 +251,7 @@ def read_temperature(temperature, temperature_tensor):
 @triton.jit
 def finish_kernel(
     similarity, state, state_stride, temperature, temperature_tensor, inter_t, known, alpha, share,
-    losses, factor, out, metrics, n,
+    losses, factor, of_sums, out, metrics, n,
     ALPHA: tl.constexpr, LOSS: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the positives' similarities and the states to losses, ``Row`` and ``Metric``."""
@@ -250,10 +271,11 @@ def finish_kernel(
         weighted = load_plane(state, state_stride, WEIGHTED, rows, inside, 0.0)
     loss, pull, intra_loss, weight, log_weight = finished(
         rows, inside, s, maximum, total, inter_total, weighted, count, t, inter_t, alpha, share, out, n,
-        ALPHA, LOSS, temperature_tensor is not None,
+        ALPHA, LOSS, temperature_tensor is not None, False,
     )  # fmt: skip
     tl.store(losses + rows, loss, mask=inside)
     tl.store(factor + rows, pull, mask=inside)
+    tl.store(of_sums + rows, pull / total, mask=inside)
     tl.store(out + ROW_POSITIVE * n + rows, s, mask=inside)
     if metrics is not None:
         tl.store(metrics + METRIC_WEIGHT * n + rows, weight, mask=inside)
@@ -304,7 +326,8 @@ def measure_kernel(
 
 @triton.jit
 def dots_kernel(
-    a, a_stride_r, a_stride_d, b, b_stride_r, b_stride_d, factor, out, d, BLOCK_D: tl.constexpr,
+    a, a_stride_r, a_stride_d, b, b_stride_r, b_stride_d, a_inverse, b_inverse, out, d,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -313,27 +336,29 @@ def dots_kernel(
         left = tl.load(a + row * a_stride_r + at.to(tl.int64) * a_stride_d, mask=at < d, other=0.0).to(tl.float32)
         right = tl.load(b + row * b_stride_r + at.to(tl.int64) * b_stride_d, mask=at < d, other=0.0).to(tl.float32)
         total += left * right
-    tl.store(out + row, tl.sum(total, 0) * tl.load(factor + row))
+    tl.store(out + row, tl.sum(total, 0) * (tl.load(a_inverse + row) * tl.load(b_inverse + row)))
 
 
 @triton.jit
 def load_gradient(
-    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d,
+    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_inverse, other_factor, row, at, d,
 ):  # fmt: skip
     """Some features of the gradient of a unit row."""
     value = tl.zeros(at.shape, tl.float32)
     if gradient is not None:
-        value += tl.load(gradient + row * gradient_stride + at, mask=at < d, other=0.0) * tl.load(factor + row)
+        of_sums = tl.load(gradient + row * gradient_stride + at, mask=at < d, other=0.0)
+        value += of_sums if factor is None else of_sums * tl.load(factor + row)
     if other is not None:
         of_other = tl.load(other + row * other_stride_r + at.to(tl.int64) * other_stride_d, mask=at < d, other=0.0)
-        value -= of_other.to(tl.float32) * tl.load(other_factor + row)
+        value -= of_other.to(tl.float32) * (tl.load(other_factor + row) * tl.load(other_inverse + row))
     return value
 
 
 @triton.jit
 def through_unit_kernel(
     raw, raw_stride_r, raw_stride_d, inverse, gradient_inverse,
-    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, out, out_stride, d,
+    gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_inverse, other_factor,
+    out, out_stride, d,
     NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A row: one visit for the gradient's part along the unit row, one that takes it away."""
@@ -345,7 +370,17 @@ def through_unit_kernel(
         for first in range(0, d, BLOCK_D):
             at = first + tl.arange(0, BLOCK_D)
             value = load_gradient(
-                gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d
+                gradient,
+                gradient_stride,
+                factor,
+                other,
+                other_stride_r,
+                other_stride_d,
+                other_inverse,
+                other_factor,
+                row,
+                at,
+                d,
             )
             unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
             total += value * (unit.to(tl.float32) * to_unit)
@@ -354,7 +389,17 @@ def through_unit_kernel(
     for first in range(0, d, BLOCK_D):
         at = first + tl.arange(0, BLOCK_D)
         value = load_gradient(
-            gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_factor, row, at, d
+            gradient,
+            gradient_stride,
+            factor,
+            other,
+            other_stride_r,
+            other_stride_d,
+            other_inverse,
+            other_factor,
+            row,
+            at,
+            d,
         )
         if NORMALIZE:
             unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)

@@ -18,9 +18,9 @@ from .kernels import (
 from .pointwise import Finished
 
 
-def fold(tile, state, seek, weights):
+def fold(tile, state, seek, weights, first):
     shrink = torch.empty(len(tile.x), dtype=torch.float32, device=tile.x.device)
-    _launch_fold(tile, state, seek, weights, shrink)
+    _launch_fold(tile, state, seek, weights, shrink, first)
     return shrink
 
 
@@ -38,7 +38,7 @@ def fold_both(tile, own, state, key_state, seek):
         _launch_fold(turned, key_state, seek, None, shrink)
 
 
-def _launch_fold(tile, state, seek, weights, shrink):
+def _launch_fold(tile, state, seek, weights, shrink, first=False):
     pairs, numbers, wrap = _arguments(tile)
     n, k = tile.x.shape
     if tile.x.stride(1) == 1:
@@ -51,7 +51,7 @@ def _launch_fold(tile, state, seek, weights, shrink):
     launch(
         fold_kernel, (triton.cdiv(n, block_rows),),
         *pairs, state, state.stride(0), weights, stride, shrink, seek.ratio, seek.threshold, *numbers,
-        WRAP=wrap, OWN=tile.key_scale.dim() == 2, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted,
+        FIRST=first, WRAP=wrap, OWN=tile.key_scale.dim() == 2, COUNT_PAIRS=seek.negatives, WEIGH=seek.weighted,
         TWICE=weights is not None and k > block_keys, BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys, num_warps=8,
     )  # fmt: skip
 
@@ -76,12 +76,12 @@ def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
 
 def finish(call, similarity, state, known, metrics):
     n, new = len(similarity), similarity.new_empty
-    found = Finished(new(n), new(len(Row), n), new(n))
+    found = Finished(new(n), new(len(Row), n), new(n), new(n))
     launch(
         finish_kernel, (triton.cdiv(n, 128),),
         similarity, state, state.stride(0), float(call.temperature), call.learned_temperature,
         float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.ratio,
-        found.losses, found.factor, found.rows, metrics, n,
+        found.losses, found.factor, found.of_sums, found.rows, metrics, n,
         ALPHA=call.alpha is not None, LOSS=loss_of(call), KNOWN=bool(known), BLOCK=128,
         num_warps=4,
     )  # fmt: skip
@@ -107,10 +107,10 @@ def measured(x, products):
     return (x if out is None else out), *new
 
 
-def dots(a, b, factor, out):
-    d = a.shape[1]
-    block = min(2048, triton.next_power_of_2(d))
-    launch(dots_kernel, (len(a),), a, *a.stride(), b, *b.stride(), factor, out, d, BLOCK_D=block, num_warps=4)
+def dots(a, b, out):
+    n, d = a.rows.shape
+    block, rows = min(2048, triton.next_power_of_2(d)), (a.rows, *a.rows.stride(), b.rows, *b.rows.stride())
+    launch(dots_kernel, (n,), *rows, a.inverse, b.inverse, out, d, BLOCK_D=block, num_warps=4)
 
 
 def through_unit(raw, gradient, factor, other, other_factor, out):
@@ -119,7 +119,8 @@ def through_unit(raw, gradient, factor, other, other_factor, out):
         through_unit_kernel, (n,),
         *(raw.rows, *raw.rows.stride(), raw.inverse, raw.gradient_inverse),
         *(gradient, 0 if gradient is None else gradient.stride(0), factor),
-        *(other, *((0, 0) if other is None else other.stride()), other_factor, out, out.stride(0), d),
+        *((None, 0, 0, None) if other is None else (other.rows, *other.rows.stride(), other.inverse)),
+        *(other_factor, out, out.stride(0), d),
         NORMALIZE=raw.normalize, BLOCK_D=min(2048, triton.next_power_of_2(d)), num_warps=4,
     )  # fmt: skip
 

@@ -4,6 +4,9 @@ What to launch depends on shapes, dtypes and settings alone and is worked out on
 because in eager code the GPU would wait for Python to do so at every step. Forward launches ``prepare_kernel``,
 ``statistics_kernel`` and ``finish_views_kernel``; backward ``prepare_kernel``, where rows are not multiplied as they
 lie, ``weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold all.
+
+Of ``Row`` forward also fills INVERSE, for backward's rows, and BOUNDED_PULL, which is here PULL for powers of two that
+are less the largest possible logit.
 """
 
 # mypy: ignore-errors
@@ -41,6 +44,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     group: int  # rows of tiles that programs which run at the same time share
+    programs: int = 0  # for each multiprocessor, which visit tile after tile; 0: a program for each tile
 
     @property
     def constants(self):
@@ -49,9 +53,13 @@ class Tile(NamedTuple):
             "BLOCK_KEYS": self.keys,
             "BLOCK_D": self.features,
             "GROUP": self.group,
+            "PERSISTENT": self.programs > 0,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+
+    def grid(self, tiles, multiprocessors):
+        return (min(tiles, self.programs * multiprocessors) if self.programs else tiles,)
 
 
 class Rows(NamedTuple):
@@ -73,15 +81,16 @@ ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
-    views = call.views
-    n = len(views)
-    rows = torch.empty((len(Row), n), dtype=torch.float32, device=views.device)
-    x, scale = _prepared(views, products, rows, True)
+    n, new = 2 * len(call.first), functools.partial(torch.empty, dtype=torch.float32, device=call.first.device)
+    rows = new((len(Row), n))
+    x, scale = _prepared(call, products, rows, True)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh = call.learned_temperature is not None
     tile = STATISTICS if call.across else SQUARE
-    plan = _statistics_plan(n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS)
-    parts = torch.empty(plan.parts, dtype=torch.float32, device=views.device)
+    plan = _statistics_plan(
+        n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(x)
+    )
+    parts = new(plan.parts)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
     if len(plan.chunks) > 1:
@@ -100,28 +109,30 @@ def symmetric_losses(call, products):
                 count = of_rows.shape[1]
                 grid = (triton.cdiv(count, plan.fold["BLOCK_ROWS"]),)
                 launch(fold_kernel, grid, part, tiles, count, of_rows, stride, *temperatures, **plan.fold)
-    losses = torch.empty(plan.finish_grid, dtype=torch.float32, device=views.device)
+    losses = new(plan.finish_grid)
     one = plan.chunks[0]
     launch(
         finish_views_kernel, plan.finish_grid,
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, losses, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(losses.sum(), rows, views)
+    return SymmetricOutputs(losses.sum(), rows, x if keeps_views(call, products) else new(0, dtype=call.first.dtype))
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
-    views, (n, d), rows = call.views, call.views.shape, call.rows
-    half, device = n // 2, call.views.device
-    x, scale = _prepared(views, products, rows, False)
+    (half, d), rows, device = call.first.shape, call.rows, call.first.device
+    n = 2 * half
+    x, scale = (call.views, rows[Row.INVERSE]) if call.views.numel() else _prepared(call, products, rows, False)
     multiplied = x if x.shape[1] == d else x[:, :d]
-    pull, largest, grad = None, None, call.grad
-    if products == torch.float16:
-        pull, largest = chunks.fitting(rows[Row.PULL] * call.grad, products)
-    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps)
+    largest, factor = None, call.grad
+    if products == torch.float16:  # which holds no weight above 65504 and loses small ones
+        largest = (rows[Row.PULL] * call.grad).abs().amax()
+        largest = torch.where(largest > 0, largest, 1.0)
+        factor = call.grad / largest
+    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps, parallel(x))
     form = _form(call.temperature, None, call.learned_temperature)
-    out = torch.empty((n, d), dtype=views.dtype, device=device)
+    out = torch.empty((n, d), dtype=call.first.dtype, device=device)
     sums = torch.empty((n if plan.whole else half, d), dtype=torch.float32, device=device)
     first_key = 0 if plan.whole else half  # of the rows that have sums
     if not plan.whole:
@@ -133,7 +144,7 @@ def symmetric_gradient(call, products):
         weights = workspace[: r * stride].view(r, stride)[:, :c]  # rows aligned, as a fast product asks
         launch(
             weights_kernel, grid,
-            x, x.stride(0), scale, rows, n, pull, grad, weights, stride,
+            x, x.stride(0), scale, rows, n, factor, weights, stride,
             float(call.temperature), call.learned_temperature,
             some.start, some.stop, columns.start, columns.stop, half, plan.steps, FORM=form, **plan.weights,
         )  # fmt: skip
@@ -145,9 +156,9 @@ def symmetric_gradient(call, products):
             of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
             chunks.product(weights[:, own:].T, multiplied[some], of_keys, add=some.start > 0)
         if not plan.whole and columns.stop == n:
-            _through(views, products, gradient, None, out, (rows, scale, grad, largest), some)
+            _through(call, products, gradient, None, out, (scale, largest), some)
     whole = sums[:half] if plan.whole else None
-    _through(views, products, whole, sums[-half:], out, (rows, scale, grad, largest), slice(0, half))
+    _through(call, products, whole, sums[-half:], out, (scale, largest), slice(0, half))
     of_temperature = torch.empty(0, dtype=torch.float32, device=device)
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
@@ -157,40 +168,56 @@ def symmetric_gradient(call, products):
 # ---------------------------------------------------------------------------------------------------------- small steps
 
 
-def _prepared(views, products, rows, measure):
+def keeps_views(call, products):
+    """Whether rows are multiplied as they are, so that forward's copy of both views serves backward, too."""
+    first = call.first
+    return products == first.dtype != torch.float16 and first.shape[1] % _step() == 0
+
+
+def _step():
+    """Of features, in which every product takes them."""
+    return max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
+
+
+def _prepared(call, products, rows, measure):
     """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; ``measure``: to two of ``rows``."""
-    n, d = views.shape
-    step = max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
-    plan = _rows_plan(n // 2, d, views.dtype, products, views.stride(1) == 1, step, ROWS)
-    out, scale, written = None, None, None
-    if not plan.as_they_lie:
-        out = torch.empty((n, plan.width), dtype=products, device=views.device)
+    here, there, (half, d) = call.first, call.second, call.first.shape
+    plan = _rows_plan(half, d, here.dtype, products, _step(), ROWS)
+    out = torch.empty((2 * half, plan.width), dtype=products, device=here.device)
+    scale, written = None, None
     if plan.form == _POWER:
-        scale = written = torch.empty(n, dtype=torch.float32, device=views.device)
+        scale = written = torch.empty(2 * half, dtype=torch.float32, device=here.device)
     elif plan.form == _COPY:
         scale = rows[Row.INVERSE]
-    if out is not None or measure:
-        here, there = views[: n // 2], views[n // 2 :]
-        launch(
-            prepare_kernel, plan.prepare_grid,
-            here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, n // 2,
-            MEASURE=measure, **plan.prepare,
-        )  # fmt: skip
-    return (views if out is None else out), scale
+    launch(
+        prepare_kernel, plan.prepare_grid,
+        here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, half,
+        MEASURE=measure, **plan.prepare,
+    )  # fmt: skip
+    return out, scale
 
 
-def _through(views, products, of_here, of_there, out, given, some):
+def _through(call, products, of_here, of_there, out, given, some):
     """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
-    (n, d), (rows, scale, grad, largest) = views.shape, given
-    half = n // 2
-    here, there = views[:half], views[half:]
-    plan = _rows_plan(some.stop - some.start, d, views.dtype, products, views.stride(1) == 1, 1, ROWS)
+    here, there, (half, d), (scale, largest) = call.first, call.second, call.first.shape, given
+    plan = _rows_plan(some.stop - some.start, d, here.dtype, products, 1, ROWS)
     launch(
         through_views_kernel, plan.through_grid,
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
-        out[some], out[half + some.start :], d, rows, scale, grad, largest, some.start, some.stop, half, plan.least,
+        out[some], out[half + some.start :], d, call.rows, scale, call.grad, largest,
+        some.start, some.stop, half, plan.least,
         **plan.through,
     )  # fmt: skip
+
+
+def parallel(x):
+    """How many multiprocessors there are; in the interpreter, so few that a program has several tiles."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 2
+
+
+@functools.cache
+def _multiprocessors(index):
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _form(temperature, inter_temperature, learned):
@@ -206,7 +233,6 @@ def _form(temperature, inter_temperature, learned):
 class _RowsPlan(NamedTuple):
     width: int  # D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill
     form: int  # of ``prepare_kernel``
-    as_they_lie: bool  # whether rows are multiplied without a copy
     least: float  # 1 / the least length that a gradient is divided by
     prepare_grid: tuple[int, ...]
     prepare: dict
@@ -215,14 +241,13 @@ class _RowsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows_plan(count, d, dtype, products, features_together, step, how):
+def _rows_plan(count, d, dtype, products, step, how):
     width = d + -d % step
     form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
     prepare, through = how.constants(width), how.constants(d)
     return _RowsPlan(
         width=width,
         form=form,
-        as_they_lie=form == _COPY and width == d and features_together,
         least=1.0 / gradient_eps(dtype),
         prepare_grid=(triton.cdiv(count, prepare["BLOCK_ROWS"]),),
         prepare={"D": d, "WIDTH": width, "FORM": form} | prepare,
@@ -257,7 +282,7 @@ class _StatisticsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most):
+def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, multiprocessors):
     dual = loss == "dual"
     planes = 4 if dual else 3 if weigh else 1 if form == _BOUNDED else 2
     anchors, first_key = (n // 2, n // 2) if across else (n, 0)
@@ -271,7 +296,7 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most):
         of_keys = planes * tiles_of_keys * (stop - start)
         parts = max(parts, of_keys + planes * tiles_of_rows * (n - apart))
         places = start, stop, key, n, apart
-        grid = (tiles_of_rows * tiles_of_keys,)
+        grid = tile.grid(tiles_of_rows * tiles_of_keys, multiprocessors)
         found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
     block_rows = 32
     common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
@@ -298,7 +323,7 @@ class _GradientPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_plan(n, width, across, products, tile, steps):
+def _gradient_plan(n, width, across, products, tile, steps, multiprocessors):
     found = [
         (some, columns)
         for some, several in chunks.met_once(
@@ -308,8 +333,8 @@ def _gradient_plan(n, width, across, products, tile, steps):
     ]
     strides = [columns.stop - columns.start + 7 & -8 for _, columns in found]
     grids = [
-        (triton.cdiv(some.stop - some.start, tile.rows) * triton.cdiv(columns.stop - columns.start, tile.keys),)
-        for some, columns in found
+        tile.grid(triton.cdiv(r.stop - r.start, tile.rows) * triton.cdiv(c.stop - c.start, tile.keys), multiprocessors)
+        for r, c in found
     ]
     return _GradientPlan(
         chunks=[(*both, grid, stride) for both, grid, stride in zip(found, grids, strides, strict=True)],

@@ -23,17 +23,17 @@ from .pointwise import MINIMUM as _MINIMUM
 _LEAST = 0.05  # temperature whose logits of unit rows, at most 29 in base 2, need no maximum
 MINIMUM, LOG2E, LEAST = tl.constexpr(_MINIMUM), tl.constexpr(_LOG2E), tl.constexpr(_LEAST)
 ROW_BASE, ROW_PULL = tl.constexpr(int(Row.BASE)), tl.constexpr(int(Row.PULL))
+ROW_BOUNDED_PULL = tl.constexpr(int(Row.BOUNDED_PULL))
 PART_TOTAL, PART_MAXIMUM, PART_WEIGHTED, PART_INTER = (tl.constexpr(place) for place in range(4))  # planes of parts
 _FOLLOWED, _BOUNDED, _EITHER = range(3)
 FOLLOWED, BOUNDED, EITHER = tl.constexpr(_FOLLOWED), tl.constexpr(_BOUNDED), tl.constexpr(_EITHER)
 
 
 @triton.jit
-def tile_of(tiles_of_rows, tiles_of_keys, GROUP: tl.constexpr):
+def tile_of(program, tiles_of_rows, tiles_of_keys, GROUP: tl.constexpr):
     """Which tile a program has: GROUP rows of tiles, then the next ones, so that programs which run at the same time
     meet few rows and few keys, which the L2 holds.
     """
-    program = tl.program_id(0)
     first = program // (GROUP * tiles_of_keys) * GROUP
     size = tl.minimum(tiles_of_rows - first, GROUP)
     within = program % (GROUP * tiles_of_keys)
@@ -178,24 +178,16 @@ def statistics_of(
 
 
 @triton.jit
-def statistics_kernel(
-    views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
+def statistics_of_tile(
+    program, views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
     row_start, row_stop, key_start, key_stop, apart, half, steps,
     TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile's share of its rows' and its keys' statistics.
-
-    ``parts`` is (planes, tiles of keys, rows), and from ``of_keys`` on (planes, tiles of rows, keys from ``apart`` on).
-    TRIANGLE: the first keys are the rows, and a tile on one side of the diagonal serves both sides; its keys before
-    ``apart`` have their shares among those of the rows, at the place of the tile that is not visited.
-    """
     tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
     tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
-    i, j = tile_of(tiles_of_rows, tiles_of_keys, GROUP)
+    i, j = tile_of(program, tiles_of_rows, tiles_of_keys, GROUP)
     row, key = row_start + i * BLOCK_ROWS, key_start + j * BLOCK_KEYS
-    if TRIANGLE and key < row:  # the tile that is this one turned around has done this one's work
-        return
     rows, keys = row_stop - row_start, key_stop - apart
     plane = rows * tiles_of_keys
     at_rows = j * rows + row - row_start
@@ -229,21 +221,56 @@ def statistics_kernel(
 
 
 @triton.jit
+def statistics_kernel(
+    views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
+    row_start, row_stop, key_start, key_stop, apart, half, steps,
+    TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """Tiles' shares of their rows' and their keys' statistics: of one tile or, PERSISTENT, of several, one by one.
+
+    ``parts`` is (planes, tiles of keys, rows), and from ``of_keys`` on (planes, tiles of rows, keys from ``apart`` on).
+    TRIANGLE: the first keys are the rows, and a tile on one side of the diagonal serves both sides; its keys before
+    ``apart`` have their shares among those of the rows, at the place of the tile that is not visited.
+    """
+    tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
+    tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
+    tl.static_assert(not (TRIANGLE and PERSISTENT))
+    if PERSISTENT:  # the loads of a tile begin before the last tile's end
+        for program in tl.range(tl.program_id(0), tiles_of_rows * tiles_of_keys, tl.num_programs(0), flatten=True):
+            statistics_of_tile(
+                program, views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
+                row_start, row_stop, key_start, key_stop, apart, half, steps,
+                TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+            )  # fmt: skip
+    else:
+        if TRIANGLE:
+            i, j = tile_of(tl.program_id(0), tiles_of_rows, tiles_of_keys, GROUP)
+            if key_start + j * BLOCK_KEYS < row_start + i * BLOCK_ROWS:  # the tile that is this one turned around
+                return  # has done this one's work
+        statistics_of_tile(
+            tl.program_id(0), views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
+            row_start, row_stop, key_start, key_stop, apart, half, steps,
+            TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
 def store_weights(
-    left, right, highest, scale, base, pull, factor, row, row_stop, key, key_stop, half, at_rows, FOLLOW: tl.constexpr,
+    left, right, highest, scale, base, pull, row, row_stop, key, key_stop, half, factor, at_rows, FOLLOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile, to ``at_rows`` (BLOCK_ROWS, 1), where the first key's weights lie."""
     rows = row + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < row_stop
-    row_base = tl.load(base + rows, mask=in_rows, other=0.0)
+    if FOLLOW:
+        row_base = tl.load(base + rows, mask=in_rows, other=0.0)
     row_pull = tl.load(pull + rows, mask=in_rows, other=0.0) * factor
     row_length = row_pull * 0.0
     if scale is not None:
         row_length = tl.load(scale + rows, mask=in_rows, other=0.0)
         row_pull *= row_length
-    if not FOLLOW:
-        row_pull *= tl.exp2(highest - row_base)
     for right_half in tl.static_range(2):
         first = key + right_half * KEYS
         keys = first + tl.arange(0, KEYS)
@@ -252,10 +279,7 @@ def store_weights(
             right if right_half else left, highest, scale, row, row_stop, first, key_stop, half, not FOLLOW,
             BLOCK_ROWS, KEYS,
         )  # fmt: skip
-        key_base = tl.load(base + keys, mask=in_keys, other=0.0)
         key_pull = tl.load(pull + keys, mask=in_keys, other=0.0) * factor
-        if not FOLLOW:
-            key_pull *= tl.exp2(highest - key_base)
         if scale is not None:
             key_length = tl.load(scale + keys, mask=in_keys, other=0.0)
             key_pull *= key_length
@@ -263,6 +287,7 @@ def store_weights(
         else:
             of_row, of_key = row_pull[:, None], key_pull[None, :]
         if FOLLOW:
+            key_base = tl.load(base + keys, mask=in_keys, other=0.0)
             weight = tl.exp2(x - row_base[:, None]) * of_row + tl.exp2(x - key_base[None, :]) * of_key
         else:
             weight = tl.exp2(x) * (of_row + of_key)
@@ -271,27 +296,19 @@ def store_weights(
 
 
 @triton.jit
-def weights_kernel(
-    views, stride, scale, rows, plane, pull, grad, out, out_stride, temperature, temperature_tensor,
+def weights_of_tile(
+    program, views, stride, scale, rows, plane, grad, out, out_stride, temperature, temperature_tensor,
     row_start, row_stop, key_start, key_stop, half, steps,
     FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) scale_i scale_j.
-
-    Bases are those of ``rows`` (len(Row), 2M), and so are pulls, times ``grad``, unless ``pull`` has them.
-    """
-    i, j = tile_of(tl.cdiv(row_stop - row_start, BLOCK_ROWS), tl.cdiv(key_stop - key_start, BLOCK_KEYS), GROUP)
+    i, j = tile_of(program, tl.cdiv(row_stop - row_start, BLOCK_ROWS), tl.cdiv(key_stop - key_start, BLOCK_KEYS), GROUP)
     row, key = row_start + i * BLOCK_ROWS, key_start + j * BLOCK_KEYS
     left, right = multiplied(
         views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D
     )  # fmt: skip
     highest = largest_logit(temperature, temperature_tensor)
-    base, pulls, factor = rows + ROW_BASE * plane, rows + ROW_PULL * plane, 1.0
-    if pull is not None:
-        pulls = pull
-    else:
-        factor = tl.load(grad).to(tl.float32)
+    factor = tl.load(grad).to(tl.float32)
     places = row - row_start + tl.arange(0, BLOCK_ROWS)
     at_rows = out + places[:, None] * out_stride + key - key_start
     follow: tl.constexpr = FORM == FOLLOWED
@@ -300,11 +317,41 @@ def weights_kernel(
         follows = not is_bounded(temperature_tensor, 1.0, False)
     if follows:
         store_weights(
-            left, right, highest, scale, base, pulls, factor, row, row_stop, key, key_stop, half, at_rows, True,
+            left, right, highest, scale, rows + ROW_BASE * plane, rows + ROW_PULL * plane,
+            row, row_stop, key, key_stop, half, factor, at_rows, True,
             BLOCK_ROWS, BLOCK_KEYS // 2,
         )  # fmt: skip
     else:
         store_weights(
-            left, right, highest, scale, base, pulls, factor, row, row_stop, key, key_stop, half, at_rows, False,
+            left, right, highest, scale, None, rows + ROW_BOUNDED_PULL * plane,
+            row, row_stop, key, key_stop, half, factor, at_rows, False,
             BLOCK_ROWS, BLOCK_KEYS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def weights_kernel(
+    views, stride, scale, rows, plane, grad, out, out_stride, temperature, temperature_tensor,
+    row_start, row_stop, key_start, key_stop, half, steps,
+    FORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) scale_i scale_j.
+
+    Bases and pulls are those of ``rows`` (len(Row), 2M), these times ``grad``.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(row_stop - row_start, BLOCK_ROWS) * tl.cdiv(key_stop - key_start, BLOCK_KEYS)
+        for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            weights_of_tile(
+                program, views, stride, scale, rows, plane, grad, out, out_stride, temperature,
+                temperature_tensor, row_start, row_stop, key_start, key_stop, half, steps,
+                FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+            )  # fmt: skip
+    else:
+        weights_of_tile(
+            tl.program_id(0), views, stride, scale, rows, plane, grad, out, out_stride, temperature,
+            temperature_tensor, row_start, row_stop, key_start, key_stop, half, steps,
+            FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
         )  # fmt: skip

@@ -40,6 +40,11 @@ def new_state(n: int, like: Tensor) -> Tensor:
     return state
 
 
+def first_state(n: int, like: Tensor) -> Tensor:
+    """A state whose first fold is told that it is: kernels write it without reading it."""
+    return new_state(n, like) if _kernels(like) is None else like.new_empty((len(Plane), n))
+
+
 class Tile(NamedTuple):
     """Products of R rows with C keys, and what makes logits of them. The functions below overwrite the products."""
 
@@ -96,14 +101,16 @@ class Side(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the functions
 
 
-def fold(tile: Tile, state: Tensor, seek: Seek, weights: Tensor | None = None) -> Tensor:
+def fold(tile: Tile, state: Tensor, seek: Seek, weights: Tensor | None = None, first: bool = False) -> Tensor:
     """A tile's logits into the state of its rows; by how much sums under the old maximum shrink, (R,).
+
+    ``first``: the state is a new one, of ``first_state``.
 
     ``weights`` (R, C) gets 2 ** (logit - new maximum) times the key's scale, 0 where a pair is left out.
     """
     kernels = _kernels(tile.x)
     if kernels is not None:
-        return kernels.fold(tile, state, seek, weights)  # type: ignore[no-any-return]
+        return kernels.fold(tile, state, seek, weights, first)  # type: ignore[no-any-return]
     drop = tile.left_out()
     x = tile.logits()
     if drop is not None:
@@ -170,15 +177,15 @@ def measured(x: Tensor, products: torch.dtype, like: Tensor) -> tuple[Tensor, Te
     return None if kernels is None else kernels.measured(x, products)
 
 
-def dots(a: Tensor, b: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out (R,) = factor_i a_i . b_i of rows (R, D) in any dtype."""
+def dots(a: Raw, b: Raw, out: Tensor) -> None:
+    """out (R,): the products of unit rows, or of rows as they lie."""
     kernels = _kernels(out)
     if kernels is not None:
-        kernels.dots(a, b, factor, out)
+        kernels.dots(a, b, out)
         return
-    for some in _slices(*a.shape):
-        torch.sum(a[some].to(out.dtype) * b[some].to(out.dtype), 1, out=out[some])
-    out *= factor
+    for some in _slices(*a.rows.shape):
+        torch.sum(a.rows[some].to(out.dtype) * b.rows[some].to(out.dtype), 1, out=out[some])
+    out *= a.inverse * b.inverse
 
 
 class Finished(NamedTuple):
@@ -187,6 +194,7 @@ class Finished(NamedTuple):
     losses: Tensor
     rows: Tensor  # (len(Row), N)
     factor: Tensor  # the derivative of a row's share by its negatives' similarities
+    of_sums: Tensor  # the same over TOTAL: of a row's weighted sum of negatives
 
 
 def finish(
@@ -212,7 +220,7 @@ def finish(
         metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
         metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
         metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
-    return Finished(values.loss * call.ratio, rows, factor)
+    return Finished(values.loss * call.ratio, rows, factor, factor / total)
 
 
 class Raw(NamedTuple):
@@ -230,12 +238,14 @@ class Raw(NamedTuple):
 def through_unit(
     raw: Raw,
     gradient: Tensor | None,  # (R, D)
-    factor: Tensor | None,  # (R,)
-    other: Tensor | None,  # (R, D)
+    factor: Tensor | None,  # (R,); None: 1
+    other: Raw | None,
     other_factor: Tensor | None,  # (R,)
     out: Tensor,  # (R, D), which may be ``gradient``
 ) -> None:
-    """The gradient of raw rows, from that of the unit rows: factor_i gradient_i - other_factor_i other_i."""
+    """The gradient of raw rows, from that of the unit rows: factor_i gradient_i less other_factor_i other_i, as unit
+    rows.
+    """
     kernels = _kernels(raw.inverse)
     if kernels is not None:
         kernels.through_unit(raw, gradient, factor, other, other_factor, out)
@@ -243,10 +253,11 @@ def through_unit(
     dtype = raw.inverse.dtype
     for some in _slices(*out.shape):
         g = torch.zeros_like(out[some], dtype=dtype)
-        if gradient is not None and factor is not None:
-            torch.mul(gradient[some], factor[some, None], out=g)
+        if gradient is not None:
+            torch.mul(gradient[some], 1.0 if factor is None else factor[some, None], out=g)
         if other is not None and other_factor is not None:
-            g.addcmul_(other[some].to(dtype), other_factor[some, None], value=-1)
+            scale = (other_factor[some] * other.inverse[some])[:, None]
+            g.addcmul_(other.rows[some].to(dtype), scale, value=-1)
         if raw.normalize:
             unit = raw.rows[some].to(dtype) * raw.inverse[some, None]
             g.addcmul_(unit, (unit * g).sum(1)[:, None], value=-1).mul_(raw.gradient_inverse[some, None])
