@@ -238,8 +238,11 @@ def test_the_description_for_package_indexes_has_no_relative_links() -> None:
 
 def test_the_citation_has_both_papers() -> None:
     text = (ROOT / "CITATION.cff").read_text()
-    assert "EqCo: Equivalent Rules" in text
-    assert "Dual Temperature Helps" in text
+    for title, arxiv in (("EqCo: Equivalent Rules", "2010.01929"), ("Dual Temperature Helps", "2203.17248")):
+        paper = text.split(title)[1].split("\n  - type:")[0]
+        assert f'\n    url: "https://arxiv.org/abs/{arxiv}"' in paper
+        assert f"10.48550/arXiv.{arxiv}" in paper
+        assert f"(https://arxiv.org/abs/{arxiv})" in README.read_text()
 
 
 def test_the_readmes_losses_run() -> None:
@@ -272,9 +275,18 @@ def test_the_first_run_is_what_was_measured() -> None:
 
 
 def test_the_claim_is_of_the_page_of_results() -> None:
-    """What four negatives give with and without EqCo."""
-    rows = (ROOT / "docs" / "results.md").read_text().split("--grid digits-k`")[1].split("##")[0].splitlines()
-    of_four = [row.split("|") for row in rows if row.startswith("| SiMo | 4 |")]
-    knn = {cells[3].split(",")[0].strip(): cells[5].split()[0] for cells in of_four}
+    """What four negatives give with and without EqCo, with the spread over seeds, and the paper's figures."""
+    results = (ROOT / "docs" / "results.md").read_text()
+
+    def cells(grid: str, start: str) -> list[list[str]]:
+        rows = results.split(f"--grid {grid}`")[1].split("##")[0].splitlines()
+        return [[cell.strip() for cell in row.split("|")] for row in rows if row.startswith(start)]
+
+    four = {row[3].split(",")[0]: row for row in cells("digits-k", "| SiMo | 4 |")}
+    assert {row[4] for row in four.values()} == {"3"}
     text = " ".join(README.read_text().split())
-    assert f"a kNN of {knn['EqCo']} % with EqCo and {knn['InfoNCE']} % without it" in text
+    knn = f"a kNN of {four['EqCo'][5]} % with EqCo and {four['InfoNCE'][5]} % without it (three seeds)"
+    assert knn in text
+    (simo,) = (row[7] for row in cells("digits-k", "| SiMo | 16 | EqCo"))
+    (moco,) = (row[6] for row in cells("alpha", "| MoCo v2 | 65536 |"))
+    assert f"SiMo with 16 reaches {simo} %, MoCo v2 with 65,536 {moco} %" in text
