@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._names import explains_names
 from .distributed import (
     Gather,
     HoldsGroup,
@@ -76,6 +77,7 @@ class MomentumQueue(HoldsGroup):
     replaced: Tensor  # (): how many keys were not finite, and are rows of zeros
     slot_ids: Tensor | None  # (size,)
 
+    @explains_names
     def __init__(
         self,
         size: int,
