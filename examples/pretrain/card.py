@@ -27,14 +27,16 @@ def model_card(run: Run) -> str:
         "image size": f"{arguments['image_size']} px, {spec['channels']} channel(s)",
         "augmentation": "placed at random" if arguments["dataset"] == "digits" else arguments["recipe"],
     }
+    device = f"{config['device']} ({config['device_name']})"
     made = {
-        "device": f"{config['device_name']}, {config['ranks']} process(es), {arguments['precision']}",
+        "device": f"{device}, {config['ranks']} process(es), {arguments['precision']}",
         "loss by": ": ".join(config["loss_backend"]),
         "commit": config["commit"],
         "time": f"{seconds:.0f} s of training, without evaluation",
         **config["versions"],
     }
-    what = f"A {spec['arch']} encoder, trained by {arguments['method']} for {arguments['epochs']} epochs without labels"
+    epochs = f"{arguments['epochs']} epoch{'s' if arguments['epochs'] > 1 else ''}"
+    what = f"A {spec['arch']} encoder, trained by {arguments['method']} for {epochs} without labels"
     before = arguments["resume_from"]
     return "\n".join(
         [
