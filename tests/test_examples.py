@@ -569,7 +569,13 @@ def test_defaults_follow_the_data() -> None:
 @pytest.mark.slow
 def test_compare_negatives(tmp_path: Path) -> None:
     """As a person calls it, each run a process of its own."""
-    command = [sys.executable, str(EXAMPLES / "compare_negatives.py"), "--seeds=1", "--epochs=1", "--limit=130"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "papers" / "compare_negatives.py"),
+        "--seeds=1",
+        "--epochs=1",
+        "--limit=130",
+    ]
     done = subprocess.run([*command, f"--run-dir={tmp_path}"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 runs of 1 epochs, ")  # also without a terminal

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .scripts import EXAMPLES, make_images, rows
 
 sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(EXAMPLES / "after"))
 
 import extract_features  # isort: skip
 import train_moco  # isort: skip

@@ -60,9 +60,9 @@ def model_card(run: Run) -> str:
             "## How to use it",
             "",
             "```bash",
-            f"python examples/linear_eval.py {run.directory}        # the papers' linear probe",
-            f"python examples/extract_features.py {run.directory} IMAGES    # features of a folder of images",
-            f"python examples/export_backbone.py {run.directory} --out backbone.pth",
+            f"python examples/after/linear_eval.py {run.directory}        # the papers' linear probe",
+            f"python examples/after/extract_features.py {run.directory} IMAGES    # features of a folder of images",
+            f"python examples/after/export_backbone.py {run.directory} --out backbone.pth",
             "```",
             "",
         ]
