@@ -1,4 +1,4 @@
-"""A keyword that a constructor does not have: an error that names the class, what was meant and what there is."""
+"""Arguments that a constructor does not take, by name or by position: an error that tells what was meant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
+
+from torch import Tensor
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -30,6 +32,7 @@ OTHER_WAYS = {
     **dict.fromkeys(("weight", "weights"), 'To weigh the queries give reduction="none", and weigh the loss of each.'),
     "inter_temperature": "DualTempInfoNCE has two temperatures.",
 }
+TO_THE_CALL = "Embeddings go to the call: criterion = EqCoLoss(), then criterion(query, positive_key)."
 OF_A_CALL = ("query", "positive_key", "negative_keys", "query_ids", "negative_ids", "negative_mask")
 
 
@@ -46,6 +49,21 @@ def explains_names(init: Init) -> Init:
         init(self, *positional, **keywords)
 
     return cast(Init, explained)
+
+
+def check_positional(positional: tuple[object, ...]) -> None:
+    """A second number by position could be alpha or the number of negatives."""
+    if not positional:
+        return
+    got = ", ".join(f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x) for x in positional)
+    ways = (
+        f"alpha={positional[0]!r} says how many negatives to mimic, num_negatives={positional[0]!r} how many of the "
+        "batch's each query meets."
+    )
+    tensors = any(isinstance(x, Tensor) for x in positional)
+    raise TypeError(
+        f"alpha: expected it and all that follow by keyword, got {got} by position. {TO_THE_CALL if tensors else ways}"
+    )
 
 
 def explanation(owner: str, name: str, known: list[str]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _validate as check
 from . import functional
-from ._names import explains_names
+from ._names import check_positional, explains_names
 from .distributed import Gather, HoldsGroup
 from .functional import LossMetrics
 from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
@@ -32,7 +32,7 @@ class Criterion(HoldsGroup):
 
     def __init__(self, settings: Settings, positional: tuple[object, ...]) -> None:
         super().__init__()
-        check.keywords(positional)
+        check_positional(positional)
         check.settings(settings)
         check.lasting_temperature(settings.temperature)
         for name, value in zip(Settings._fields, settings, strict=True):  # an nn.Parameter registers itself

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "functional": {"_agree", "_validate", "distributed", "negatives", "ops", "settings"},
     "negatives": {"distributed", "ops", "queue", "settings"},
     "_agree": {"_validate", "distributed", "queue", "settings"},
-    "_validate": {"distributed", "queue", "settings"},
+    "_validate": {"_names", "distributed", "queue", "settings"},
     "settings": {"distributed", "queue"},
     "queue": {"_names", "distributed"},
     "_names": set(),

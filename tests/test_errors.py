@@ -109,6 +109,8 @@ TABLE = [
         "floating",
         "int64",
     ),
+    Row("temperature embeddings", lambda: EqCoLoss(Q), ValueError, "temperature", "0-dim", "(4, 3)", "to the call"),
+    Row("embeddings by position", lambda: EqCoLoss(Q, Q), TypeError, "alpha", "a tensor (4, 3)", "to the call"),  # type: ignore[arg-type]
     Row(
         "learned temperature 0",
         loss(Q, Q, temperature=torch.tensor(0.0)),
