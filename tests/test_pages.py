@@ -189,6 +189,21 @@ def test_links_to_files_exist(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{file.name} has no heading #{anchor}, but {anchors(file)}"
 
 
+def test_scripts_that_a_text_names_are_there() -> None:
+    """In pages, docstrings, comments, results and the notebook: nobody is sent to an old place."""
+    kinds = ("*.md", "*.py", "*.ipynb", "*.toml", "*.yml")
+    texts = [
+        path
+        for kind in kinds
+        for place in ("docs", "eqco_loss", "examples", "benchmarks", "tests", ".github")
+        for path in (ROOT / place).rglob(kind)
+    ]
+    texts += [path for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml", ".yml", ".cff")]
+    for path in texts:
+        for script in re.findall(r"\bexamples/[\w/]+\.py\b", path.read_text()):
+            assert (ROOT / script).exists(), f"{path.relative_to(ROOT)}: {script}"
+
+
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, where mkdocs and GitHub make the same of them: of plain words."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
