@@ -40,6 +40,7 @@ from .calls import (
     temperature_of,
 )
 from .definition import cleaned
+from .scaled import keeps_views as keeps_views
 from .scaled import times as times
 from .scaled import with_others
 
@@ -52,11 +53,6 @@ _ROWS_AT_ONCE = 256  # of keys whose gradient passes through their normalisation
 def gives_keys_gradient(call: RowLosses) -> bool:
     """Whether row_losses returns the keys' gradient: backward multiplies it by one number if the loss is one."""
     return call.reduced
-
-
-def keeps_views(call: SymmetricLosses) -> bool:
-    """Whether the gradient of both directions takes both views in one tensor."""
-    return True
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:

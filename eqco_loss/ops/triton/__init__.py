@@ -7,7 +7,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..calls import RowLosses, SymmetricLosses
+from ..calls import RowLosses
+from ..scaled import keeps_views
 from .arguments import capability, interpreted, kernels, unit_dtype
 from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
@@ -33,11 +34,6 @@ OLDEST_TRITON = (3, 3)
 def gives_keys_gradient(call: RowLosses) -> bool:
     """Whether row_losses returns the keys' gradient: here it is one more pass, which backward makes if it must."""
     return False
-
-
-def keeps_views(call: SymmetricLosses) -> bool:
-    """Whether the gradient of both directions takes both views in one tensor."""
-    return True
 
 
 def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
