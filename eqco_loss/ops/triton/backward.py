@@ -186,7 +186,8 @@ def _row_weights(
     call: KeysGradient | SymmetricGradient, normalize: bool, dtype: torch.dtype, multiplied: bool
 ) -> tuple[Tensor, Tensor]:
     """``weights`` (len(Row), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
-    x, rows, grad = call[0], call.rows.contiguous(), call.grad
+    x = call.query if isinstance(call, KeysGradient) else call.views
+    rows, grad = call.rows.contiguous(), call.grad
     scaled = multiplied and normalize and dtype == torch.float16 and x.dtype == dtype
     (n, d), count = x.shape, pieces(dtype, normalize) if multiplied else 1
     if count == 1 and not scaled and x.dtype == dtype and grad.dim() == 0:
