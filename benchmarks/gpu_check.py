@@ -74,18 +74,18 @@ GOALS = [  # in order of worth
     Goal(Case("S2", 4096, 8190, dtype="bfloat16"), 135),
     Goal(Case("P1", 256, 16, dtype="amp"), 12),
     Goal(Case("M1", 256, 65536, dtype="amp"), 40),
+    Goal(Case("C1", 4096, 4095, 1024, "amp"), 250),
+    Goal(Case("S1", 4096, 4095, 256, "bfloat16"), 100),
+    Goal(Case("M2", 256, 65536, dtype="bfloat16"), 60),
+    Goal(Case("C1", 4096, 4095, 768, "amp")),
     Goal(Case("T1", 256, 65536, dtype="bfloat16"), 38),
     Goal(Case("M1", 1024, 65536, dtype="bfloat16"), 80),
-    Goal(Case("M2", 256, 65536, dtype="bfloat16"), 60),
-    Goal(Case("S1", 4096, 4095, 256, "bfloat16"), 100),
-    Goal(Case("C1", 4096, 4095, 1024, "amp"), 250),
     Goal(Case("S1", 4096, 4095, dtype="amp")),
+    Goal(Case("C1", 32768, 32767, 768, "bfloat16"), 13000),
     Goal(Case("M1", 256, 65536), 180),
     Goal(Case("M1", 256, 65536, dtype="high"), 80),
     Goal(Case("S1", 16384, 16383, dtype="bfloat16"), 600),
-    Goal(Case("C1", 4096, 4095, 768, "amp")),
     Goal(Case("S2", 32768, 65534, dtype="bfloat16"), 6500),
-    Goal(Case("C1", 32768, 32767, 768, "bfloat16"), 13000),
 ]
 
 

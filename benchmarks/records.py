@@ -64,8 +64,10 @@ def keys_gradient(
 
 def symmetric_losses(views: Tensor, across: bool = True) -> SymmetricLosses:
     """A mean of EqCo's losses in both directions."""
+    first, second = views.chunk(2)
     return SymmetricLosses(
-        views=views,
+        first=first,
+        second=second,
         across=across,
         temperature=T,
         learned_temperature=None,
@@ -80,7 +82,10 @@ def symmetric_losses(views: Tensor, across: bool = True) -> SymmetricLosses:
 def symmetric_gradient(
     views: Tensor, grad: Tensor, rows: Tensor, across: bool = False, autocast: torch.dtype | None = None
 ) -> SymmetricGradient:
+    first, second = views.chunk(2)
     return SymmetricGradient(
+        first=first,
+        second=second,
         views=views,
         grad=grad,
         rows=rows,

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ._names import TO_THE_CALL
 from .distributed import check_gather
 from .queue import FLOATS, INTEGERS, MomentumQueue
 from .settings import InBatch, Inputs, Reduction, Sampling, Settings
@@ -17,16 +18,6 @@ BACKENDS = ("auto", "torch", "triton", "wide")
 LARGEST = 1e38  # what float32 holds
 
 Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
-
-
-def keywords(positional: tuple[object, ...]) -> None:
-    """A second number by position could be alpha or the number of negatives."""
-    if positional:
-        got = ", ".join(map(repr, positional))
-        raise TypeError(
-            f"alpha: expected it and all that follow by keyword, got {got} by position. alpha={positional[0]!r} says "
-            f"how many negatives to mimic, num_negatives={positional[0]!r} how many of the batch's each query meets."
-        )
 
 
 def lasting_temperature(value: Any) -> None:
@@ -105,7 +96,7 @@ def temperature(value: Any) -> None:
         raise ValueError(
             f"temperature: expected a number or a 0-dim floating-point tensor, got shape {tuple(value.shape)}, "
             f"{value.dtype}. "
-            "Use temperature.squeeze().float(), or one loss per temperature."
+            + ("Use temperature.squeeze().float(), or one loss per temperature." if value.dim() < 2 else TO_THE_CALL)
         )
     # A device's value would have to be waited for, and a traced one does not exist yet.
     if (

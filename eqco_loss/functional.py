@@ -248,18 +248,22 @@ def _symmetric_serves(settings: Settings, inputs: Inputs) -> bool:
 
 
 def _symmetric_loss(settings: Settings, inputs: Inputs) -> Tensor:
-    views = torch.cat([inputs.query, inputs.positive_key])  # (2N, D)
+    first, second = inputs.query, inputs.positive_key
+    if first.dtype != second.dtype:
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        first, second = first.to(dtype), second.to(dtype)
     return ops.symmetric_losses(
         ops.SymmetricLosses(
-            views=views,
+            first=first,
+            second=second,
             across=negatives.batch_kind(settings, inputs) == "keys",
             temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
             learned_temperature=settings.temperature if isinstance(settings.temperature, Tensor) else None,
             inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
             alpha=None if settings.alpha is None else float(settings.alpha),
             share=_share(settings, inputs, None),
-            autocast=_autocast_dtype(views.device),
-            backend=ops.choose(settings.backend, views)[0],
+            autocast=_autocast_dtype(first.device),
+            backend=ops.choose(settings.backend, first, second)[0],
         )
     ).loss
 

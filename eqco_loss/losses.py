@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _validate as check
 from . import functional
+from ._names import check_positional, explains_names
 from .distributed import Gather, HoldsGroup
 from .functional import LossMetrics
 from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, Settings
@@ -15,7 +16,7 @@ from .settings import Backend, InBatch, Inputs, Negatives, Reduction, Sampling, 
 __all__ = ["DualTempInfoNCE", "EqCoLoss", "LossMetrics"]
 
 
-class _Criterion(HoldsGroup):
+class Criterion(HoldsGroup):
     """What both losses share: the settings, and three ways to call them."""
 
     temperature: float | Tensor
@@ -31,7 +32,7 @@ class _Criterion(HoldsGroup):
 
     def __init__(self, settings: Settings, positional: tuple[object, ...]) -> None:
         super().__init__()
-        check.keywords(positional)
+        check_positional(positional)
         check.settings(settings)
         check.lasting_temperature(settings.temperature)
         for name, value in zip(Settings._fields, settings, strict=True):  # an nn.Parameter registers itself
@@ -110,7 +111,7 @@ class _Criterion(HoldsGroup):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-class EqCoLoss(_Criterion):
+class EqCoLoss(Criterion):
     """InfoNCE whose value and gradient do not depend on how many negatives it is given.
 
         L_i = log(1 + (alpha / K_i) sum_j exp((s(q_i, n_j) - s(q_i, k_i)) / t))
@@ -180,6 +181,7 @@ class EqCoLoss(_Criterion):
         tensor(16.)
     """
 
+    @explains_names
     def __init__(
         self,
         temperature: float | Tensor = 0.2,
@@ -212,7 +214,7 @@ class EqCoLoss(_Criterion):
         )
 
 
-class DualTempInfoNCE(_Criterion):
+class DualTempInfoNCE(Criterion):
     """InfoNCE with one temperature within each row and another across rows.
 
         L_i = sg[(1 - p_i(T)) / (1 - p_i(t))] (-log p_i(t)),    p_i(t) = sigmoid(gap_i(t))
@@ -245,6 +247,7 @@ class DualTempInfoNCE(_Criterion):
         >>> criterion(query, torch.randn(256, 128)).backward()
     """
 
+    @explains_names
     def __init__(
         self,
         temperature: float | Tensor = 0.1,

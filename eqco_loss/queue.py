@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._names import explains_names
 from .distributed import (
     Gather,
     HoldsGroup,
@@ -38,7 +39,7 @@ class MomentumQueue(HoldsGroup):
 
     Enqueue after the loss; before ``backward()`` is safe too, without a clone, but not where the loss is computed again
     then: with ``create_graph=True``, an error, or inside ``torch.utils.checkpoint``, which would meet the newer keys.
-    Prime a new queue with a first batch's keys.
+    Prime a new queue before the loop with another batch's keys, not the first step's, which would meet its positives.
 
     Args:
         size: how many keys to keep, K >= 1. No batch size needs to divide it.
@@ -76,6 +77,7 @@ class MomentumQueue(HoldsGroup):
     replaced: Tensor  # (): how many keys were not finite, and are rows of zeros
     slot_ids: Tensor | None  # (size,)
 
+    @explains_names
     def __init__(
         self,
         size: int,

@@ -1,6 +1,6 @@
 """MoCo v1 and v2 (He et al. 2020; Chen et al. 2020): momentum contrast; the negatives are a queue of earlier keys.
 
-    python examples/train_moco.py                              # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_moco.py                              # scikit-learn's digits, on a laptop's CPU
     python examples/train_moco.py --dataset cifar10            # its authors' CIFAR variant, one GPU
     torchrun --nproc-per-node 8 examples/train_moco.py --data-dir DIR --version v1
 

@@ -1,6 +1,6 @@
 """MoCo v3 (Chen et al. 2021): momentum contrast without a queue, both directions, and a prediction head on the queries.
 
-    python examples/train_mocov3.py                            # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_mocov3.py                            # scikit-learn's digits, on a laptop's CPU
     python examples/train_mocov3.py --dataset cifar10          # MoCo's CIFAR recipe with this loss, one GPU
     torchrun --nproc-per-node 8 examples/train_mocov3.py --data-dir DIR --precision bf16-mixed
 

@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020) as in EqCo's paper: the negatives are all other embeddings of both views of the batch.
 
-    python examples/train_simclr.py                            # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_simclr.py                            # scikit-learn's digits, on a laptop's CPU
     python examples/train_simclr.py --dataset cifar10          # one GPU
     torchrun --nproc-per-node 8 examples/train_simclr.py --data-dir DIR --alpha 4096
 

@@ -1,6 +1,6 @@
 """SimCo (Zhang et al. 2022): no queue, no momentum encoder; dual temperature makes a batch's negatives enough.
 
-    python examples/train_simco.py                             # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_simco.py                             # scikit-learn's digits, on a laptop's CPU
     python examples/train_simco.py --dataset cifar100          # the paper's, one GPU: linear probe 58.35 %
     torchrun --nproc-per-node 8 examples/train_simco.py --data-dir DIR
 

@@ -1,6 +1,6 @@
 """SimMoCo (Zhang et al. 2022): MoCo without its queue; dual temperature makes a batch's negatives enough.
 
-    python examples/train_simmoco.py                           # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_simmoco.py                           # scikit-learn's digits, on a laptop's CPU
     python examples/train_simmoco.py --dataset cifar100        # the paper's, one GPU: linear probe 54.11 %
     python examples/train_simmoco.py --dataset cifar100 --plus # both directions, for twice the time
 

@@ -1,6 +1,6 @@
 """SiMo (EqCo, Zhu et al. 2020): momentum contrast without a queue; a query's negatives are K other keys of its batch.
 
-    python examples/train_simo.py                              # scikit-learn's digits, two minutes on two CPU cores
+    python examples/train_simo.py                              # scikit-learn's digits, on a laptop's CPU
     python examples/train_simo.py --data-dir DIR               # DIR/train/<class>/*, DIR/test/<class>/*: as on ImageNet
     torchrun --nproc-per-node 8 examples/train_simo.py --data-dir DIR --alpha 65536
 

@@ -26,9 +26,13 @@ sys.path.insert(0, str(EXAMPLES))
 from pretrain.clock import TIMED  # noqa: E402
 
 
-def child(script: str, words: list[str], log: Path, environment: dict[str, str], die: tuple[str, int] | None) -> None:
+def child(
+    script: str, words: list[str], log: Path, cwd: Path | None, environment: dict[str, str], die: tuple[str, int] | None
+) -> None:
     """Run a script as `python script words`; die = (name, n): SIGKILL itself instead of the n-th call of os.name."""
     os.environ.update(environment)
+    if cwd is not None:
+        os.chdir(cwd)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -45,7 +49,7 @@ def child(script: str, words: list[str], log: Path, environment: dict[str, str],
 
         setattr(os, name, deadly)
     sys.argv = [script, *words]  # runpy puts the path in the first place
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str((EXAMPLES / script).parent))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
@@ -53,8 +57,8 @@ def child(script: str, words: list[str], log: Path, environment: dict[str, str],
 class Script:
     """Starts a script from a server that has imported everything once: 0.1 s instead of 6 each."""
 
-    def __init__(self, folder: Path, script: str = "train_simo.py") -> None:
-        self.script, self.folder, self.log = script, folder, folder / "log.txt"
+    def __init__(self, folder: Path, script: str = "train_simo.py", cwd: Path | None = None) -> None:
+        self.script, self.folder, self.log, self.cwd = script, folder, folder / "log.txt", cwd
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([__name__])
 
@@ -69,7 +73,8 @@ class Script:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         log = self.log if rank == 0 else self.folder / f"log{rank}.txt"
         variables = {name: str(value) for name, value in environment.items()}
-        process = self.context.Process(target=child, args=(self.script, [str(w) for w in words], log, variables, die))
+        arguments = (self.script, [str(w) for w in words], log, self.cwd, variables, die)
+        process = self.context.Process(target=child, args=arguments)
         process.start()
         return process
 

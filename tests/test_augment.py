@@ -14,6 +14,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as V  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "measure"))
 
 import augmentation_cost
 from pretrain import augment

@@ -5,6 +5,7 @@ and the next step.
 """
 
 import copy
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, momentum_update
+from eqco_loss._names import OF_A_CALL, OTHER_NAMES
+from eqco_loss.settings import Inputs
 from tests import cases
 
 N, K, D = 4, 6, 3
@@ -106,6 +109,8 @@ TABLE = [
         "floating",
         "int64",
     ),
+    Row("temperature embeddings", lambda: EqCoLoss(Q), ValueError, "temperature", "0-dim", "(4, 3)", "to the call"),
+    Row("embeddings by position", lambda: EqCoLoss(Q, Q), TypeError, "alpha", "a tensor (4, 3)", "to the call"),  # type: ignore[arg-type]
     Row(
         "learned temperature 0",
         loss(Q, Q, temperature=torch.tensor(0.0)),
@@ -746,6 +751,69 @@ def test_choices_are_typed() -> None:
     ):
         with pytest.raises((ValueError, TypeError)):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("make", "keywords", "way_out"),
+    [
+        (EqCoLoss, {"tau": 0.07}, "Write temperature=."),
+        (EqCoLoss, {"temp": 0.07}, "Write temperature=."),
+        (EqCoLoss, {"T": 0.07}, "Write temperature=."),
+        (EqCoLoss, {"Temperature": 0.07}, "Write temperature=."),
+        (EqCoLoss, {"temprature": 0.07}, "Write temperature=."),
+        (EqCoLoss, {"K": 16}, "Write num_negatives=."),
+        (EqCoLoss, {"alpha": 256, "n_negatives": 16}, "Write num_negatives=."),
+        (EqCoLoss, {"bank": KEYS}, "negative_keys belongs in the call: criterion(query, positive_key, negative_keys="),
+        (EqCoLoss, {"query_ids": IDS}, "query_ids belongs in the call: criterion(query, positive_key, query_ids=...)."),
+        (EqCoLoss, {"labels": IDS}, "query_ids belongs in the call"),
+        (EqCoLoss, {"gather_distributed": True}, "Write gather=."),
+        (EqCoLoss, {"weights": rows()}, 'give reduction="none", and weigh the loss of each.'),
+        (EqCoLoss, {"inter_temperature": 1.0}, "DualTempInfoNCE has two temperatures."),
+        (EqCoLoss, {"colour": "red"}, "help(EqCoLoss) tells what each does."),
+        (DualTempInfoNCE, {"tau": 0.1}, "Write temperature=."),
+        (DualTempInfoNCE, {"T": 1.0}, "Write inter_temperature=."),
+        (DualTempInfoNCE, {"inter_temp": 1.0}, "Write inter_temperature=."),
+        (MomentumQueue, {"K": 5, "dim": D}, "Write size=."),
+        (MomentumQueue, {"size": 5, "feature_dim": D}, "Write dim=."),
+        (MomentumQueue, {"size": 5, "dim": D, "ids": True}, "Write store_ids=."),
+        (MomentumQueue, {"size": 5, "dim": D, "momentum": 0.999}, "help(MomentumQueue) tells what each does."),
+    ],
+    ids=str,
+)
+def test_a_keyword_of_another_name_is_told_ours(make: Any, keywords: dict[str, Any], way_out: str) -> None:
+    """The class, what it has, and what was meant."""
+    known = list(inspect.signature(make).parameters)
+    wrong = next(name for name in keywords if name not in known)
+    with pytest.raises(TypeError) as caught:
+        make(**keywords)
+    listed = ", ".join(name for name in known if name != "positional")
+    start = f"{wrong}: expected an argument of {make.__name__} ({listed}), got {wrong!r}. "
+    assert str(caught.value).startswith(start)
+    assert way_out in str(caught.value).removeprefix(start)
+
+
+def test_other_names_are_of_arguments_that_there_are() -> None:
+    known = {name for make in (EqCoLoss, DualTempInfoNCE, MomentumQueue) for name in inspect.signature(make).parameters}
+    assert {name for names in OTHER_NAMES.values() for name in names} <= known | set(OF_A_CALL)
+    assert not known & OTHER_NAMES.keys()
+    assert set(OF_A_CALL) == set(Inputs._fields)
+
+
+def test_wrong_names_are_the_type_checkers_to_find_and_show_no_private_name() -> None:
+    """An ignored error that mypy does not find is an error. Calls are left to Python: a good one pays nothing."""
+    criterion = EqCoLoss()
+    for wrong in (
+        lambda: EqCoLoss(tau=0.07),  # type: ignore[call-arg]
+        lambda: DualTempInfoNCE(tau=0.07),  # type: ignore[call-arg]
+        lambda: MomentumQueue(K=5, dim=D),  # type: ignore[call-arg]
+        lambda: functional.eqco_loss(Q, Q, weights=Q),  # type: ignore[call-arg]
+        lambda: criterion(Q, Q, weights=Q),  # type: ignore[call-arg]
+        lambda: criterion.with_metrics(Q, Q, weights=Q),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(TypeError) as caught:
+            wrong()
+        assert re.search(r"tau|K|weights", str(caught.value))
+        assert not re.search(r"\b_[A-Z]", str(caught.value))
 
 
 @pytest.mark.parametrize("make", [EqCoLoss, DualTempInfoNCE])

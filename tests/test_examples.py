@@ -73,6 +73,17 @@ def test_a_finished_run(whole: Path, simo: Script) -> None:
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 
+def test_a_run_that_ends_in_its_warm_up_says_so(simo: Script, tmp_path: Path) -> None:
+    words = ["--limit=32", "--batch-size=16", "--no-knn", "--no-probe"]
+    note = "note     epochs: the learning rate rises for 2 epochs, and this run has 1. It tries the command"
+    output = simo.run(*words, "--epochs=1", f"--run-dir={tmp_path / 'one'}")
+    assert note in output
+    assert "steps    2 an epoch, 1 epoch\n" in output
+    assert "trained by simo for 1 epoch without labels" in (tmp_path / "one" / "model_card.md").read_text()
+    output = simo.run(*words, "--epochs=1", "--warmup-epochs=0.5", f"--run-dir={tmp_path / 'at-once'}")
+    assert "learning rate rises" not in output
+
+
 @pytest.mark.slow
 def test_killed_around_every_file(whole: Path, simo: Script, tmp_path: Path) -> None:
     words = [*SHORT, f"--run-dir={tmp_path / 'run'}"]
@@ -558,7 +569,13 @@ def test_defaults_follow_the_data() -> None:
 @pytest.mark.slow
 def test_compare_negatives(tmp_path: Path) -> None:
     """As a person calls it, each run a process of its own."""
-    command = [sys.executable, str(EXAMPLES / "compare_negatives.py"), "--seeds=1", "--epochs=1", "--limit=130"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "papers" / "compare_negatives.py"),
+        "--seeds=1",
+        "--epochs=1",
+        "--limit=130",
+    ]
     done = subprocess.run([*command, f"--run-dir={tmp_path}"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 runs of 1 epochs, ")  # also without a terminal

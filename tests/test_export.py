@@ -16,6 +16,7 @@ import torchvision  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "after"))
 
 import export_backbone
 import plot_runs

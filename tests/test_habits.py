@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .scripts import EXAMPLES, make_images, rows
 
 sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(EXAMPLES / "after"))
 
 import extract_features  # isort: skip
 import train_moco  # isort: skip
@@ -217,6 +218,8 @@ def test_a_finished_run_has_a_model_card(short: Path) -> None:
     for name in ("knn_untrained", "knn", "linear_probe"):
         assert f" | {result[name]:.1f} |\n" in card
     assert "| images | 64 train and 64 test images |" in card
+    assert f"| device | {config['device']} ({config['device_name']}), 1 process(es), 32-true |" in card
+    assert config["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
     assert f"| torch | {config['versions']['torch']} |" in card
     assert "![curves over the epochs](curves.png)" in card
     assert (short / "curves.png").exists()

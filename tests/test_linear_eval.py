@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "after"))
 
 import linear_eval
 from linear_eval import PROTOCOLS, Args

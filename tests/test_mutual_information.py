@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from eqco_loss import EqCoLoss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "papers"))
 
 import mutual_information as mi
 from mutual_information import Args, Cell

@@ -16,6 +16,7 @@ import eqco_loss
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS, ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -188,6 +189,21 @@ def test_links_to_files_exist(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{file.name} has no heading #{anchor}, but {anchors(file)}"
 
 
+def test_scripts_that_a_text_names_are_there() -> None:
+    """In pages, docstrings, comments, results and the notebook: nobody is sent to an old place."""
+    kinds = ("*.md", "*.py", "*.ipynb", "*.toml", "*.yml")
+    texts = [
+        path
+        for kind in kinds
+        for place in ("docs", "eqco_loss", "examples", "benchmarks", "tests", ".github")
+        for path in (ROOT / place).rglob(kind)
+    ]
+    texts += [path for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml", ".yml", ".cff")]
+    for path in texts:
+        for script in re.findall(r"\bexamples/[\w/]+\.py\b", path.read_text()):
+            assert (ROOT / script).exists(), f"{path.relative_to(ROOT)}: {script}"
+
+
 def anchors(page: Path) -> set[str]:
     """Of a page's headings, where mkdocs and GitHub make the same of them: of plain words."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
@@ -238,8 +254,11 @@ def test_the_description_for_package_indexes_has_no_relative_links() -> None:
 
 def test_the_citation_has_both_papers() -> None:
     text = (ROOT / "CITATION.cff").read_text()
-    assert "EqCo: Equivalent Rules" in text
-    assert "Dual Temperature Helps" in text
+    for title, arxiv in (("EqCo: Equivalent Rules", "2010.01929"), ("Dual Temperature Helps", "2203.17248")):
+        paper = text.split(title)[1].split("\n  - type:")[0]
+        assert f'\n    url: "https://arxiv.org/abs/{arxiv}"' in paper
+        assert f"10.48550/arXiv.{arxiv}" in paper
+        assert f"(https://arxiv.org/abs/{arxiv})" in README.read_text()
 
 
 def test_the_readmes_losses_run() -> None:
@@ -263,18 +282,75 @@ def test_the_first_run_is_what_was_measured() -> None:
     """The spread of its kNN, and its last time, are those of examples/results/first_run.csv."""
     with (ROOT / "examples" / "results" / "first_run.csv").open() as file:
         rows = list(csv.DictReader(file))
-    text = " ".join(README.read_text().split())
     knn = sorted(float(row["knn"]) for row in rows)
     newest = [row for row in rows if row["seconds"]][-1]
     assert {row["untrained_knn"] for row in rows} == {"24.6"}
-    assert f"kNN rises from 24.6 % untrained to {knn[0]:g} to {knn[-1]:g} %" in text
-    assert f"After the install it takes {newest['seconds']} seconds on two idle cores of an {newest['cpu']}." in text
+    for page in (README, EXAMPLES / "README.md"):
+        text = " ".join(page.read_text().split())
+        assert f"kNN rises from 24.6 % untrained to {knn[0]:g} to {knn[-1]:g} %" in text
+        assert f"it takes {newest['seconds']} seconds on two idle cores of an {newest['cpu']}." in text
+    for page in [*PAGES, *EXAMPLES.rglob("*.py")]:  # and nowhere else, or otherwise
+        text = " ".join(page.read_text().split())
+        said = re.findall(r"([\d.]+) % (?:untrained|before training)", text)
+        assert set(said) <= {"24.6"}, page
+        assert set(re.findall(r"(\d+) seconds on two idle cores", text)) <= {newest["seconds"]}, page
+
+
+def test_the_digits_are_what_was_measured() -> None:
+    """Each method's row is of results/digits/runs.csv, its kNN the curve's last, and SiMo's one of the first runs'."""
+    folder = EXAMPLES / "results" / "digits"
+    with (folder / "runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    text = (EXAMPLES / "README.md").read_text()
+    for run in runs:
+        assert f"| `{run['command']}` | {run['knn']} % | {run['linear_probe']} % |" in text
+        with (folder / run["run"] / "metrics.csv").open() as file:
+            curve = [row["knn"] for row in csv.DictReader(file) if row["knn"]]
+        assert [f"{float(knn):.1f}" for knn in (curve[0], curve[-1])] == [run["untrained_knn"], run["knn"]]
+    assert len({(run["commit"], run["torch"], run["cpu"], run["threads"]) for run in runs}) == 1
+    assert {run["run"] for run in runs} == {path.parent.name for path in folder.glob("*/metrics.csv")}
+    with (EXAMPLES / "results" / "first_run.csv").open() as file:
+        first = [(row["knn"], row["linear_probe"]) for row in csv.DictReader(file)]
+    assert (runs[0]["knn"], runs[0]["linear_probe"]) in first
+
+
+def cells(grid: str, start: str) -> list[list[str]]:
+    """Of the rows of a grid in docs/results.md, which is written from its CSV, that start so."""
+    rows = (ROOT / "docs" / "results.md").read_text().split(f"--grid {grid}`")[1].split("##")[0].splitlines()
+    return [[cell.strip() for cell in row.split("|")] for row in rows if row.startswith(start)]
+
+
+def test_the_grids_tables_are_of_the_page_of_results() -> None:
+    """Each kNN (linear probe) of the examples' page."""
+    text = (EXAMPLES / "README.md").read_text()
+
+    def means(rows: list[list[str]], column: int) -> list[str]:
+        return [f"{row[column].split(' ±')[0]} ({row[column + 1].split(' ±')[0]})" for row in rows]
+
+    for loss in ("EqCo, alpha = 256", "InfoNCE"):
+        by_k = means([row for row in cells("digits-k", "| SiMo |") if row[3] == loss], 5)
+        assert f"| {loss} | {' | '.join(by_k)} |" in text
+    for name, grid, start in (
+        ("Table 3, SiMo", "alpha", "| SiMo |"),
+        ("Table 4, MoCo v2", "alpha", "| MoCo v2 |"),
+        ("Figure 3 (b), SimCLR", "alpha", "| SimCLR |"),
+        ("Table 1, MoCo v2", "batch", "| MoCo v2 |"),
+        ("Table 6, SiMo", "momentum", "| SiMo |"),
+        ("Table 7, SiMo", "norm", "| SiMo |"),
+    ):
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {name}"))
+        found = cells(grid, start)
+        assert row.split("|")[2].split(":")[0].strip() == ", ".join(means(found, 4))
+        assert row.split("|")[3].strip() == ", ".join(line[6] for line in found)
 
 
 def test_the_claim_is_of_the_page_of_results() -> None:
-    """What four negatives give with and without EqCo."""
-    rows = (ROOT / "docs" / "results.md").read_text().split("--grid digits-k`")[1].split("##")[0].splitlines()
-    of_four = [row.split("|") for row in rows if row.startswith("| SiMo | 4 |")]
-    knn = {cells[3].split(",")[0].strip(): cells[5].split()[0] for cells in of_four}
+    """What four negatives give with and without EqCo, with the spread over seeds, and the paper's figures."""
+    four = {row[3].split(",")[0]: row for row in cells("digits-k", "| SiMo | 4 |")}
+    assert {row[4] for row in four.values()} == {"3"}
     text = " ".join(README.read_text().split())
-    assert f"a kNN of {knn['EqCo']} % with EqCo and {knn['InfoNCE']} % without it" in text
+    knn = f"a kNN of {four['EqCo'][5]} % with EqCo and {four['InfoNCE'][5]} % without it (three seeds)"
+    assert knn in text
+    (simo,) = (row[7] for row in cells("digits-k", "| SiMo | 16 | EqCo"))
+    (moco,) = (row[6] for row in cells("alpha", "| MoCo v2 | 65536 |"))
+    assert f"SiMo with 16 reaches {simo} %, MoCo v2 with 65,536 {moco} %" in text

@@ -309,9 +309,9 @@ def test_folders_whose_names_are_no_utf_8(tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     assert config["arguments"]["data_dir"] == str(root)
     assert "is finished" in of("train_simo.py", *words, f"--run-dir={directory}")
-    assert "top-1" in of("linear_eval.py", str(directory), "--epochs=1", "--batch-size=8", "--workers=0")
+    assert "top-1" in of("after/linear_eval.py", str(directory), "--epochs=1", "--batch-size=8", "--workers=0")
     assert json.loads((directory / "linear_eval.json").read_text())["checkpoint"] == str(directory / "checkpoint.pt")
-    assert "figure:" in of("plot_runs.py", str(directory))
+    assert "figure:" in of("after/plot_runs.py", str(directory))
 
 
 @pytest.mark.parametrize("name", [b"plain", b"two words", b"it's", b"caf\xe9's \\n.png", "caf\xe9".encode()])

@@ -21,6 +21,7 @@ from eqco_loss import EqCoLoss, MomentumQueue
 from .scripts import EXAMPLES, Script, make_images
 
 sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(EXAMPLES / "papers"))
 
 import gradient_norm
 import results_page
@@ -39,7 +40,7 @@ class Started:
     """subprocess.Popen, from a server that has imported everything."""
 
     def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
-        script = Script(log.parent, Path(words[1]).name)
+        script = Script(log.parent, str(Path(words[1]).relative_to(EXAMPLES)))
         self.process = script.start(*words[2:])
 
     @property
@@ -362,7 +363,7 @@ def test_drawn_from_the_csv(grid: str, tmp_path: Path, capsys: pytest.CaptureFix
     text = (tmp_path / f"{grid}.md").read_text()
     assert (tmp_path / f"{grid}.png").read_bytes().startswith(b"\x89PNG")
     assert text.split("\n\n`")[0] in output
-    assert text.endswith(f"`python examples/sweep.py --grid {grid} --seeds 2`\n")  # and no machine's paths
+    assert text.endswith(f"`python examples/papers/sweep.py --grid {grid} --seeds 2`\n")  # and no machine's paths
     settings = GRIDS[grid].settings(GRIDS[grid].dataset)
     assert sum(line.startswith(tuple(f"| {name} |" for name in NAMES.values())) for line in text.splitlines()) == len(
         settings
@@ -470,12 +471,12 @@ def test_gradient_norms_of_bad_input(tmp_path: Path) -> None:
 
 
 def test_the_page_of_results_is_of_the_committed_files() -> None:
-    """Every grid has its place. Run `python examples/results_page.py` where this fails."""
+    """Every grid has its place. Run `python examples/papers/results_page.py` where this fails."""
     assert results_page.EXPECTED.keys() == GRIDS.keys()
     written = (EXAMPLES.parent / "docs" / "results.md").read_text()
     assert written == results_page.page(EXAMPLES / "results" / "sweep")
     for name in GRIDS:
-        assert f"`python examples/sweep.py --grid {name}`" in written
+        assert f"`python examples/papers/sweep.py --grid {name}`" in written
 
 
 def test_a_grid_that_was_run_has_its_table_on_the_page(tmp_path: Path) -> None:

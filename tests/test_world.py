@@ -124,8 +124,10 @@ def test_both_directions(across: bool, dtype: torch.dtype, autocast: torch.dtype
         for seed in range(
             2 if engine in INTERPRETED else 4
         ):  # the error of a single number may be small by chance, eager's as ours
+            first, second = draw(2 * 19, D, dtype=dtype, seed=seed).chunk(2)
             call = SymmetricLosses(
-                views=draw(2 * 19, D, dtype=dtype, seed=seed),
+                first=first,
+                second=second,
                 across=across,
                 temperature=temperature,
                 learned_temperature=case.learned_temperature(),

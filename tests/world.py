@@ -322,7 +322,9 @@ def ours_both(call: SymmetricLosses, grad: Tensor) -> Answers:
     out = engine.symmetric_losses(call)
     gradients = engine.symmetric_gradient(
         SymmetricGradient(
-            views=call.views,
+            first=call.first,
+            second=call.second,
+            views=out.views,
             grad=grad,
             rows=out.rows,
             across=call.across,

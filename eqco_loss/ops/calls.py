@@ -137,7 +137,8 @@ class RowOutputs(NamedTuple):
 class SymmetricLosses(NamedTuple):
     """Both directions between two views, where every row is an anchor, a positive and a key."""
 
-    views: Tensor  # (2M, D): rows i and i + M are one image's
+    first: Tensor  # (M, D)
+    second: Tensor  # (M, D), in the same dtype: row i is the image of the first's row i
     across: bool  # whether only the other view's rows are negatives (CLIP, SimCo), or both views' (NT-Xent)
     temperature: float
     learned_temperature: Tensor | None  # ()
@@ -151,16 +152,24 @@ class SymmetricLosses(NamedTuple):
     def ratio(self) -> float:
         return self.share[0] / self.share[1]
 
+    @property
+    def views(self) -> Tensor:
+        """(2M, D), a copy: rows i and i + M are one image's."""
+        return torch.cat([self.first, self.second])
+
 
 class SymmetricOutputs(NamedTuple):
     loss: Tensor  # (): the sum over the rows of share * loss
     rows: Tensor  # (len(Row), 2M); TEMPERATURE_GRADIENT is only for the backend's own gradient
+    views: Tensor  # (2M, D): both views, where the backend's gradient takes them in one tensor; else (0,)
 
 
 class SymmetricGradient(NamedTuple):
     """The gradient of ``grad * loss`` for the views."""
 
-    views: Tensor  # (2M, D)
+    first: Tensor  # (M, D)
+    second: Tensor  # (M, D)
+    views: Tensor  # (2M, D) or (0,), of ``SymmetricOutputs``
     grad: Tensor  # ()
     rows: Tensor  # (len(Row), 2M)
     across: bool

@@ -26,10 +26,9 @@ def row_losses(call: RowLosses) -> Tensor:
 
 def symmetric_losses(call: SymmetricLosses) -> Tensor:
     """The loss, ()."""
-    z = unit(call.views, True, compute_dtype(call.views))
-    first, second = z.chunk(2)
+    first, second = (unit(x, True, compute_dtype(x)) for x in (call.first, call.second))
     m = len(first)
-    total = z.new_zeros(())
+    total = first.new_zeros(())
     for anchors, others in ((first, second), (second, first)):
         keys = others if call.across else torch.cat([anchors, others])
         pairs = Pairs(band=[0, m - 1, m])

@@ -341,19 +341,23 @@ keys_gradient = Operator(
 
 
 def _symmetric_losses_fake(call: SymmetricLosses) -> SymmetricOutputs:
-    dtype = compute_dtype(call.views)
-    rows = call.views.new_empty((len(Row), call.views.shape[0]), dtype=dtype)
-    return SymmetricOutputs(call.views.new_empty((), dtype=dtype), rows)
+    (m, d), dtype, new = call.first.shape, compute_dtype(call.first), call.first.new_empty
+    views = new((2 * m, d) if BACKENDS[call.backend].keeps_views(call) else (0,))
+    return SymmetricOutputs(new((), dtype=dtype), new((len(Row), 2 * m), dtype=dtype), views)
 
 
 def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) -> Gradients:
     if torch.is_grad_enabled():
         return _dense_gradients(ctx, symmetric_losses, definition.symmetric_losses, grad)
-    (rows,) = ctx.saved_tensors
-    _check_unchanged(ctx, call.views, call.learned_temperature)
+    rows, views = ctx.saved_tensors
+    _check_unchanged(ctx, call.learned_temperature)
+    if not views.numel():
+        _check_unchanged(ctx, call.first, call.second)
     gradients = symmetric_gradient(
         SymmetricGradient(
-            views=call.views,
+            first=call.first,
+            second=call.second,
+            views=views,
             grad=grad,
             rows=rows,
             across=call.across,
@@ -363,7 +367,8 @@ def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) ->
             backend=call.backend,
         )
     )
-    found = {"views": gradients.views}
+    m = len(call.first)
+    found = {"first": gradients.views[:m], "second": gradients.views[m:]}
     if call.learned_temperature is not None:
         found["learned_temperature"] = gradients.temperature.to(call.learned_temperature.dtype)
     return found
@@ -375,7 +380,7 @@ symmetric_losses = Operator(
     SymmetricOutputs,
     lambda call: BACKENDS[call.backend].symmetric_losses(call),
     _symmetric_losses_fake,
-    ("views", "learned_temperature"),
+    ("first", "second", "learned_temperature"),
     _symmetric_losses_backward,
 )
 
@@ -385,7 +390,7 @@ symmetric_gradient = Operator(
     SymmetricGradients,
     lambda call: BACKENDS[call.backend].symmetric_gradient(call),
     lambda call: SymmetricGradients(
-        call.views.new_empty(call.views.shape),
+        call.first.new_empty((2 * call.first.shape[0], call.first.shape[1])),
         call.rows.new_empty((0,) if call.learned_temperature is None else ()),
     ),
 )

@@ -1,11 +1,16 @@
-"""Gradients times the gradient of the loss, as torch multiplies them."""
+"""What backends answer alike: gradients times the gradient of the loss, by torch, and whether views stay together."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .calls import KeysGradient, KeysGradients
+from .calls import KeysGradient, KeysGradients, SymmetricLosses
+
+
+def keeps_views(call: SymmetricLosses) -> bool:
+    """Whether the gradient of both directions takes both views in one tensor."""
+    return True
 
 
 def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:

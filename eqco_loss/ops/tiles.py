@@ -40,6 +40,7 @@ from .calls import (
     temperature_of,
 )
 from .definition import cleaned
+from .scaled import keeps_views as keeps_views
 from .scaled import times as times
 from .scaled import with_others
 
@@ -178,8 +179,8 @@ def _write_metrics(out: Tensor, values: gap.Values, seen: _Seen, scale: float | 
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    t, dtype = temperature_of(call), compute_dtype(call.views)
-    unit, n = unit_rows(call.views, True, dtype)[0], len(call.views)
+    t, views = temperature_of(call), call.views
+    unit, n = unit_rows(views, True, compute_dtype(views))[0], len(views)
     rows = unit.new_zeros((len(Row), n))
     running = [_Running(unit.new_full((n,), _MINIMUM), unit.new_zeros(n))]
     ratios: list[float | Tensor] = [1.0]
@@ -201,7 +202,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     values = _values(s * (LOG2E / t), seen, call)
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(intra.maximum, intra.total)
     rows[Row.PULL], rows[Row.POSITIVE] = values.weight * (call.ratio / t) / rows[Row.TOTAL], s
-    return SymmetricOutputs(values.loss.sum() * call.ratio, rows)
+    return SymmetricOutputs(values.loss.sum() * call.ratio, rows, views)
 
 
 @plainly

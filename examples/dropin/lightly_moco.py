@@ -86,7 +86,7 @@ def main(steps: int = 10) -> list[tuple[float, float]]:
     torch.manual_seed(0)
     original, model = Original(), MoCo()
     model.load_state_dict(original.state_dict())
-    # lightly's bank starts with random keys, ours empty: primed with a first batch's keys, or with what lightly drew.
+    # lightly's bank starts with random keys, ours empty: primed with another batch's keys, or with what lightly drew.
     model.queue.load_moco(original.criterion.get_buffer("memory_bank.bank").T)
     losses = list(zip(train(original, steps), train(model, steps), strict=True))
     for step, (old, new) in enumerate(losses):

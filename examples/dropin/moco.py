@@ -99,7 +99,7 @@ def main(steps: int = 10) -> list[tuple[float, float]]:
     torch.manual_seed(0)
     original, model = Original(), MoCo()
     model.load_state_dict(original.state_dict())
-    # MoCo's queue starts with random keys, ours empty: primed with a first batch's keys, or with a checkpoint's queue.
+    # MoCo's queue starts with random keys, ours empty: primed with another batch's keys, or with a checkpoint's queue.
     model.negatives.load_moco(original.queue, original.queue_ptr)
     losses = list(zip(train(original, steps), train(model, steps), strict=True))
     for step, (old, new) in enumerate(losses):

@@ -27,14 +27,16 @@ def model_card(run: Run) -> str:
         "image size": f"{arguments['image_size']} px, {spec['channels']} channel(s)",
         "augmentation": "placed at random" if arguments["dataset"] == "digits" else arguments["recipe"],
     }
+    device = f"{config['device']} ({config['device_name']})"
     made = {
-        "device": f"{config['device_name']}, {config['ranks']} process(es), {arguments['precision']}",
+        "device": f"{device}, {config['ranks']} process(es), {arguments['precision']}",
         "loss by": ": ".join(config["loss_backend"]),
         "commit": config["commit"],
         "time": f"{seconds:.0f} s of training, without evaluation",
         **config["versions"],
     }
-    what = f"A {spec['arch']} encoder, trained by {arguments['method']} for {arguments['epochs']} epochs without labels"
+    epochs = f"{arguments['epochs']} epoch{'s' if arguments['epochs'] > 1 else ''}"
+    what = f"A {spec['arch']} encoder, trained by {arguments['method']} for {epochs} without labels"
     before = arguments["resume_from"]
     return "\n".join(
         [
@@ -58,9 +60,9 @@ def model_card(run: Run) -> str:
             "## How to use it",
             "",
             "```bash",
-            f"python examples/linear_eval.py {run.directory}        # the papers' linear probe",
-            f"python examples/extract_features.py {run.directory} IMAGES    # features of a folder of images",
-            f"python examples/export_backbone.py {run.directory} --out backbone.pth",
+            f"python examples/after/linear_eval.py {run.directory}        # the papers' linear probe",
+            f"python examples/after/extract_features.py {run.directory} IMAGES    # features of a folder of images",
+            f"python examples/after/export_backbone.py {run.directory} --out backbone.pth",
             "```",
             "",
         ]

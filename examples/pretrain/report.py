@@ -13,6 +13,7 @@ from .arguments import Common, ranks
 from .data import Data
 from .loggers import open_logger
 from .run import Row, Run, command, provenance
+from .schedule import warms_up
 
 NOT_FINITE = ("skipped_steps", "replaced_keys")  # columns that count since the run began
 COLLAPSED = 0.1  # feature std below which a run is called so
@@ -64,7 +65,12 @@ class Report:
         if data.note:
             self.say(f"note     {data.note}")
         self.say(f"loss     N = {args.batch_size}{pieces}, {loss}")
-        self.say(f"steps    {steps} an epoch, {args.epochs} epochs")
+        self.say(f"steps    {steps} an epoch, {args.epochs} epoch{'s' if args.epochs > 1 else ''}")
+        if warms_up(args.schedule) and args.warmup_epochs >= args.epochs:
+            self.say(
+                f"note     epochs: the learning rate rises for {args.warmup_epochs:g} epochs, and this run has "
+                f"{args.epochs}. It tries the command and learns next to nothing: give more --epochs to train."
+            )
         self.say(f"run      {run.directory}{at}")
         if fabric.is_global_zero:
             self.logger = open_logger(args.logger, run.directory, run.epoch + 1, run.config["arguments"])

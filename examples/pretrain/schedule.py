@@ -9,6 +9,11 @@ if TYPE_CHECKING:  # what follows runs without torch, for which --help would wai
     from torch.optim import Optimizer
 
 
+def warms_up(schedule: Schedule) -> bool:
+    """Whether ``warmup_epochs`` counts."""
+    return schedule in ("simo", "cosine")
+
+
 def learning_rate(
     schedule: Schedule, step: int, steps_per_epoch: int, epochs: int, warmup_epochs: float, warmup_from: float
 ) -> float:
@@ -19,7 +24,7 @@ def learning_rate(
     cosine-by-epoch: half a cosine, the same rate for a whole epoch (MoCo v2).
     drops: a tenth after 60 % of the epochs, a hundredth after 80 % (MoCo v1).
     """
-    epoch, warmup = step / steps_per_epoch, warmup_epochs if schedule in ("simo", "cosine") else 0.0
+    epoch, warmup = step / steps_per_epoch, warmup_epochs if warms_up(schedule) else 0.0
     warm = warmup_from + (1 - warmup_from) * min(1.0, epoch / warmup) if warmup > 0 else 1.0
     if schedule == "drops":
         return float(0.1 ** (int(epoch >= 0.6 * epochs) + int(epoch >= 0.8 * epochs)))

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ..calls import RowLosses
+from ..scaled import keeps_views
 from .arguments import capability, interpreted, kernels, unit_dtype
 from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
 
 __all__ = [
     "gives_keys_gradient",
+    "keeps_views",
     "keys_gradient",
     "logsumexp",
     "refusal",

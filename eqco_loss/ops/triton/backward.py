@@ -186,7 +186,8 @@ def _row_weights(
     call: KeysGradient | SymmetricGradient, normalize: bool, dtype: torch.dtype, multiplied: bool
 ) -> tuple[Tensor, Tensor]:
     """``weights`` (len(Row), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
-    x, rows, grad = call[0], call.rows.contiguous(), call.grad
+    x = call.query if isinstance(call, KeysGradient) else call.views
+    rows, grad = call.rows.contiguous(), call.grad
     scaled = multiplied and normalize and dtype == torch.float16 and x.dtype == dtype
     (n, d), count = x.shape, pieces(dtype, normalize) if multiplied else 1
     if count == 1 and not scaled and x.dtype == dtype and grad.dim() == 0:
@@ -240,7 +241,7 @@ def _merge_splits(
 def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> SymmetricOutputs:
     """Both directions' losses; their gradients are ``symmetric_gradient``'s."""
 
-    m = len(call.views) // 2
+    m, views = len(call.first), call.views
 
     def outputs(query: Tensor, positive: Tensor, keys: Tensor, half: int = 0) -> RowOutputs:
         one = KeySet(keys, Pairs(band=[0, m - 1, m]), normalize=True)
@@ -270,11 +271,11 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
         )
 
     if not call.across:
-        out = outputs(call.views, call.views, call.views, m)
-        return SymmetricOutputs(out.loss, out.rows)
-    first, second = call.views.chunk(2)
-    there, back = outputs(first, second, second), outputs(second, first, first)
-    return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1))
+        out = outputs(views, views, views, m)
+        return SymmetricOutputs(out.loss, out.rows, views)
+    there = outputs(call.first, call.second, call.second)
+    back = outputs(call.second, call.first, call.first)
+    return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1), views)
 
 
 def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:

@@ -70,6 +70,13 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     return None
 
 
+def keeps_views(call: SymmetricLosses) -> bool:
+    """Whether the gradient of both directions takes both views in one tensor."""
+    products = product_dtype(call.autocast, call.first)
+    mutual = pointwise.mutual(products, arithmetic(call.first))
+    return mutual is None or mutual.keeps_views(call, products)
+
+
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of gradients before backward multiplies them by the loss's."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -198,12 +205,13 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    like, n, products = arithmetic(call.views), len(call.views), product_dtype(call.autocast, call.views)
+    like, products = arithmetic(call.first), product_dtype(call.autocast, call.first)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_losses(call, products)  # type: ignore[no-any-return]
-    t = temperature_of(call)
-    views, half = prepare(call.views, True, products, like), n // 2
+    t, both = temperature_of(call), call.views
+    n = len(both)
+    views, half = prepare(both, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
     seek = Seek(_to_inter(call, like), weighted=call.learned_temperature is not None)
@@ -216,7 +224,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     pointwise.dots(views.raw.part(slice(0, half)), views.raw.part(slice(half, n)), s[:half])
     s[half:] = s[:half]
     done = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
-    return SymmetricOutputs(done.losses.sum(), done.rows)
+    return SymmetricOutputs(done.losses.sum(), done.rows, both)
 
 
 @plainly
@@ -226,11 +234,11 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
     ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``. Every tile's weights serve its rows, and turned its keys.
     """
-    like, (n, d), products = arithmetic(call.views), call.views.shape, product_dtype(call.autocast, call.views)
+    like, products = arithmetic(call.first), product_dtype(call.autocast, call.first)
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_gradient(call, products)  # type: ignore[no-any-return]
-    t = temperature_of(call)
+    t, (n, d) = temperature_of(call), call.views.shape
     views, half = prepare(call.views, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)

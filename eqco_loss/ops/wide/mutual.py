@@ -83,17 +83,16 @@ ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
-    views, n = call.views, len(call.views)
-    rows = torch.empty((len(Row), n), dtype=torch.float32, device=views.device)
+    n, new = 2 * len(call.first), functools.partial(torch.empty, dtype=torch.float32, device=call.first.device)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh = call.learned_temperature is not None
     tile = STATISTICS if call.across else SQUARE
     plan = _statistics_plan(
-        n, _width(views), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(views)
-    )
-    shapes = (), plan.scratch, plan.parts
-    loss, scratch, parts = (torch.empty(shape, dtype=torch.float32, device=views.device) for shape in shapes)
-    x, scale = _prepared(views, products, rows, scratch)
+        n, _width(call), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS,
+        parallel(call.first),
+    )  # fmt: skip
+    rows, loss, scratch, parts = new((len(Row), n)), new(()), new(plan.scratch), new(plan.parts)
+    x, scale = _prepared(call, products, rows, scratch)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
     if len(plan.chunks) > 1:
@@ -118,23 +117,23 @@ def symmetric_losses(call, products):
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(loss, rows)
+    return SymmetricOutputs(loss, rows, x if keeps_views(call, products) else new(0, dtype=call.first.dtype))
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
-    views, (n, d), rows = call.views, call.views.shape, call.rows
-    half, device = n // 2, call.views.device
-    x, scale = _prepared(views, products, rows, None)
+    (half, d), rows, device = call.first.shape, call.rows, call.first.device
+    n = 2 * half
+    x, scale = (call.views, rows[Row.INVERSE]) if call.views.numel() else _prepared(call, products, rows, None)
     multiplied = x if x.shape[1] == d else x[:, :d]
     largest, factor = None, call.grad
     if products == torch.float16:  # which holds no weight above 65504 and loses small ones
         largest = (rows[Row.PULL] * call.grad).abs().amax()
         largest = torch.where(largest > 0, largest, 1.0)
         factor = call.grad / largest
-    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps, parallel(views))
+    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps, parallel(x))
     form = _form(call.temperature, None, call.learned_temperature)
-    out = torch.empty((n, d), dtype=views.dtype, device=device)
+    out = torch.empty((n, d), dtype=call.first.dtype, device=device)
     sums = torch.empty((n if plan.whole else half, d), dtype=torch.float32, device=device)
     first_key = 0 if plan.whole else half  # of the rows that have sums
     if not plan.whole:
@@ -158,9 +157,9 @@ def symmetric_gradient(call, products):
             of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
             chunks.product(weights[:, own:].T, multiplied[some], of_keys, add=some.start > 0)
         if not plan.whole and columns.stop == n:
-            _through(views, products, gradient, None, out, (rows, scale, call.grad, largest), some)
+            _through(call, products, gradient, None, out, (scale, largest), some)
     whole = sums[:half] if plan.whole else None
-    _through(views, products, whole, sums[-half:], out, (rows, scale, call.grad, largest), slice(0, half))
+    _through(call, products, whole, sums[-half:], out, (scale, largest), slice(0, half))
     of_temperature = torch.empty(0, dtype=torch.float32, device=device)
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
@@ -170,43 +169,45 @@ def symmetric_gradient(call, products):
 # ---------------------------------------------------------------------------------------------------------- small steps
 
 
-def _width(views):
+def keeps_views(call, products):
+    """Whether rows are multiplied as they are, so that forward's copy of both views serves backward, too."""
+    first = call.first
+    return products == first.dtype != torch.float16 and first.shape[1] == _width(call)
+
+
+def _width(call):
     """D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill."""
-    d = views.shape[1]
+    d = call.first.shape[1]
     return d + -d % max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
 
 
-def _prepared(views, products, rows, scratch):
-    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; and, if ``scratch``, ``rows``."""
-    n, d = views.shape
-    plan = _rows_plan(n // 2, d, _width(views), views.dtype, products, views.stride(1) == 1, ROWS)
-    out, scale, written = None, None, None
-    if not plan.as_they_lie:
-        out = torch.empty((n, plan.width), dtype=products, device=views.device)
+def _prepared(call, products, rows, scratch):
+    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; if ``scratch``, ``rows`` too."""
+    here, there, (half, d) = call.first, call.second, call.first.shape
+    plan = _rows_plan(half, d, _width(call), here.dtype, products, ROWS)
+    out = torch.empty((2 * half, plan.width), dtype=products, device=here.device)
+    scale, written = None, None
     if plan.form == _POWER:
-        scale = written = torch.empty(n, dtype=torch.float32, device=views.device)
+        scale = written = torch.empty(2 * half, dtype=torch.float32, device=here.device)
     elif plan.form == _COPY:
         scale = rows[Row.INVERSE]
-    if out is not None or scratch is not None:
-        here, there = views[: n // 2], views[n // 2 :]
-        launch(
-            prepare_kernel, plan.prepare_grid,
-            here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, scratch, n // 2,
-            MEASURE=scratch is not None, **plan.prepare,
-        )  # fmt: skip
-    return (views if out is None else out), scale
+    launch(
+        prepare_kernel, plan.prepare_grid,
+        here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, scratch, half,
+        MEASURE=scratch is not None, **plan.prepare,
+    )  # fmt: skip
+    return out, scale
 
 
-def _through(views, products, of_here, of_there, out, given, some):
+def _through(call, products, of_here, of_there, out, given, some):
     """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
-    (n, d), (rows, scale, grad, largest) = views.shape, given
-    half = n // 2
-    here, there = views[:half], views[half:]
-    plan = _rows_plan(some.stop - some.start, d, d, views.dtype, products, views.stride(1) == 1, ROWS)
+    here, there, (half, d), (scale, largest) = call.first, call.second, call.first.shape, given
+    plan = _rows_plan(some.stop - some.start, d, d, here.dtype, products, ROWS)
     launch(
         through_views_kernel, plan.through_grid,
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
-        out[some], out[half + some.start :], d, rows, scale, grad, largest, some.start, some.stop, half, plan.least,
+        out[some], out[half + some.start :], d, call.rows, scale, call.grad, largest,
+        some.start, some.stop, half, plan.least,
         **plan.through,
     )  # fmt: skip
 
@@ -234,7 +235,6 @@ def _form(temperature, inter_temperature, learned):
 class _RowsPlan(NamedTuple):
     width: int  # of what is multiplied
     form: int  # of ``prepare_kernel``
-    as_they_lie: bool  # whether rows are multiplied without a copy
     least: float  # 1 / the least length that a gradient is divided by
     prepare_grid: tuple[int, ...]
     prepare: dict
@@ -243,13 +243,12 @@ class _RowsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows_plan(count, d, width, dtype, products, features_together, how):
+def _rows_plan(count, d, width, dtype, products, how):
     form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
     prepare, through = how.constants(width), how.constants(d)
     return _RowsPlan(
         width=width,
         form=form,
-        as_they_lie=form == _COPY and width == d and features_together,
         least=1.0 / gradient_eps(dtype),
         prepare_grid=(triton.cdiv(count, prepare["BLOCK_ROWS"]),),
         prepare={"D": d, "WIDTH": width, "FORM": form} | prepare,

@@ -63,7 +63,7 @@ def prepare_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, MEASURE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of both rows of some images 1 / length and, where ``out`` is given, what is multiplied, zeros up to WIDTH.
+    """Of both rows of some images 1 / length and what is multiplied, ``out`` (2M, WIDTH), with zeros beyond D.
 
     That is the unit row (FORM = UNIT), the row times a power of two (POWER), of which the rest is ``scale``, or the row
     itself (COPY). ``rows_out`` (len(Row), 2M) gets INVERSE and, with MEASURE, POSITIVE; without, it has INVERSE.
@@ -88,25 +88,24 @@ def prepare_kernel(
     else:
         by_left = tl.load(inverses, mask=inside, other=1.0)
         by_right = tl.load(inverses + half, mask=inside, other=1.0)
-    if out is not None:
-        of_left, of_right = by_left, by_right
-        if FORM == POWER:
-            of_left, rest_left = power_of_two_for(by_left)
-            of_right, rest_right = power_of_two_for(by_right)
-        for first in range(0, WIDTH, BLOCK_D):
-            at = first + tl.arange(0, BLOCK_D)
-            a = load_features(here, rows, here_stride_r, here_stride_d, at, inside, D)
-            b = load_features(there, rows, there_stride_r, there_stride_d, at, inside, D)
-            if FORM != COPY:
-                a, b = a * of_left[:, None], b * of_right[:, None]
-            stored = inside[:, None] & (at < WIDTH)[None, :]
-            to = out + rows.to(tl.int64)[:, None] * out_stride + at[None, :]
-            tl.store(to, a.to(out.dtype.element_ty), mask=stored)
-            to = out + (rows + half).to(tl.int64)[:, None] * out_stride + at[None, :]
-            tl.store(to, b.to(out.dtype.element_ty), mask=stored)
-        if FORM == POWER:
-            tl.store(scale + rows, rest_left, mask=inside)
-            tl.store(scale + half + rows, rest_right, mask=inside)
+    of_left, of_right = by_left, by_right
+    if FORM == POWER:
+        of_left, rest_left = power_of_two_for(by_left)
+        of_right, rest_right = power_of_two_for(by_right)
+    for first in range(0, WIDTH, BLOCK_D):
+        at = first + tl.arange(0, BLOCK_D)
+        a = load_features(here, rows, here_stride_r, here_stride_d, at, inside, D)
+        b = load_features(there, rows, there_stride_r, there_stride_d, at, inside, D)
+        if FORM != COPY:
+            a, b = a * of_left[:, None], b * of_right[:, None]
+        stored = inside[:, None] & (at < WIDTH)[None, :]
+        to = out + rows.to(tl.int64)[:, None] * out_stride + at[None, :]
+        tl.store(to, a.to(out.dtype.element_ty), mask=stored)
+        to = out + (rows + half).to(tl.int64)[:, None] * out_stride + at[None, :]
+        tl.store(to, b.to(out.dtype.element_ty), mask=stored)
+    if FORM == POWER:
+        tl.store(scale + rows, rest_left, mask=inside)
+        tl.store(scale + half + rows, rest_right, mask=inside)
     if MEASURE:
         tl.store(scratch, 0.0)
         tl.store(inverses, by_left, mask=inside)

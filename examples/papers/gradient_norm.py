@@ -1,7 +1,7 @@
 """Figure 2 of EqCo's paper: the gradient norm over training with few and many negatives, without and with EqCo.
 
-    python examples/gradient_norm.py                                    # SiMo on digits, K from 4 to 127
-    python examples/gradient_norm.py --dataset cifar10 --data-dir DIR   # MoCo v2 with a queue of 4 to 4096, one GPU
+    python examples/papers/gradient_norm.py                                   # SiMo on digits, K from 4 to 127
+    python examples/papers/gradient_norm.py --dataset cifar10 --data-dir DIR  # MoCo v2, a queue of 4 to 4096, one GPU
 
 A short training for each K, from the same weights on the same views. Every few steps the norm of dL_i/dq_i, q_i the
 query at unit length, is averaged over the batch, and so is Theorem 2's bound, (2 / t)(1 - p_i), drawn dashed.
@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import torch
 import torch.nn.functional as F

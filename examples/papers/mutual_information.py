@@ -1,7 +1,7 @@
 """Table 5 of EqCo's paper: how much mutual information InfoNCE and EqCo find, with 64 to 512 negatives.
 
-    python examples/mutual_information.py                # 40 cells, 35 trainings, two single-thread processes
-    python examples/mutual_information.py --quick        # six cells with K of 64 and 128
+    python examples/papers/mutual_information.py          # 40 cells, 35 trainings, two single-thread processes
+    python examples/papers/mutual_information.py --quick  # six cells with K of 64 and 128
 
 x ~ N(0, 1) in 20 dimensions, y = rho x + sqrt(1 - rho^2) noise: the truth is I = -10 log(1 - rho^2). Two networks,
 20-256-ReLU-128, are trained on K + 1 pairs a step, a query's negatives being the other keys; temperature 1, no
@@ -22,6 +22,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import torch
 import tyro

@@ -62,7 +62,7 @@ def short_command(args: Args) -> str:
         "arch": args.arch,
     }
     words = [f"--{name} {value}" for name, value in given.items() if value is not None]
-    return " ".join(["python examples/sweep.py --grid", args.grid, *words])
+    return " ".join(["python examples/papers/sweep.py --grid", args.grid, *words])
 
 
 def table_lines(grid: Grid, points: list[Point]) -> list[str]:

@@ -1,7 +1,7 @@
 """From a folder of images to the first step's views, augmented on the device: seconds by phase.
 
-    python examples/start_time.py --data-dir DIR                            # DIR/train/<class>/*, DIR/test/<class>/*
-    python examples/start_time.py --data-dir DIR --examples OTHER/examples  # as another checkout does it
+    python examples/measure/start_time.py --data-dir DIR  # with DIR/train/<class>/*, DIR/test/<class>/*
+    python examples/measure/start_time.py --data-dir DIR --examples OTHER/examples  # as another checkout does it
 
 Each phase is what the training scripts do, in their order. Files that were read once are in the system's cache: start
 it twice, and take the second.
@@ -18,7 +18,7 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--examples", type=Path, default=Path(__file__).parent, help="whose pretrain is measured")
+    parser.add_argument("--examples", type=Path, default=Path(__file__).parents[1], help="whose pretrain is measured")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--batch-size", type=int, default=512)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Several runs in one figure: loss, contrast accuracy, feature std, kNN and online probe, with a band over seeds.
 
-    python examples/plot_runs.py runs/*         # the figure is runs/runs.png; other files there are passed over
+    python examples/after/plot_runs.py runs/*  # the figure is runs/runs.png; other files there are passed over
 
 Runs whose config.json differs in nothing but the seed are one curve, their mean, in a band from the least to the most.
 The legend says in what the curves differ.
@@ -8,9 +8,12 @@ The legend says in what the curves differ.
 
 import csv
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import tyro
 from pretrain.run import ADDED, MEASURED, PANELS, fail, print_any_name, written_whole

@@ -1,7 +1,7 @@
 """Features of a folder of images, by a trained encoder, in one file that NumPy reads.
 
-    python examples/extract_features.py runs/RUN DIR                       # DIR/<class>/*, or images without a class
-    python examples/extract_features.py checkpoint.pt DIR --out features.npz
+    python examples/after/extract_features.py runs/RUN DIR  # DIR/<class>/*, or images without a class
+    python examples/after/extract_features.py checkpoint.pt DIR --out features.npz
 
 The file has features (M, width) in float32, labels (M,), names (M,), and classes: class i is called classes[i]. Images
 in no class folder have the label -1. Each image is resized and cropped in the middle as the kNN sees it; the features
@@ -9,9 +9,12 @@ are the backbone's, without the projection head, not normalised. numpy.load("fea
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import numpy as np
 import tyro

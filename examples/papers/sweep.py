@@ -1,12 +1,12 @@
 """The papers' figures and tables: a grid of runs, what they give in one CSV, and ours beside the papers'.
 
-    python examples/sweep.py --grid digits-k --jobs 2                    # Figures 3 and 4 on digits, two CPU cores
-    python examples/sweep.py --grid cifar10-k --data-dir DIR             # the same on CIFAR-10, one GPU
-    python examples/sweep.py --grid cifar100-dual --data-dir DIR         # the dual-temperature paper's table, one GPU
-    python examples/sweep.py --grid cifar10-quick --time-limit 10        # Figure 4 in minutes of a GPU
-    python examples/sweep.py --grid cifar100-quick --time-limit 10       # SimCo, SimMoCo and MoCo v2 in 40 epochs
-    python examples/sweep.py --grid cifar10-long --time-limit 10         # SiMo for 200 epochs; again, until it is done
-    python examples/sweep.py --grid cifar10-k --draw-only                # from the CSV alone
+    python examples/papers/sweep.py --grid digits-k --jobs 2               # Figures 3 and 4 on digits, two CPU cores
+    python examples/papers/sweep.py --grid cifar10-k --data-dir DIR        # the same on CIFAR-10, one GPU
+    python examples/papers/sweep.py --grid cifar100-dual --data-dir DIR    # the dual-temperature paper's table, one GPU
+    python examples/papers/sweep.py --grid cifar10-quick --time-limit 10   # Figure 4 in minutes of a GPU
+    python examples/papers/sweep.py --grid cifar100-quick --time-limit 10  # SimCo, SimMoCo and MoCo v2 in 40 epochs
+    python examples/papers/sweep.py --grid cifar10-long --time-limit 10    # SiMo for 200 epochs; again, until done
+    python examples/papers/sweep.py --grid cifar10-k --draw-only           # from the CSV alone
 
 alpha (Tables 3 and 4, Figure 3 (b)), batch (Table 1), momentum (Table 6) and norm (Table 7) run on digits, or with
 --dataset on CIFAR. Each run is a training script in a directory of its own, and a row of the CSV once it is done. Run
@@ -17,6 +17,8 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import torch
 import tyro

@@ -1,6 +1,6 @@
 """EqCo's claim on scikit-learn's digits: with K = 4 negatives a query, mimicking alpha = 256 beats InfoNCE.
 
-    python examples/compare_negatives.py        # about nine minutes on two CPU cores
+    python examples/papers/compare_negatives.py  # about nine minutes on two CPU cores
 
 Six runs of train_simo.py (two losses, three seeds), two at a time; compare.csv and compare.png are what they give. Run
 the same command again to resume: a finished run only prints its result.
@@ -22,7 +22,7 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).with_name("train_simo.py")
+SCRIPT = Path(__file__).parents[1] / "train_simo.py"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What augmentation on the device costs: kernel launches of a batch on a GPU, which need not be there, and CPU time.
 
-    python examples/augmentation_cost.py                          # CIFAR's 32 pixels, 512 images, two views of each
-    python examples/augmentation_cost.py --against COMMIT         # beside the augment.py of another commit, interleaved
+    python examples/measure/augmentation_cost.py                   # CIFAR's 32 pixels, 512 images, two views of each
+    python examples/measure/augmentation_cost.py --against COMMIT  # beside another commit's augment.py, interleaved
 
 torch's inductor writes the code of a GPU's kernels without a GPU; every call in it of a kernel or of a library's
 product is one launch. Without compiling, each of torch's operators that computes something is one launch at least.
@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import torch
 import tyro
@@ -72,7 +74,7 @@ def run(module: ModuleType, name: str, images: Tensor, samples: Tensor) -> Calla
 
 def module_of(commit: str) -> ModuleType:
     """The augment.py of another commit."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     shown = ["git", "-C", str(here), "show", f"{commit}:./pretrain/augment.py"]
     found = subprocess.run(shown, capture_output=True, text=True)
     if found.returncode:

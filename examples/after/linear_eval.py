@@ -1,8 +1,8 @@
 """The papers' linear probe: a linear classifier on the frozen backbone's features, top-1 and top-5 on the test images.
 
-    python examples/linear_eval.py runs/simo-digits-k16-alpha256-seed0
-    python examples/linear_eval.py checkpoint.pt --protocol moco --data-dir DIR
-    torchrun --nproc-per-node 8 examples/linear_eval.py RUN_DIR --protocol simo
+    python examples/after/linear_eval.py runs/simo-digits-k16-alpha256-seed0
+    python examples/after/linear_eval.py checkpoint.pt --protocol moco --data-dir DIR
+    torchrun --nproc-per-node 8 examples/after/linear_eval.py RUN_DIR --protocol simo
 
 moco: SGD, learning rate 30, 100 epochs, a tenth of it from epoch 60, and again from 80. simo: the same in 90 epochs.
 simco: learning rate 0.3, 100 epochs of a cosine; its authors train theirs beside the encoder (--online-probe).
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import torch
 import torch.nn.functional as F

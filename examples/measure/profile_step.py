@@ -1,8 +1,8 @@
 """Where the time of a training step goes: data, augmentation, encoders, loss, backward, optimiser, momentum update.
 
-    python examples/profile_step.py simo                                     # digits
-    python examples/profile_step.py simo --dataset cifar10 --augment device --precision bf16-mixed
-    python examples/profile_step.py --steps 20 moco --data-dir DIR           # any of a training script's arguments
+    python examples/measure/profile_step.py simo                            # digits
+    python examples/measure/profile_step.py simo --dataset cifar10 --augment device --precision bf16-mixed
+    python examples/measure/profile_step.py --steps 20 moco --data-dir DIR  # any of a training script's arguments
 
 It runs the script itself, for a few steps that warm up (and compile) and then a few under torch.profiler, and prints
 the milliseconds of a step in each phase: on the host, and on a GPU what its kernels took. Augmentation is a part of
@@ -14,11 +14,14 @@ import argparse
 import contextlib
 import functools
 import importlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 METHODS = ("simo", "moco", "mocov3", "simclr", "simco", "simmoco")
 PHASES = ("data", "augmentation", "encoders forward", "loss", "backward", "optimizer", "momentum update", "queue")

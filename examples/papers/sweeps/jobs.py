@@ -13,7 +13,7 @@ from pretrain.arguments import Common
 
 from .grids import DEFAULTS, NAMES, Dataset, Grid, Setting
 
-HERE = Path(__file__).parents[1]  # of the training scripts
+EXAMPLES = Path(__file__).parents[2]
 Row = dict[str, Any]
 
 
@@ -34,7 +34,7 @@ class Args:
     arch: Literal["small", "resnet18"] | None = None  # None: the training script's
     device: Literal["auto", "cpu", "cuda"] = "auto"
     run_dir: Path = Path("runs/sweep")  # of the runs themselves, with their checkpoints
-    out: Path = field(default=HERE / "results" / "sweep")  # of the CSV, the table and the figure
+    out: Path = field(default=EXAMPLES / "results" / "sweep")  # of the CSV, the table and the figure
 
 
 class Job(NamedTuple):
@@ -106,7 +106,7 @@ def job_of(args: Args, grid: Grid, dataset: Dataset, setting: Setting, seed: int
     job = job._replace(directory=directory, args=replace(run_args, run_dir=directory))
     if dataset == "digits" or run_args.online_probe or not args.linear_eval:
         return job
-    probe = [sys.executable, str(HERE / "linear_eval.py"), str(directory), f"--device={args.device}"]
+    probe = [sys.executable, str(EXAMPLES / "after" / "linear_eval.py"), str(directory), f"--device={args.device}"]
     probe += ["--protocol=moco", "--augment=device", f"--precision={run_args.precision}"]
     probe += [f"--epochs={args.probe_epochs}"] if args.probe_epochs else []
     probe += [f"--limit={args.limit}", f"--batch-size={min(256, args.limit)}"] if args.limit else []
@@ -116,7 +116,7 @@ def job_of(args: Args, grid: Grid, dataset: Dataset, setting: Setting, seed: int
 def words_of(job: Job) -> list[str]:
     """The command: what differs from the training script's defaults for the data set."""
     own = DEFAULTS[job.method][job.args.dataset]
-    words = [sys.executable, str(HERE / f"train_{job.method}.py"), f"--dataset={job.args.dataset}"]
+    words = [sys.executable, str(EXAMPLES / f"train_{job.method}.py"), f"--dataset={job.args.dataset}"]
     for one in fields(job.args):
         value, name = getattr(job.args, one.name), one.name.replace("_", "-")
         if one.name == "dataset" or value == getattr(own, one.name):

@@ -1,8 +1,8 @@
 """A trained backbone, without its projection head, in the layout of torchvision, timm or detectron2.
 
-    python examples/export_backbone.py runs/RUN --format torchvision --out resnet50.pth --verify
-    python examples/export_backbone.py runs/RUN --format timm --out resnet50_timm.pth --verify
-    python examples/export_backbone.py runs/RUN --format detectron2 --out resnet50.pkl --verify
+    python examples/after/export_backbone.py runs/RUN --format torchvision --out resnet50.pth --verify
+    python examples/after/export_backbone.py runs/RUN --format timm --out resnet50_timm.pth --verify
+    python examples/after/export_backbone.py runs/RUN --format detectron2 --out resnet50.pkl --verify
 
 There is no classifier in the file: load it with strict=False, or into a model without one (timm: num_classes=0).
 --verify loads the file into the real torchvision and timm models, and into the backbone of torchvision's Faster R-CNN,
@@ -12,9 +12,12 @@ and compares features bit for bit. Of detectron2's layout it compares names and 
 import copy
 import pickle
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import torch
 import tyro

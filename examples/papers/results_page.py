@@ -1,18 +1,21 @@
 """docs/results.md: every grid's command and what it gave, from the files that sweep.py keeps in examples/results/sweep.
 
-    python examples/results_page.py
+    python examples/papers/results_page.py
 
 A grid that has not been run has its place and its command. Run this again when sweep.py has made new results.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
 
 import tyro
 from pretrain.run import written_whole
 from sweeps.grids import GRIDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXPECTED = {  # two cores, or where nothing was run yet what is expected of one H200
     "cifar10-quick": "a quarter of an hour, H200",
     "cifar100-quick": "10 minutes, H200",
@@ -27,15 +30,15 @@ EXPECTED = {  # two cores, or where nothing was run yet what is expected of one 
 }
 GOALS = {
     "cifar10-quick": "The paper's figure is of ImageNet: without EqCo the accuracy falls with K, with it hardly. "
-    "The runs' curves over the epochs: `python examples/plot_runs.py runs/sweep/cifar10/*epochs40*`.",
+    "The runs' curves over the epochs: `python examples/after/plot_runs.py runs/sweep/cifar10/*epochs40*`.",
     "cifar10-long": "The goal is a kNN of 84.8 %, the level of lightly's SimCLR and MoCo after 200 epochs.",
     "cifar100-quick": "The paper's order is SimCo, SimMoCo, MoCo v2; its 58.35, 54.11 and 53.28 % are of 200 epochs.",
 }
 HEAD = """# Results
 
-Written by `python examples/results_page.py` from what `examples/sweep.py` keeps. Each command stops with `--time-limit
-MINUTES` and goes on when it is given again; `--data-dir` says where CIFAR is. Other results, of digits and of mutual
-information, are in [the examples' page](../examples/README.md#the-papers-results).
+Written by `python examples/papers/results_page.py` from what `examples/papers/sweep.py` keeps. Each command stops with
+`--time-limit MINUTES` and goes on when it is given again; `--data-dir` says where CIFAR is. Other results, of digits
+and of mutual information, are in [the examples' page](../examples/README.md#the-papers-results).
 """
 
 
@@ -60,7 +63,7 @@ def section(name: str, results: Path) -> list[str]:
     grid, table = GRIDS[name], results / f"{name}.md"
     lines = [f"## {grid.title} ({grid.dataset})", ""]
     lines += [GOALS[name], ""] if name in GOALS else []
-    lines += [f"`python examples/sweep.py --grid {name}`, {EXPECTED[name]}.", ""]
+    lines += [f"`python examples/papers/sweep.py --grid {name}`, {EXPECTED[name]}.", ""]
     if not table.exists():
         return [*lines, "Not run yet.", ""]
     _, _, *body, _, _ = table.read_text().splitlines()  # without its title and its command
