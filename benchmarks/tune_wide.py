@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import records
 
-SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4), (64, 128, 4))  # rows, keys, warps
-FEATURES, STAGES, GROUPS = (64, 128), (2, 3, 4, 5), (16,)
+SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4))  # rows, keys, warps
+FEATURES, STAGES, GROUPS = (64,), (2, 3, 4), (16,)  # measured: 32 and 128 features, and 5 stages, are slower
 PROGRAMS = (0, 1, 2)  # for each multiprocessor, that visit tile after tile; 0: a program for each tile
 SHARED = (64 * 2**10, 227 * 2**10)  # bytes that the stages of a loop may take: less hides no latency
 ELEMENTS, WARPS = (512, 1024, 2048, 4096), (2, 4, 8)
@@ -35,6 +35,7 @@ class Candidate(NamedTuple):
     stages: int
     group: int
     programs: int
+    pieces: int
 
 
 class Rows(NamedTuple):
@@ -59,8 +60,11 @@ def candidates(name: str, groups: tuple[int, ...] = GROUPS) -> list[Candidate | 
     for (rows, keys, warps), features, stages, programs, group in product(SHAPES, FEATURES, STAGES, PROGRAMS, groups):
         shared = (rows + keys) * features * 2 * stages
         resident = programs == 0 or (features == 64 and shared * programs <= SHARED[1] and warps * programs == 8)
-        if SHARED[0] <= shared <= SHARED[1] and resident:
-            found.append(Candidate(rows, keys, features, warps, stages, group, programs))
+        if not (SHARED[0] <= shared <= SHARED[1] and resident):
+            continue
+        whole = programs > 0 or (features == 64 and stages == 3)  # where a tile is also tried in one piece
+        for pieces in (2, 1) if whole else (2,):
+            found.append(Candidate(rows, keys, features, warps, stages, group, programs, pieces))
     return found
 
 

@@ -33,7 +33,8 @@ TESTS = {  # the files of kernels, and what tests them
     "triton/keys.py": FUSED,
     "triton/symmetric.py": FUSED,
     "wide/kernels.py": WIDE,
-    "wide/mutual.py": WIDE,
+    "wide/mutual_kernels.py": WIDE,
+    "wide/view_kernels.py": WIDE,
     "gap_kernels.py": FUSED,
 }
 SIGNS: dict[type[ast.AST], tuple[str, str]] = {ast.Add: ("+", "-"), ast.Sub: ("-", "+")}

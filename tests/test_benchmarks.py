@@ -281,7 +281,7 @@ def test_candidates_of_the_wide_engine_are_checked_and_timed(dtype: str) -> None
     assert tuple(every) == tune_wide.PASSES
     for name, one in every.items():
         assert None in tune_wide.candidates(name)
-        some = tune_wide.Rows(64, 4) if name == "wide rows" else tune_wide.Candidate(32, 32, 16, 4, 1, 2, 1)
+        some = tune_wide.Rows(64, 4) if name == "wide rows" else tune_wide.Candidate(32, 32, 16, 4, 1, 2, 1, 1)
         found = tune.tried(one, [None, some], (1.0,), dtype)
         assert [callable(step) for _, _, step in found] == [True] * 2, found
 

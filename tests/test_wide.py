@@ -208,7 +208,7 @@ def test_launches_of_both_directions(
     if not across:  # a chunk for each view, of which the second one has no keys but its own rows
         products += ["weights_kernel", "product"]
     assert seen.found == [
-        *("prepare_kernel", "statistics_kernel", "finish_views_kernel", "sum"),
+        *("prepare_kernel", "statistics_kernel", "finish_views_kernel"),
         *([] if as_it_lies else ["prepare_kernel"]),
         *fitting,
         *products,
@@ -235,8 +235,8 @@ def test_chunks_of_statistics(
         monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))
         monkeypatch.setattr(mutual, "SQUARE", mutual.Tile(32, 32, 32, 4, 2, 2))
     several = ours_both(call, grad)
-    for name in ("STATISTICS", "WEIGHTS"):  # programs that visit several tiles
-        monkeypatch.setattr(mutual, name, getattr(mutual, name)._replace(programs=1))
+    for name in ("STATISTICS", "WEIGHTS"):  # programs that visit several tiles, in one piece
+        monkeypatch.setattr(mutual, name, getattr(mutual, name)._replace(programs=1, pieces=1))
     monkeypatch.setattr(mutual, "PARTS", 1)
     every = ours_both(call, grad)
     monkeypatch.setattr(chunks, "steps", STEPS)

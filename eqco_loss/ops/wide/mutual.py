@@ -45,6 +45,7 @@ class Tile(NamedTuple):
     stages: int
     group: int  # rows of tiles that programs which run at the same time share
     programs: int = 0  # for each multiprocessor, which visit tile after tile; 0: a program for each tile
+    pieces: int = 2  # of keys, which what comes after the products takes one after the other
 
     @property
     def constants(self):
@@ -53,6 +54,7 @@ class Tile(NamedTuple):
             "BLOCK_KEYS": self.keys,
             "BLOCK_D": self.features,
             "GROUP": self.group,
+            "PIECES": self.pieces,
             "PERSISTENT": self.programs > 0,
             "num_warps": self.warps,
             "num_stages": self.stages,
@@ -81,16 +83,17 @@ ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
-    n, new = 2 * len(call.first), functools.partial(torch.empty, dtype=torch.float32, device=call.first.device)
+    first, n = call.first, 2 * len(call.first)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=first.device)
     rows = new((len(Row), n))
-    x, scale = _prepared(call, products, rows, True)
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh = call.learned_temperature is not None
     tile = STATISTICS if call.across else SQUARE
     plan = _statistics_plan(
-        n, x.shape[1], call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(x)
+        n, _width(first), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(first)
     )
-    parts = new(plan.parts)
+    loss, scratch, parts = new(()), new(plan.scratch), new(plan.parts)
+    x, scale = _prepared(call, products, rows, scratch)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
     if len(plan.chunks) > 1:
@@ -109,21 +112,23 @@ def symmetric_losses(call, products):
                 count = of_rows.shape[1]
                 grid = (triton.cdiv(count, plan.fold["BLOCK_ROWS"]),)
                 launch(fold_kernel, grid, part, tiles, count, of_rows, stride, *temperatures, **plan.fold)
-    losses = new(plan.finish_grid)
     one = plan.chunks[0]
     launch(
         finish_views_kernel, plan.finish_grid,
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
-        plan.known, float(call.alpha or 1.0), call.ratio, losses, rows, n, **plan.finish,
+        plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(losses.sum(), rows, x if keeps_views(call, products) else new(0, dtype=call.first.dtype))
+    return SymmetricOutputs(loss, rows, x if keeps_views(call, products) else new(0, dtype=first.dtype))
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
     (half, d), rows, device = call.first.shape, call.rows, call.first.device
     n = 2 * half
-    x, scale = (call.views, rows[Row.INVERSE]) if call.views.numel() else _prepared(call, products, rows, False)
+    if keeps_views(call, products):
+        x, scale = call.views, rows[Row.INVERSE]
+    else:
+        x, scale = _prepared(call, products, rows, None)
     multiplied = x if x.shape[1] == d else x[:, :d]
     largest, factor = None, call.grad
     if products == torch.float16:  # which holds no weight above 65504 and loses small ones
@@ -170,19 +175,19 @@ def symmetric_gradient(call, products):
 
 def keeps_views(call, products):
     """Whether rows are multiplied as they are, so that forward's copy of both views serves backward, too."""
-    first = call.first
-    return products == first.dtype != torch.float16 and first.shape[1] % _step() == 0
+    return products == call.first.dtype != torch.float16 and call.first.shape[1] == _width(call.first)
 
 
-def _step():
-    """Of features, in which every product takes them."""
-    return max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
+def _width(view):
+    """D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill."""
+    d = view.shape[1]
+    return d + -d % max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
 
 
-def _prepared(call, products, rows, measure):
-    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; ``measure``: to two of ``rows``."""
+def _prepared(call, products, rows, scratch):
+    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; and, if ``scratch``, ``rows``."""
     here, there, (half, d) = call.first, call.second, call.first.shape
-    plan = _rows_plan(half, d, here.dtype, products, _step(), ROWS)
+    plan = _rows_plan(half, d, _width(here), here.dtype, products, ROWS)
     out = torch.empty((2 * half, plan.width), dtype=products, device=here.device)
     scale, written = None, None
     if plan.form == _POWER:
@@ -191,8 +196,8 @@ def _prepared(call, products, rows, measure):
         scale = rows[Row.INVERSE]
     launch(
         prepare_kernel, plan.prepare_grid,
-        here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, half,
-        MEASURE=measure, **plan.prepare,
+        here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, scratch, half,
+        MEASURE=scratch is not None, **plan.prepare,
     )  # fmt: skip
     return out, scale
 
@@ -200,7 +205,7 @@ def _prepared(call, products, rows, measure):
 def _through(call, products, of_here, of_there, out, given, some):
     """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
     here, there, (half, d), (scale, largest) = call.first, call.second, call.first.shape, given
-    plan = _rows_plan(some.stop - some.start, d, here.dtype, products, 1, ROWS)
+    plan = _rows_plan(some.stop - some.start, d, d, here.dtype, products, ROWS)
     launch(
         through_views_kernel, plan.through_grid,
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
@@ -231,7 +236,7 @@ def _form(temperature, inter_temperature, learned):
 
 
 class _RowsPlan(NamedTuple):
-    width: int  # D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill
+    width: int  # of what is multiplied
     form: int  # of ``prepare_kernel``
     least: float  # 1 / the least length that a gradient is divided by
     prepare_grid: tuple[int, ...]
@@ -241,8 +246,7 @@ class _RowsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _rows_plan(count, d, dtype, products, step, how):
-    width = d + -d % step
+def _rows_plan(count, d, width, dtype, products, how):
     form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
     prepare, through = how.constants(width), how.constants(d)
     return _RowsPlan(
@@ -278,6 +282,7 @@ class _StatisticsPlan(NamedTuple):
     statistics: dict
     fold: dict
     finish_grid: tuple[int, ...]
+    scratch: int  # numbers
     finish: dict
 
 
@@ -298,7 +303,8 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         places = start, stop, key, n, apart
         grid = tile.grid(tiles_of_rows * tiles_of_keys, multiprocessors)
         found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
-    block_rows = 32
+    block_rows, sides = 32, 2 if across else 1
+    blocks = triton.cdiv(anchors, block_rows)
     common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
     statistics = {"TRIANGLE": not across, "FORM": form, "WEIGH": weigh, "DUAL": dual}
     return _StatisticsPlan(
@@ -309,7 +315,8 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         known=max(1.0, (n // 2 - 1) * (1.0 if across else 2.0)),
         statistics=statistics | tile.constants,
         fold=common | {"DUAL": dual},
-        finish_grid=(triton.cdiv(anchors, block_rows), 2 if across else 1),
+        finish_grid=(blocks, sides),
+        scratch=1 + blocks * sides,
         finish=common | {"ALPHA": alpha, "LOSS": loss},
     )
 

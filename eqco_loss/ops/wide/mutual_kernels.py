@@ -44,10 +44,12 @@ def tile_of(program, tiles_of_rows, tiles_of_keys, GROUP: tl.constexpr):
 def multiplied(
     views, stride, row, row_stop, key, key_stop, steps,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Products of the rows from ``row`` on with the keys from ``key`` on: two halves (BLOCK_ROWS, BLOCK_KEYS / 2).
+    """Products of the rows from ``row`` on with the keys from ``key`` on, (BLOCK_ROWS, BLOCK_KEYS), in two halves of
+    keys if PIECES is 2, and else twice the same.
 
-    What comes after the products takes one number a key, and of half the keys the registers hold them.
+    What comes after the products takes numbers for each key, and of half the keys the registers hold them.
     """
     rows, keys = row + tl.arange(0, BLOCK_ROWS), key + tl.arange(0, BLOCK_KEYS)
     at_rows = views + tl.minimum(rows, row_stop - 1).to(tl.int64)[:, None] * stride  # beyond the last row, that row
@@ -55,9 +57,12 @@ def multiplied(
     x = tl.zeros((BLOCK_ROWS, BLOCK_KEYS), tl.float32)
     for step in range(0, steps):
         feature = step * BLOCK_D + tl.arange(0, BLOCK_D)
-        a, b = tl.load(at_rows + feature[None, :]), tl.load(at_keys + feature[None, :])
+        a = tl.load(at_rows + feature[None, :], cache_modifier=".ca")
+        b = tl.load(at_keys + feature[None, :])
         x = tl.dot(a, tl.trans(b), acc=x)
-    left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, BLOCK_KEYS // 2)), (0, 2, 1)))
+    left, right = x, x
+    if PIECES == 2:
+        left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, BLOCK_KEYS // 2)), (0, 2, 1)))
     return left, right
 
 
@@ -126,13 +131,13 @@ def statistics_of(
     left, right, highest, to_inter, scale, row, row_stop, key, key_stop, half,
     parts, plane, at_rows, key_parts, key_plane, at_keys, keys_of_their_own,
     FOLLOW: tl.constexpr, STORE_MAXIMUM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile: sums along the keys, which go on from half to half, and along the rows."""
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted, inter = total, total
     maximum = total + (MINIMUM if FOLLOW else highest)
-    for right_half in tl.static_range(2):
+    for right_half in tl.static_range(PIECES):
         first = key + right_half * KEYS
         x = lower_than(
             right if right_half else left, highest, scale, row, row_stop, first, key_stop, half, not FOLLOW,
@@ -183,6 +188,7 @@ def statistics_of_tile(
     row_start, row_stop, key_start, key_stop, apart, half, steps,
     TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
     tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
@@ -198,7 +204,7 @@ def statistics_of_tile(
         if key < apart:
             key_plane, key_parts, at_keys = plane, parts, i * rows + key - row_start
     left, right = multiplied(
-        views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D
+        views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PIECES
     )  # fmt: skip
     highest = largest_logit(temperature, temperature_tensor)
     to_inter = LOG2E / highest / inter_t
@@ -210,13 +216,13 @@ def statistics_of_tile(
         statistics_of(
             left, right, highest, to_inter, scale, row, row_stop, key, key_stop, half,
             parts, plane, at_rows, key_parts, key_plane, at_keys, keys_of_their_own,
-            True, True, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // 2,
+            True, True, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
         )  # fmt: skip
     else:
         statistics_of(
             left, right, highest, to_inter, scale, row, row_stop, key, key_stop, half,
             parts, plane, at_rows, key_parts, key_plane, at_keys, keys_of_their_own,
-            False, FORM == EITHER, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // 2,
+            False, FORM == EITHER, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
         )  # fmt: skip
 
 
@@ -226,7 +232,7 @@ def statistics_kernel(
     row_start, row_stop, key_start, key_stop, apart, half, steps,
     TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PIECES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles' shares of their rows' and their keys' statistics: of one tile or, PERSISTENT, of several, one by one.
 
@@ -242,7 +248,7 @@ def statistics_kernel(
             statistics_of_tile(
                 program, views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
                 row_start, row_stop, key_start, key_stop, apart, half, steps,
-                TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+                TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
             )  # fmt: skip
     else:
         if TRIANGLE:
@@ -252,14 +258,14 @@ def statistics_kernel(
         statistics_of_tile(
             tl.program_id(0), views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
             row_start, row_stop, key_start, key_stop, apart, half, steps,
-            TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+            TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
         )  # fmt: skip
 
 
 @triton.jit
 def store_weights(
     left, right, highest, scale, base, pull, row, row_stop, key, key_stop, half, factor, at_rows, FOLLOW: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile, to ``at_rows`` (BLOCK_ROWS, 1), where the first key's weights lie."""
     rows = row + tl.arange(0, BLOCK_ROWS)
@@ -271,7 +277,7 @@ def store_weights(
     if scale is not None:
         row_length = tl.load(scale + rows, mask=in_rows, other=0.0)
         row_pull *= row_length
-    for right_half in tl.static_range(2):
+    for right_half in tl.static_range(PIECES):
         first = key + right_half * KEYS
         keys = first + tl.arange(0, KEYS)
         in_keys = keys < key_stop
@@ -301,11 +307,12 @@ def weights_of_tile(
     row_start, row_stop, key_start, key_stop, half, steps,
     FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     i, j = tile_of(program, tl.cdiv(row_stop - row_start, BLOCK_ROWS), tl.cdiv(key_stop - key_start, BLOCK_KEYS), GROUP)
     row, key = row_start + i * BLOCK_ROWS, key_start + j * BLOCK_KEYS
     left, right = multiplied(
-        views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D
+        views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PIECES
     )  # fmt: skip
     highest = largest_logit(temperature, temperature_tensor)
     factor = tl.load(grad).to(tl.float32)
@@ -319,13 +326,13 @@ def weights_of_tile(
         store_weights(
             left, right, highest, scale, rows + ROW_BASE * plane, rows + ROW_PULL * plane,
             row, row_stop, key, key_stop, half, factor, at_rows, True,
-            BLOCK_ROWS, BLOCK_KEYS // 2,
+            BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
         )  # fmt: skip
     else:
         store_weights(
             left, right, highest, scale, None, rows + ROW_BOUNDED_PULL * plane,
             row, row_stop, key, key_stop, half, factor, at_rows, False,
-            BLOCK_ROWS, BLOCK_KEYS // 2,
+            BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
         )  # fmt: skip
 
 
@@ -335,7 +342,7 @@ def weights_kernel(
     row_start, row_stop, key_start, key_stop, half, steps,
     FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PIECES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) scale_i scale_j.
 
@@ -347,11 +354,11 @@ def weights_kernel(
             weights_of_tile(
                 program, views, stride, scale, rows, plane, grad, out, out_stride, temperature,
                 temperature_tensor, row_start, row_stop, key_start, key_stop, half, steps,
-                FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+                FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
             )  # fmt: skip
     else:
         weights_of_tile(
             tl.program_id(0), views, stride, scale, rows, plane, grad, out, out_stride, temperature,
             temperature_tensor, row_start, row_stop, key_start, key_stop, half, steps,
-            FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP,
+            FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..calls import Row
-from ..gap_kernels import something
+from ..gap_kernels import add_up, something
 from .kernels import (
     INTER_TOTAL,
     LOG2E,
@@ -58,7 +58,8 @@ def power_of_two_for(inverse):
 
 @triton.jit
 def prepare_kernel(
-    here, here_stride_r, here_stride_d, there, there_stride_r, there_stride_d, out, out_stride, scale, rows_out, half,
+    here, here_stride_r, here_stride_d, there, there_stride_r, there_stride_d, out, out_stride, scale, rows_out,
+    scratch, half,
     D: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, MEASURE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +67,7 @@ def prepare_kernel(
 
     That is the unit row (FORM = UNIT), the row times a power of two (POWER), of which the rest is ``scale``, or the row
     itself (COPY). ``rows_out`` (len(Row), 2M) gets INVERSE and, with MEASURE, POSITIVE; without, it has INVERSE.
+    ``scratch`` is set to 0, for the count of ``finish_views_kernel``.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < half
@@ -105,6 +107,7 @@ def prepare_kernel(
         tl.store(scale + rows, rest_left, mask=inside)
         tl.store(scale + half + rows, rest_right, mask=inside)
     if MEASURE:
+        tl.store(scratch, 0.0)
         tl.store(inverses, by_left, mask=inside)
         tl.store(inverses + half, by_right, mask=inside)
         tl.store(rows_out + ROW_POSITIVE * plane + rows, similarity, mask=inside)
@@ -180,15 +183,15 @@ def fold_kernel(
 @triton.jit
 def finish_views_kernel(
     parts, tiles_of_rows, rows_end, of_keys, tiles_of_keys, state, state_stride,
-    temperature, temperature_tensor, inter_t, known, alpha, share, losses, out, n,
+    temperature, temperature_tensor, inter_t, known, alpha, share, scratch, loss, out, n,
     FORM: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows before ``rows_end`` and rows from there on, their parts or states, to ``out`` and a block's sum of losses.
+    """Rows before ``rows_end`` and rows from there on, their parts or states, to ``out`` and the sum of all losses.
 
     ``parts`` is (planes, tiles, rows), first of those and then, from ``of_keys`` on, of these.
     """
-    side, blocks = tl.program_id(1), tl.num_programs(0)
+    side = tl.program_id(1)
     start, count = tl.where(side == 1, rows_end, 0), tl.where(side == 1, n - rows_end, rows_end)
     tiles, offset = tl.where(side == 1, tiles_of_keys, tiles_of_rows), tl.where(side == 1, of_keys, 0)
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -208,11 +211,11 @@ def finish_views_kernel(
             FORM, WEIGH, LOSS == "dual", BLOCK_TILES,
         )  # fmt: skip
     counts = total * 0.0 + known
-    loss, _, _, _, _ = finished(
+    losses, _, _, _, _ = finished(
         rows, inside, s, maximum, something(total), something(inter), weighted, counts, t, inter_t, alpha, share,
         out, n, ALPHA, LOSS, WEIGH, True,
     )  # fmt: skip
-    tl.store(losses + side * blocks + tl.program_id(0), tl.sum(tl.where(inside, loss, 0.0), 0))
+    add_up(tl.sum(tl.where(inside, losses, 0.0), 0), scratch, loss)
 
 
 @triton.jit
