@@ -97,10 +97,10 @@ def passes(problem: Problem) -> dict[str, Callable[[Any], tuple[Tensor, ...]]]:
     views = views.to(problem.device, torch.float32 if amp else products)
     autocast = products if amp else None
     losses = records.symmetric_losses(views)._replace(autocast=autocast)
-    rows = mutual.symmetric_losses(losses, products).rows
+    first = mutual.symmetric_losses(losses, products)
     gradient = records.symmetric_gradient(
-        views, torch.ones((), device=problem.device), rows, across=True, autocast=autocast
-    )
+        views, torch.ones((), device=problem.device), first.rows, across=True, autocast=autocast
+    )._replace(views=first.views)
 
     def forward() -> tuple[Tensor, ...]:
         out = mutual.symmetric_losses(losses, products)

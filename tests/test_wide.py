@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.records import keys_gradient, row_losses
 from eqco_loss.ops import launcher, wide
 from eqco_loss.ops.calls import (
     KeySet,
@@ -152,7 +153,17 @@ def test_products_are_as_few_as_can_be() -> None:
     assert watch.multiply_adds == 4 * 19 * 19 * D
 
 
-FREE = {"empty", "new_empty", "slice", "select", "view", "alias", "permute"}  # memory, and views of it
+FREE = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "slice",
+    "select",
+    "unbind",
+    "view",
+    "alias",
+    "permute",
+}  # memory, and views of it
 
 
 class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
@@ -160,7 +171,7 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        from eqco_loss.ops.wide import mutual
+        from eqco_loss.ops.wide import launches, mutual
 
         self.found: list[str] = []
         self.quiet = False  # while an interpreter or a CPU's conversions are at work
@@ -172,10 +183,16 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             step(*args, **kwargs)
             self.quiet = False
 
-        monkeypatch.setattr(
-            mutual, "launch", lambda kernel, *args, **kwargs: noted(kernel.__name__, launch, kernel, *args, **kwargs)
-        )
-        monkeypatch.setattr(chunks, "product", lambda *args, **kwargs: noted("product", multiply, *args, **kwargs))
+        def noted_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            noted(kernel.__name__, launch, kernel, *args, **kwargs)
+
+        def noted_product(*args: Any, **kwargs: Any) -> None:
+            noted("product", multiply, *args, **kwargs)
+
+        for module in (mutual, launches):
+            monkeypatch.setattr(module, "launch", noted_launch)
+        for module in (chunks, wide):
+            monkeypatch.setattr(module, "product", noted_product)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -214,6 +231,32 @@ def test_launches_of_both_directions(
         *products,
         "through_views_kernel",
         *(["sum", "mul"] if learned else []),
+    ]
+
+
+def test_launches_of_one_direction(pointwise_form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In-batch negatives under autocast, gradients to both sides."""
+    if pointwise_form == "torch":
+        pytest.skip("of the kernels")
+    for module in (chunks, wide):
+        monkeypatch.setattr(module, "steps", STEPS)
+    monkeypatch.setattr(chunks, "own_rows", len)
+    query, key = (draw(24, 32, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    pairs = Pairs(band=[0, 23, 24])
+    call = row_losses(query, key, key, pairs, normalize_keys=True, need_positive_gradient=True, autocast=torch.bfloat16)
+    grad = torch.ones((), device=DEVICE)
+    with Launches(monkeypatch) as seen:
+        rows = wide.row_losses(call).rows
+        forward, seen.found = seen.found, []
+        wide.keys_gradient(keys_gradient(query, key, grad, rows, pairs, autocast=torch.bfloat16))
+    assert forward == [
+        *("measure_kernel", "measure_kernel", "mul", "measure_kernel", "dots_kernel"),
+        *("product", "fold_kernel", "product", "finish_kernel"),
+        *("through_unit_kernel", "through_unit_kernel", "sum"),
+    ]
+    assert seen.found == [
+        *("measure_kernel", "mul", "mul", "mul", "measure_kernel"),
+        *("product", "weights_kernel", "product", "through_unit_kernel"),
     ]
 
 

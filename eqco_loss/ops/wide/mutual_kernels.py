@@ -196,7 +196,7 @@ def statistics_of_tile(
     row, key = row_start + i * BLOCK_ROWS, key_start + j * BLOCK_KEYS
     rows, keys = row_stop - row_start, key_stop - apart
     plane = rows * tiles_of_keys
-    at_rows = j * rows + row - row_start
+    at_rows = j * rows + i * BLOCK_ROWS
     key_plane, key_parts, at_keys = keys * tiles_of_rows, parts + of_keys, i * keys + key - apart
     keys_of_their_own = key < key_stop
     if TRIANGLE:
@@ -316,8 +316,8 @@ def weights_of_tile(
     )  # fmt: skip
     highest = largest_logit(temperature, temperature_tensor)
     factor = tl.load(grad).to(tl.float32)
-    places = row - row_start + tl.arange(0, BLOCK_ROWS)
-    at_rows = out + places[:, None] * out_stride + key - key_start
+    places = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    at_rows = out + places[:, None] * out_stride + j * BLOCK_KEYS  # aligned, whatever the first key is
     follow: tl.constexpr = FORM == FOLLOWED
     follows = follow
     if FORM == EITHER:
