@@ -615,7 +615,7 @@ def test_many_programs_add_up_one_loss() -> None:
 
     values, scratch, total = (torch.rand(size, device=DEVICE) for size in (2500, 2501, 1))
     scratch[0] = 0.0
-    sum_of_programs[(2500,)](values, scratch, total, 2500)
+    sum_of_programs[(2500,)](values, scratch, total)
     torch.testing.assert_close(total[0], values.double().sum().float(), atol=0, rtol=1e-6)
 
 

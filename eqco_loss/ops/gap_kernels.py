@@ -54,3 +54,21 @@ def values(above, total, inter_above, inter_total, shift, LOSS: tl.constexpr):
         log_weight = softplus(gap) - softplus(inter_gap)
         loss = weight * softplus_over_sigmoid(gap)
     return loss, intra_loss, weight, log_weight
+
+
+@triton.jit
+def add_up(value, scratch, total):
+    """``total`` (): the sum of all programs' values, in a fixed order, by the program that comes last.
+
+    ``scratch`` (1 + programs,) counts at its first place, which must be 0, how many programs have left their values.
+    """
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    tl.store(scratch + 1 + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), value)
+    before = tl.atomic_add(scratch, 1.0, sem="acq_rel", scope="gpu")
+    if before == programs - 1:
+        at = tl.arange(0, 1024)
+        sums = tl.zeros([1024], tl.float32)
+        for start in range(0, programs, 1024):
+            one = start + at
+            sums += tl.load(scratch + 1 + one, mask=one < programs, other=0.0, cache_modifier=".cg")  # not in L1
+        tl.store(total, tl.sum(sums, 0))

@@ -14,6 +14,7 @@ unit vector rounded to half would cost more exactness than everything else.
 import triton
 import triton.language as tl
 
+from ..gap_kernels import add_up
 from .parts import (
     CENTRE,
     LOG2E,
@@ -27,7 +28,6 @@ from .parts import (
     PART_TOTAL,
     UNIT,
     add_product,
-    add_up,
     cut,
     finish,
     finish_logsumexp,
@@ -434,6 +434,6 @@ def combine(
         if scratch is None:
             tl.store(loss + rows, losses, mask=rows < n)
         else:
-            add_up(losses, rows, n, scratch, loss)
+            add_up(tl.sum(tl.where(rows < n, losses, 0.0), 0), scratch, loss)
     else:
         finish_logsumexp(rows, maximum, total, mean_key, loss, query_gradient, out_rows, n, t, D, BLOCK_D)

@@ -353,24 +353,6 @@ def finish(
 
 
 @triton.jit
-def add_up(values, rows, n, scratch, total):
-    """``total`` (): the sum of all programs' values (R,), in a fixed order, by the program that comes last.
-
-    ``scratch`` (1 + programs,) counts at its first place, which must be 0, how many programs have left their sums.
-    """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    tl.store(scratch + 1 + program, tl.sum(tl.where(rows < n, values, 0.0), 0))
-    before = tl.atomic_add(scratch, 1.0, sem="acq_rel", scope="gpu")
-    if before == programs - 1:
-        at = tl.arange(0, 1024)
-        sums = tl.zeros([1024], tl.float32)
-        for start in range(0, programs, 1024):
-            one = start + at
-            sums += tl.load(scratch + 1 + one, mask=one < programs, other=0.0, cache_modifier=".cg")  # not in L1
-        tl.store(total, tl.sum(sums, 0))
-
-
-@triton.jit
 def finish_logsumexp(
     rows, maximum, total, mean_key, lse, out_mean_key, out_rows, n, t, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):

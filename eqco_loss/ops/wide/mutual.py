@@ -83,15 +83,16 @@ ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
-    n, new = 2 * len(call.first), functools.partial(torch.empty, dtype=torch.float32, device=call.first.device)
+    first, n = call.first, 2 * len(call.first)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=first.device)
+    rows = new((len(Row), n))
     form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
     weigh = call.learned_temperature is not None
     tile = STATISTICS if call.across else SQUARE
     plan = _statistics_plan(
-        n, _width(call), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS,
-        parallel(call.first),
-    )  # fmt: skip
-    rows, loss, scratch, parts = new((len(Row), n)), new(()), new(plan.scratch), new(plan.parts)
+        n, _width(first), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(first)
+    )
+    loss, scratch, parts = new(()), new(plan.scratch), new(plan.parts)
     x, scale = _prepared(call, products, rows, scratch)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
@@ -117,14 +118,17 @@ def symmetric_losses(call, products):
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(loss, rows, x if keeps_views(call, products) else new(0, dtype=call.first.dtype))
+    return SymmetricOutputs(loss, rows, x if keeps_views(call, products) else new(0, dtype=first.dtype))
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
     (half, d), rows, device = call.first.shape, call.rows, call.first.device
     n = 2 * half
-    x, scale = (call.views, rows[Row.INVERSE]) if call.views.numel() else _prepared(call, products, rows, None)
+    if keeps_views(call, products):
+        x, scale = call.views, rows[Row.INVERSE]
+    else:
+        x, scale = _prepared(call, products, rows, None)
     multiplied = x if x.shape[1] == d else x[:, :d]
     largest, factor = None, call.grad
     if products == torch.float16:  # which holds no weight above 65504 and loses small ones
@@ -171,20 +175,19 @@ def symmetric_gradient(call, products):
 
 def keeps_views(call, products):
     """Whether rows are multiplied as they are, so that forward's copy of both views serves backward, too."""
-    first = call.first
-    return products == first.dtype != torch.float16 and first.shape[1] == _width(call)
+    return products == call.first.dtype != torch.float16 and call.first.shape[1] == _width(call.first)
 
 
-def _width(call):
+def _width(view):
     """D and zeros to whole steps of features: the loops' loads have no mask, which would make them spill."""
-    d = call.first.shape[1]
+    d = view.shape[1]
     return d + -d % max(STATISTICS.features, SQUARE.features, WEIGHTS.features)
 
 
 def _prepared(call, products, rows, scratch):
-    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; if ``scratch``, ``rows`` too."""
+    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; and, if ``scratch``, ``rows``."""
     here, there, (half, d) = call.first, call.second, call.first.shape
-    plan = _rows_plan(half, d, _width(call), here.dtype, products, ROWS)
+    plan = _rows_plan(half, d, _width(here), here.dtype, products, ROWS)
     out = torch.empty((2 * half, plan.width), dtype=products, device=here.device)
     scale, written = None, None
     if plan.form == _POWER:
