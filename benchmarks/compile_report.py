@@ -265,9 +265,8 @@ def wide_one_direction(views: Tensor) -> object:
 
 
 def wide_both_directions(views: Tensor) -> object:
-    kept = wide.symmetric_losses(records.symmetric_losses(views)).views
-    call = records.symmetric_gradient(views, empty(), empty(len(Row), VIEWS))
-    return wide.symmetric_gradient(call._replace(views=kept))
+    wide.symmetric_losses(records.symmetric_losses(views))
+    return wide.symmetric_gradient(records.symmetric_gradient(views, empty(), empty(len(Row), VIEWS)))
 
 
 QUEUE, BATCH, VIEWS = (256, 65536), (4096, 4096), 8192
