@@ -214,7 +214,7 @@ def test_launches_of_both_directions(
     dtype = torch.float32 if form == "autocast" else getattr(torch, form)
     t = torch.tensor(0.1, device=DEVICE) if learned else None
     autocast = torch.bfloat16 if form == "autocast" else None
-    views = draw(2 * 19, 32, dtype=dtype)
+    views = draw(2 * 19, 64, dtype=dtype)  # whole steps of features on a GPU, too
     call = SymmetricLosses(*halves(views), across, 0.2, t, None, None, [1, 38], autocast, "wide")
     grad = torch.ones((), device=DEVICE)
     with Launches(monkeypatch) as seen:
