@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import subprocess
 from collections.abc import Callable, Iterable
@@ -39,18 +40,28 @@ NOTES = {
 
 @functools.cache
 def age(commit: str) -> Age:
-    """Whether the kernels of this tree are those of a commit."""
-    if git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") != 0:
+    """Whether the kernels of this tree are those of a commit, but for comments."""
+    if git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
         return Age.UNKNOWN  # also where there is no git, and of a tree with changes that no commit has
-    return Age.OLDER if git("diff", "--quiet", commit, "--", KERNELS) else Age.CURRENT
+    changed = (git("diff", "--name-only", "--no-renames", commit, "--", KERNELS) or "").splitlines()
+    return Age.CURRENT if all(same_code(commit, name) for name in changed) else Age.OLDER
 
 
-def git(*arguments: str) -> int:
-    """Its exit status."""
+def same_code(commit: str, name: str) -> bool:
+    """Whether a file differs from a commit's in nothing but comments and white space."""
+    then, now = git("show", f"{commit}:{name}"), ROOT / name
+    if then is None or not now.exists() or not name.endswith(".py"):
+        return False
+    return ast.dump(ast.parse(then)) == ast.dump(ast.parse(now.read_text()))
+
+
+def git(*arguments: str) -> str | None:
+    """What it prints; None where it fails or is not installed."""
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=False).returncode
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
-        return 127  # not installed
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def mark(row: Row) -> str:
@@ -81,17 +92,8 @@ def without_marks(page: str) -> str:
 @functools.cache
 def position(commit: str) -> int | None:
     """How many commits came before it; None where git does not know it."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-list", "--count", commit.removesuffix("+changes"), "--"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return int(done.stdout) if done.returncode == 0 else None
+    found = git("rev-list", "--count", commit.removesuffix("+changes"), "--")
+    return None if found is None else int(found)
 
 
 def replaces(row: Row, other: Row) -> bool:

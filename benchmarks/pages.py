@@ -93,6 +93,8 @@ class Situation(NamedTuple):
     dtypes: tuple[str, ...] = ("bfloat16", "amp", "float32")
 
 
+UNDER_AUTOCAST = ("amp", "bfloat16", "float32")  # as most train them
+
 SITUATIONS = (
     Situation("MoCo's queue of 65,536 keys", "M1", 256, 128),
     Situation("the same, N = 1024", "M1", 1024, 128),
@@ -102,9 +104,9 @@ SITUATIONS = (
     Situation("in-batch InfoNCE, N = 16384", "S1", 16384, 128),
     Situation("NT-Xent, N = 4096", "S2", 4096, 128),
     Situation("NT-Xent, N = 32768", "S2", 32768, 128),
-    Situation("CLIP, N = 4096, D = 512", "C1", 4096, 512),
-    Situation("CLIP, N = 4096, D = 1024", "C1", 4096, 1024),
-    Situation("SiMo, 16 negatives", "P1", 256, 128),
+    Situation("CLIP, N = 4096, D = 512", "C1", 4096, 512, UNDER_AUTOCAST),
+    Situation("CLIP, N = 4096, D = 1024", "C1", 4096, 1024, UNDER_AUTOCAST),
+    Situation("SiMo, 16 negatives", "P1", 256, 128, UNDER_AUTOCAST),
     Situation("in-batch InfoNCE, N = 256", "S1", 256, 128),
 )
 

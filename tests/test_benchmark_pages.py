@@ -96,6 +96,17 @@ def test_ages(repository: Path) -> None:
     history.age.cache_clear()
     (repository / "eqco_loss/ops/kernel.py").write_text("1")  # changed, and not committed
     assert [history.age(x) for x in commits] == [Age.CURRENT, Age.CURRENT, Age.OLDER]
+    history.age.cache_clear()
+    (repository / "eqco_loss/ops/kernel.py").write_text("# a comment\n2  # and another\n")
+    (repository / "eqco_loss/ops/other.py").write_text("3")
+    assert [history.age(x) for x in commits] == [
+        Age.OLDER,
+        Age.OLDER,
+        Age.CURRENT,
+    ]  # what git does not know is no change
+    call(repository, "add", "--all")
+    history.age.cache_clear()
+    assert {history.age(x) for x in commits} == {Age.OLDER}
 
 
 def test_without_git_ages_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

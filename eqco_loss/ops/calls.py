@@ -32,7 +32,8 @@ class Row(IntEnum):
     PULL = 2  # share * weight / (t TOTAL): the loss's derivative by s(q_i, n_j) is PULL_i * 2 ** (x_ij - BASE_i)
     POSITIVE = 3  # s(q, k)
     TEMPERATURE_GRADIENT = 4  # the derivative by t of this row's share of the loss; 0 unless t is learned
-    # The others are the fused kernels' own, who multiply rows as they are stored:
+    # The others are kernels' own, which multiply rows as they are stored. The fused ones fill all; of the wide engine,
+    # both directions fill INVERSE, and BOUNDED_PULL without it:
     INVERSE = 5  # 1 / length, or 1 where the query is taken as it is
     SCALE = 6  # from products to logits: INVERSE log2(e) / t
     STORED_PULL = 7  # PULL * INVERSE

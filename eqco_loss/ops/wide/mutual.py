@@ -75,7 +75,8 @@ class Rows(NamedTuple):
         return {"BLOCK_ROWS": max(1, self.elements // block_d), "BLOCK_D": block_d, "num_warps": self.warps}
 
 
-# Measured with the kernels' first form, N = 4096, D = 512: 70 and 57 us; with 8 warps 98 and 84.
+# Measured under autocast, N = 4096, D = 512: a whole forward pass 56.3 us, with 8 warps 60.3, with programs that stay
+# 59.2; a whole backward pass 114.9 us, with programs that stay 118.0.
 STATISTICS = Tile(128, 128, 64, 4, 3, 16)
 SQUARE = Tile(128, 128, 64, 4, 3, 16)  # of statistics where rows meet rows of their own view
 WEIGHTS = Tile(128, 128, 64, 4, 3, 16)
