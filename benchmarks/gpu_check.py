@@ -120,7 +120,7 @@ def main(args: Args) -> int:
     for name, action in {
         "cases": lambda: ways(matrix, is_first, plan, min(args.first, left(end))),
         "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
-        "step": lambda: step.main(step.Args(out=out / "step-gpu.csv")),
+        "step": lambda: steps(end, out),
         "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - later),
         "scaling": lambda: scaling.main(scaling.Args(deadline=max(15, left(end) - 40), out=out / "scaling-gpu.csv")),
         "engines": lambda: engines(end, out),
@@ -154,6 +154,14 @@ def guarded(name: str, action: Callable[[], object]) -> None:
 
 def left(end: float) -> float:
     return end - time.monotonic()
+
+
+def steps(end: float, out: Path) -> None:
+    """With encoders as they are, of which a small one waits for Python, and compiled, as training scripts have them."""
+    for compiled in (False, True):
+        for model in step.MODELS:
+            if left(end) > 40:  # what one may take
+                step.main(step.Args(models=(model,), compiled=compiled, out=out / "step-gpu.csv"))
 
 
 def ways(chosen: list[Case], wants: Wants, plan: Plan, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                       # ResNet-18 at 32 px and ResNet-50 at 224 px; small batches on a CPU
     python -m benchmarks.step --models resnet18     # one of them, of which the other's rows stay
+    python -m benchmarks.step --compiled            # encoders that torch compiles, as training scripts do on a GPU
 
 The loss is timed alone, forward and backward to the embeddings: Python's time, and the GPU's in a CUDA graph. Then it
 is timed inside the step, between marks around the loss's call and around its part of the backward pass; and the whole
@@ -61,6 +62,7 @@ MODELS = {
     "resnet50": Model("ResNet-50", resnet50, 2048, 224, {"cuda": 256, "cpu": 16}, 0.01),
 }
 ALONE = ("eqco_loss", "torch.compile", "eqco_loss, make_graphed_callables")  # and the baselines
+COMPILED = ", compiled encoders"
 COLUMNS = ("model", "n", "image_size", "dtype", "what", "ms", "min_ms", "max_ms", "host_ms", "gpu_ms", "share_of_step")
 
 
@@ -69,6 +71,7 @@ class Args:
     models: tuple[str, ...] = tuple(MODELS)
     batch_size: int | None = None  # N. None: 512 and 256 on a GPU, 64 and 16 images on a CPU
     image_size: int | None = None  # pixels. None: 32 and 224
+    compiled: bool = False  # whether torch compiles the encoders
     device: Literal["cpu", "cuda"] | None = None  # None: a GPU where there is one
     rounds: int | None = None  # None: 20 on a GPU, 5 on a CPU
     out: Path | None = None  # None: benchmarks/results/step-{cpu,gpu}.csv
@@ -92,32 +95,34 @@ def main(args: Args) -> None:
     for model in args.models:
         n = args.batch_size or MODELS[model].batch[device]
         try:
-            rows = measured(model, n, args.image_size or MODELS[model].image_size, device, rounds)
+            rows = measured(model, n, args.image_size or MODELS[model].image_size, device, rounds, args.compiled)
         except torch.OutOfMemoryError:
             print(f"{model}, N = {n}: out of memory. Give a smaller --batch-size.")
             continue
-        old = [row for row in (read_csv(out) if out.exists() else []) if row["model"] != model]
+        before = read_csv(out) if out.exists() else []
+        old = [row for row in before if row["model"] != model or row["what"].endswith(COMPILED) != args.compiled]
         write_csv(out, old + [{**row, **origin} for row in rows])
     print(f"written to {out}")
 
 
-def measured(model: str, n: int, image_size: int, device: str, rounds: int) -> list[Row]:
+def measured(model: str, n: int, image_size: int, device: str, rounds: int, compiled: bool = False) -> list[Row]:
     """The rows of a model, printed as they come."""
     dtype = "amp" if device == "cuda" else "float32"
     picked, queue = Case("P1", n, min(16, n - 1), dtype=dtype), Case("M1", n, 65536, dtype=dtype)
     print(f"\n{MODELS[model].title}, N = {n}, {image_size} px, {dtype}")
-    print(f"{'':50}{'ms':>9}{'host ms':>9}{'GPU ms':>9}{'of the step':>13}")
+    print(f"{'':66}{'ms':>9}{'host ms':>9}{'GPU ms':>9}{'of the step':>13}")
     of = {"model": model, "n": str(n), "image_size": str(image_size), "dtype": dtype}
     rows: list[Row] = []
 
     def add(what: str, wall: Timing, host: float | None, gpu: float | None, share: float) -> None:
+        what += COMPILED if compiled else ""
         row = dict.fromkeys(COLUMNS, "") | of | {"what": what, "share_of_step": f"{share:.3g}"}
         row |= {"ms": f"{1e3 * wall.median:.4g}", "min_ms": f"{1e3 * wall.low:.4g}", "max_ms": f"{1e3 * wall.high:.4g}"}
         row |= {key: f"{1e3 * x:.4g}" for key, x in (("host_ms", host), ("gpu_ms", gpu)) if x is not None}
         rows.append(row)
-        print(f"{what:50}{row['ms']:>9}{row['host_ms']:>9}{row['gpu_ms']:>9}{100 * share:11.2f} %")
+        print(f"{what:66}{row['ms']:>9}{row['host_ms']:>9}{row['gpu_ms']:>9}{100 * share:11.2f} %")
 
-    step = SimoStep(model, n, image_size, device)
+    step = SimoStep(model, n, image_size, device, compiled)
     inside = step.compared(criteria(n, picked.k, device), rounds)
     whole = inside["eqco_loss"].wall.median
     for name, one in inside.items():
@@ -128,7 +133,7 @@ def measured(model: str, n: int, image_size: int, device: str, rounds: int) -> l
             verdict = "met" if share <= MODELS[model].goal else "missed"
             print(f"    goal for the loss inside a step: {100 * MODELS[model].goal:g} %, {verdict}")
     del step
-    for case in (picked, queue):
+    for case in () if compiled else (picked, queue):
         for name, (wall, host, gpu) in alone(case, device, rounds).items():
             share = (wall.median if gpu is None else gpu) / whole
             add(f"{name}, alone, K = {case.k}", wall, host if device == "cuda" else None, gpu, share)
@@ -186,7 +191,7 @@ class Inside(NamedTuple):
 class SimoStep:
     """One optimiser step of SiMo: two encoders, of which one learns; any loss of their embeddings."""
 
-    def __init__(self, model: str, n: int, image_size: int, device: str) -> None:
+    def __init__(self, model: str, n: int, image_size: int, device: str, compiled: bool = False) -> None:
         torch.manual_seed(0)
         kind = MODELS[model]
         self.device = device
@@ -196,6 +201,9 @@ class SimoStep:
         encoder.fc = nn.Sequential(nn.Linear(kind.features, kind.features), nn.ReLU(), encoder.fc)
         self.encoder = encoder.to(device, memory_format=torch.channels_last)
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        if compiled:
+            self.encoder.compile()
+            self.key_encoder.compile()
         shape = n, 3, image_size, image_size
         self.views = [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)]
         self.optimizer = torch.optim.SGD(self.encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)

@@ -373,15 +373,15 @@ def test_what_a_gpu_owes_comes_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_check, "check_device", lambda device: None)
     for name, seconds in (("tests", 100.0), ("run_all", 150.0), ("kernels", 10.0), ("engines", 5.0)):
         monkeypatch.setattr(gpu_check, name, part(name, seconds))
-    monkeypatch.setattr(step, "main", part("step", 60.0))
+    monkeypatch.setattr(step, "main", part("step", 15.0))
     monkeypatch.setattr(scaling, "main", part("scaling", 20.0))
     assert gpu_check.main(gpu_check.Args(out=tmp_path)) == 3
-    names = ["tests", "run_all", "kernels", "step", "run_all", "scaling", "engines"]
+    names = ["tests", "run_all", "kernels", *["step"] * 4, "run_all", "scaling", "engines"]
     assert [name for name, _ in ran] == names
     assert [seconds for name, seconds in ran if name == "run_all"] == [200.0, 540.0 - 320.0 - 100.0]
     ran.clear()
     gpu_check.main(gpu_check.Args(out=tmp_path, skip=("tests", "kernels", "scaling"), deadline=230.0))
-    assert [name for name, _ in ran] == ["run_all", "step", "engines"]  # nothing is left for other ways
+    assert [name for name, _ in ran] == ["run_all", *["step"] * 3, "engines"]  # nothing is left for other ways
 
 
 @pytest.mark.parametrize(
@@ -416,10 +416,20 @@ def test_tests_that_take_too_long_say_what_failed(tmp_path: Path) -> None:
 def test_the_loss_inside_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one model; the other's rows stay."""
     monkeypatch.setattr(step, "ALONE", ("eqco_loss",))
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     out = tmp_path / "step.csv"
     for models in (("resnet50",), ("resnet18",), ("resnet18",)):
         step.main(step.Args(models=models, batch_size=2, image_size=32, rounds=1, out=out))
+    assert not compiled
+    step.main(step.Args(models=("resnet18",), batch_size=2, image_size=32, rounds=1, compiled=True, out=out))
+    assert len(compiled) == 2
     rows = read_csv(out)
+    of_compiled = [row["what"] for row in rows if row["what"].endswith(step.COMPILED)]
+    assert [what.removesuffix(step.COMPILED) for what in of_compiled] == [
+        f"the whole step, {name}, K = 1" for name in ("a product for a loss", "eager masked", "eqco_loss")
+    ]
+    rows = [row for row in rows if row["what"] not in of_compiled]
     whats = ["the whole step, a product for a loss, K = 1", "the whole step, eager masked, K = 1"]
     whats += ["the whole step, eqco_loss, K = 1", "eager masked, alone, K = 1", "eqco_loss, alone, K = 1"]
     whats += ["eager MoCo, alone, K = 65536", "eqco_loss, alone, K = 65536"]
