@@ -260,6 +260,31 @@ def test_launches_of_one_direction(pointwise_form: str, monkeypatch: pytest.Monk
     ]
 
 
+def test_what_is_multiplied_ends_with_its_last_row(pointwise_form: str) -> None:
+    """Blocks of features are powers of two, and what lies behind the last row is not theirs."""
+    if pointwise_form == "torch":
+        pytest.skip("of the kernels")
+    from eqco_loss.ops.wide.view_kernels import _COPY, prepare_kernel
+
+    half, d, width = 5, 70, 96
+    here, there = halves(draw(2 * half, d, dtype=torch.float32))
+    memory, rows = (
+        torch.full((2 * half * width + 64,), 7.0, device=DEVICE),
+        torch.empty(len(Row), 2 * half, device=DEVICE),
+    )
+    scratch = torch.ones(1, device=DEVICE)
+    prepare_kernel[(2,)](
+        here, *here.stride(), there, *there.stride(), memory, width, None, rows, scratch, half,
+        D=d, WIDTH=width, FORM=_COPY, MEASURE=True, BLOCK_ROWS=4, BLOCK_D=128,
+    )  # fmt: skip
+    out = memory[: 2 * half * width].view(2 * half, width)
+    assert torch.equal(out[:, :d], torch.cat([here, there]))
+    assert not out[:, d:].any()
+    assert (memory[2 * half * width :] == 7.0).all()
+    assert scratch.item() == 0.0
+    torch.testing.assert_close(rows[Row.INVERSE], 1 / torch.cat([here, there]).norm(dim=1))
+
+
 @pytest.mark.parametrize("across", [True, False], ids=["across", "views"])
 @pytest.mark.parametrize(("dual", "t", "learned"), [(False, 0.2, False), (False, 0.02, False), (True, 0.2, True)])
 def test_chunks_of_statistics(
