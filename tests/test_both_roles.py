@@ -155,3 +155,16 @@ def test_logits_without_a_bound(scale: float, in_batch: Any) -> None:
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     for a, b in zip(got, torch.autograd.grad(one(*doubles), doubles), strict=True):
         assert float((a - b).norm() / b.norm()) <= 2e-5
+
+
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+def test_each_view_has_a_gradient_of_its_own(in_batch: Any) -> None:
+    """Who changes one in place, as GradCache does between steps, has not changed what autograd kept of the other."""
+    query, key = views(6)
+    of_query, of_key = torch.autograd.grad(EqCoLoss(symmetric=True, in_batch=in_batch)(query, key), (query, key))
+    x = torch.ones_like(of_key, requires_grad=True)
+    surrogate, expected = (x * of_key).sum(), of_key.clone()
+    of_query.mul_(0.5)
+    surrogate.backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)

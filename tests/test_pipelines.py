@@ -169,7 +169,7 @@ def test_the_key_momentum_rises_as_it_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(x, marks=[] if x in ("simo", "moco", "mocov3") else pytest.mark.slow) for x in SCRIPTS]
+    "method", [pytest.param(x, marks=[] if x in ("simo", "moco") else pytest.mark.slow) for x in SCRIPTS]
 )
 def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
     words = [
@@ -246,9 +246,9 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
         ("simo", ["--num-negatives=5"]),
         ("simo", ["--num-negatives=5", "--sampling=shared", "--symmetric"]),
         ("moco", ["--queue-size=48"]),
-        ("simclr", []),
+        pytest.param("simclr", [], marks=pytest.mark.slow),
         ("simco", []),
-        ("simmoco", []),
+        pytest.param("simmoco", [], marks=pytest.mark.slow),
         ("mocov3", []),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

@@ -296,8 +296,8 @@ def test_chunks_of_statistics(
     from eqco_loss.ops.wide import mutual
 
     given = torch.tensor(t, device=DEVICE) if learned else None
-    views = draw(2 * 75, D, dtype=torch.bfloat16)
-    call = SymmetricLosses(*halves(views), across, t, given, 0.5 if dual else None, None, [1, 150], None, "wide")
+    views = draw(2 * 45, D, dtype=torch.bfloat16)
+    call = SymmetricLosses(*halves(views), across, t, given, 0.5 if dual else None, None, [1, 90], None, "wide")
     grad = torch.ones((), device=DEVICE)
     if DEVICE.type == "cuda":
         monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from eqco_loss.ops import wide
 from eqco_loss.ops.backends import BACKENDS
@@ -111,6 +112,28 @@ def test_autocast(kind: str, autocast: torch.dtype, engine: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_low_temperature_and_a_large_alpha(dtype: torch.dtype, engine: str) -> None:
     assert_right(case_of(engine, "all", dtype, temperature=0.02, alpha=2.0**20, learned=False))
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same values, column by column in memory, or of three dimensions feature by feature."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("of", ["query", "positive", "keys", "all"])
+@pytest.mark.parametrize("count", [1, 3, None], ids=str)
+def test_layouts(of: str, count: int | None, engine: str) -> None:
+    """Keys of each query, of which it has ``count``, or shared ones (None), and who lies otherwise in memory."""
+    case = case_of(engine, learned=False)
+    call = case.call()
+    keys = call.first.keys if count is None else draw(len(call.query), count, D, seed=5, dtype=case.dtype)
+    call = call._replace(first=KeySet(keys, Pairs(), normalize=True), second=None)
+    lie = {name: turned if of in (name, "all") else torch.clone for name in ("query", "positive", "keys")}
+    call = call._replace(
+        query=lie["query"](call.query),
+        positive=lie["positive"](call.positive),
+        first=call.first._replace(keys=lie["keys"](keys)),
+    )
+    assert_right(case, call)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)

@@ -369,6 +369,8 @@ def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) ->
     )
     m = len(call.first)
     found = {"first": gradients.views[:m], "second": gradients.views[m:]}
+    if not _looked_on() and not _is_batched(grad):  # who changes one gradient in place has not changed the other
+        found = {name: gradient.data for name, gradient in found.items()}
     if call.learned_temperature is not None:
         found["learned_temperature"] = gradients.temperature.to(call.learned_temperature.dtype)
     return found

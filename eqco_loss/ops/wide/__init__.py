@@ -158,12 +158,14 @@ def keys_gradient(call: KeysGradient) -> KeysGradients:
         for some in slices(len(one.keys), own_rows(one.keys)):
             keys = prepare(one.keys[some].flatten(0, 1), one.normalize, products, like, may_hold_anything(one))
             tile = workspace.tile(query.part(some), keys, logit_scale[some], one.pairs, some, slice(0, out.shape[1]))
-            weights = torch.empty_like(tile.x)
+            weights = torch.empty_like(tile.x, memory_format=torch.contiguous_format)
             pointwise.weights(tile, base[some], factor[some], weights)
             gradient = weights[:, :, None] * query.multiplied[some, None].to(like.dtype)
             of_raw = out[some].flatten(0, 1)
             of_keys = None if largest is None else largest.repeat(len(of_raw))
-            pointwise.through_unit(keys.raw, gradient.flatten(0, 1), of_keys, None, None, of_raw)
+            # A product has its factors' layout, which may be any.
+            of_unit = gradient.flatten(0, 1).contiguous()
+            pointwise.through_unit(keys.raw, of_unit, of_keys, None, None, of_raw)
         return with_others(call, out)
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
     if call.normalize:

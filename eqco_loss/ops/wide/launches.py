@@ -47,7 +47,7 @@ def _launch_fold(tile, state, seek, weights, shrink, first=False):
         block_rows = max(1, min(triton.next_power_of_2(n), 2048 // block_keys))
     else:
         block_rows, block_keys = 32, 64
-    stride = 0 if weights is None else weights.stride(0)
+    stride = 0 if weights is None else between_rows(weights)
     launch(
         fold_kernel, (triton.cdiv(n, block_rows),),
         *pairs, state, state.stride(0), weights, stride, shrink, seek.ratio, seek.threshold, *numbers,
@@ -69,7 +69,7 @@ def _launch_weights(tile, base, factor, pull, key_base, key_pull, out):
     n, k = tile.x.shape
     launch(
         weights_kernel, (triton.cdiv(n, 8), triton.cdiv(k, 256)),
-        *pairs, base, factor, pull, key_base, key_pull, out, out.stride(0), *numbers,
+        *pairs, base, factor, pull, key_base, key_pull, out, between_rows(out), *numbers,
         WRAP=wrap, OWN=tile.key_scale.dim() == 2, BLOCK_ROWS=8, BLOCK_KEYS=256, num_warps=4,
     )  # fmt: skip
 
@@ -118,11 +118,18 @@ def through_unit(raw, gradient, factor, other, other_factor, out):
     launch(
         through_unit_kernel, (n,),
         *(raw.rows, *raw.rows.stride(), raw.inverse, raw.gradient_inverse),
-        *(gradient, 0 if gradient is None else gradient.stride(0), factor),
+        *(gradient, 0 if gradient is None else between_rows(gradient), factor),
         *((None, 0, 0, None) if other is None else (other.rows, *other.rows.stride(), other.inverse)),
-        *(other_factor, out, out.stride(0), d),
+        *(other_factor, out, between_rows(out), d),
         NORMALIZE=raw.normalize, BLOCK_D=min(2048, triton.next_power_of_2(d)), num_warps=4,
     )  # fmt: skip
+
+
+def between_rows(x):
+    """The stride of a matrix from row to row, for kernels that take a row's numbers to lie side by side."""
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"expected a matrix whose rows' numbers lie side by side, got strides {x.stride()}")
+    return x.stride(0)
 
 
 def _arguments(tile):
