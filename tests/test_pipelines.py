@@ -169,7 +169,7 @@ def test_the_key_momentum_rises_as_it_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(x, marks=[] if x in ("simo", "moco") else pytest.mark.slow) for x in SCRIPTS]
+    "method", [pytest.param(x, marks=[] if x == "simo" else pytest.mark.slow) for x in SCRIPTS]
 )
 def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
     words = [
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
         ("simo", ["--num-negatives=5", "--sampling=shared", "--symmetric"]),
         ("moco", ["--queue-size=48"]),
         pytest.param("simclr", [], marks=pytest.mark.slow),
-        ("simco", []),
+        pytest.param("simco", [], marks=pytest.mark.slow),
         pytest.param("simmoco", [], marks=pytest.mark.slow),
         ("mocov3", []),
     ],
