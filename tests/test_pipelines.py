@@ -168,9 +168,7 @@ def test_the_key_momentum_rises_as_it_is_told(tmp_path: Path, monkeypatch: pytes
 # --------------------------------------------------------------------------------------------------- kills and damage
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(x, marks=[] if x == "simo" else pytest.mark.slow) for x in SCRIPTS]
-)
+@pytest.mark.parametrize("method", [pytest.param(x, marks=[] if x == "simo" else pytest.mark.slow) for x in SCRIPTS])
 def test_killed_at_random_moments(method: str, tmp_path: Path) -> None:
     words = [
         *SHORT,
