@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -84,7 +85,9 @@ def positive_number(name: str, value: Any, advice: str) -> None:
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}. Pick one of these.")
+        near = difflib.get_close_matches(value.lower(), known, n=1) if isinstance(value, str) else []
+        way = f"Write {near[0]!r}." if near else "Pick one of these."
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}. {way}")
 
 
 def temperature(value: Any) -> None:
