@@ -370,18 +370,9 @@ def through_unit_kernel(
         for first in range(0, d, BLOCK_D):
             at = first + tl.arange(0, BLOCK_D)
             value = load_gradient(
-                gradient,
-                gradient_stride,
-                factor,
-                other,
-                other_stride_r,
-                other_stride_d,
-                other_inverse,
-                other_factor,
-                row,
-                at,
-                d,
-            )
+                gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_inverse, other_factor,
+                row, at, d,
+            )  # fmt: skip
             unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
             total += value * (unit.to(tl.float32) * to_unit)
         along = tl.sum(total, 0)
@@ -389,18 +380,9 @@ def through_unit_kernel(
     for first in range(0, d, BLOCK_D):
         at = first + tl.arange(0, BLOCK_D)
         value = load_gradient(
-            gradient,
-            gradient_stride,
-            factor,
-            other,
-            other_stride_r,
-            other_stride_d,
-            other_inverse,
-            other_factor,
-            row,
-            at,
-            d,
-        )
+            gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_inverse, other_factor,
+            row, at, d,
+        )  # fmt: skip
         if NORMALIZE:
             unit = tl.load(raw + row * raw_stride_r + at.to(tl.int64) * raw_stride_d, mask=at < d, other=0.0)
             value = (value - (unit.to(tl.float32) * to_unit) * along) * length
