@@ -74,6 +74,7 @@ def symmetric_losses(views: Tensor, across: bool = True) -> SymmetricLosses:
         inter_temperature=None,
         alpha=65536.0,
         share=[1, len(views)],
+        need_gradient=True,
         autocast=None,
         backend="triton",
     )
@@ -86,7 +87,7 @@ def symmetric_gradient(
     return SymmetricGradient(
         first=first,
         second=second,
-        views=views,
+        kept=views,
         grad=grad,
         rows=rows,
         across=across,

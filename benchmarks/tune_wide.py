@@ -100,7 +100,7 @@ def passes(problem: Problem) -> dict[str, Callable[[Any], tuple[Tensor, ...]]]:
     first = mutual.symmetric_losses(losses, products)
     gradient = records.symmetric_gradient(
         views, torch.ones((), device=problem.device), first.rows, across=True, autocast=autocast
-    )._replace(views=first.views)
+    )._replace(kept=first.kept)
 
     def forward() -> tuple[Tensor, ...]:
         out = mutual.symmetric_losses(losses, products)

@@ -262,6 +262,8 @@ def _symmetric_loss(settings: Settings, inputs: Inputs) -> Tensor:
             inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
             alpha=None if settings.alpha is None else float(settings.alpha),
             share=_share(settings, inputs, None),
+            need_gradient=torch.is_grad_enabled()
+            and any(ops.requires_grad(x) for x in (first, settings.temperature) if isinstance(x, Tensor)),
             autocast=_autocast_dtype(first.device),
             backend=ops.choose(settings.backend, first, second)[0],
         )

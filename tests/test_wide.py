@@ -146,7 +146,7 @@ def test_products_are_as_few_as_can_be() -> None:
         wide.keys_gradient(gradient)
     assert backward.multiply_adds == 2 * N * K * D
     both = SymmetricLosses(
-        *halves(draw(2 * 19, D, dtype=torch.float32)), True, 0.2, None, None, None, [1, 1], None, "wide"
+        *halves(draw(2 * 19, D, dtype=torch.float32)), True, 0.2, None, None, None, [1, 1], True, None, "wide"
     )
     with Watch() as watch:
         ours_both(both, case.grad(1))
@@ -215,7 +215,7 @@ def test_launches_of_both_directions(
     t = torch.tensor(0.1, device=DEVICE) if learned else None
     autocast = torch.bfloat16 if form == "autocast" else None
     views = draw(2 * 19, 64, dtype=dtype)  # whole steps of features on a GPU, too
-    call = SymmetricLosses(*halves(views), across, 0.2, t, None, None, [1, 38], autocast, "wide")
+    call = SymmetricLosses(*halves(views), across, 0.2, t, None, None, [1, 38], True, autocast, "wide")
     grad = torch.ones((), device=DEVICE)
     with Launches(monkeypatch) as seen:
         ours_both(call, grad)
@@ -297,7 +297,7 @@ def test_chunks_of_statistics(
 
     given = torch.tensor(t, device=DEVICE) if learned else None
     views = draw(2 * 45, D, dtype=torch.bfloat16)
-    call = SymmetricLosses(*halves(views), across, t, given, 0.5 if dual else None, None, [1, 90], None, "wide")
+    call = SymmetricLosses(*halves(views), across, t, given, 0.5 if dual else None, None, [1, 90], True, None, "wide")
     grad = torch.ones((), device=DEVICE)
     if DEVICE.type == "cuda":
         monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))
@@ -353,7 +353,7 @@ def test_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CLIP, N = 8192, D = 768: beside the views' gradient and the sums of one view, the workspace and little more."""
     monkeypatch.undo()
     views = torch.randn(2 * 8192, 768, device=DEVICE, dtype=torch.bfloat16)
-    call = SymmetricLosses(*halves(views), True, 0.05, None, None, None, [1, 2 * 8192], None, "wide")
+    call = SymmetricLosses(*halves(views), True, 0.05, None, None, None, [1, 2 * 8192], True, None, "wide")
     ours_both(call, torch.ones((), device=DEVICE))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -41,13 +41,13 @@ from tests.world import (
     ours_logsumexp,
 )
 
-ENGINES = ("torch", "triton", "wide by torch", "wide by kernels")
+ENGINES = ("torch", "torch at once", "triton", "wide by torch", "wide by kernels")
 INTERPRETED = ("triton", "wide by kernels") if DEVICE.type == "cpu" else ()  # slow: one of the settings for each dtype
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Tiles and chunks so small that sizes which fit a test have several, with ragged ends."""
+    """Tiles and chunks so small that sizes which fit a test have several, with ragged ends, but for "at once"."""
     name: str = request.param
     if name in ("triton", "wide by kernels"):
         pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch on Linux")
@@ -56,7 +56,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if name == "wide by torch":
         monkeypatch.setattr(pointwise, "_kernels", lambda x: None)
     # NumPy, which interprets kernels, warns of what a pair that is left out makes of the numbers that it may hold.
-    with knobs.tiles(100), np.errstate(all="ignore"):
+    at_once = name == "torch at once"
+    with knobs.tiles(None if at_once else 100, flash=not at_once), np.errstate(all="ignore"):
         yield name
 
 
@@ -157,6 +158,7 @@ def test_both_directions(across: bool, dtype: torch.dtype, autocast: torch.dtype
                 inter_temperature=1.0 if dual else None,
                 alpha=alpha,
                 share=[1, 38],
+                need_gradient=True,
                 autocast=autocast if dtype != torch.float64 else None,
                 backend=case.backend,
             )

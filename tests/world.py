@@ -324,7 +324,7 @@ def ours_both(call: SymmetricLosses, grad: Tensor) -> Answers:
         SymmetricGradient(
             first=call.first,
             second=call.second,
-            views=out.views,
+            kept=out.kept,
             grad=grad,
             rows=out.rows,
             across=call.across,

@@ -14,6 +14,7 @@ from .calls import NORM_EPS, KeySet, Pairs, gradient_eps
 from .definition import cleaned
 
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
+ROWS_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
 SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
 
 Columns = Any  # which keys a tile has: a slice or an index (C,) or (R, C) of a set's first dimension
@@ -41,6 +42,17 @@ def unit_rows(x: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, T
     return x / norm, norm if eps == NORM_EPS else norm.clamp_min(eps)
 
 
+def through_unit(gradient: Tensor, unit: Tensor, norm: Tensor | None) -> None:
+    """From the gradient of unit vectors to that of the raw ones, in place, some rows at a time."""
+    if norm is None:
+        return
+    if len(unit) > ROWS_AT_ONCE:
+        for some in slices(len(unit), ROWS_AT_ONCE):
+            through_unit(gradient[some], unit[some], norm[some])
+    else:
+        gradient.addcmul_(unit, (unit * gradient).sum(-1, keepdim=True), value=-1).div_(norm)
+
+
 @dataclass(frozen=True)
 class Ready:
     """Makes a set's raw keys what is multiplied: in the arithmetic's dtype, of unit length, without NaN."""
@@ -49,6 +61,10 @@ class Ready:
     dtype: torch.dtype
     raw: Tensor | None = None  # the positives, which a batch's keys often are
     unit: Tensor | None = None  # and what they become
+
+    @property
+    def unit_length(self) -> bool:
+        return self.keys.normalize or self.keys.trusted
 
     @property
     def clean(self) -> bool:
@@ -109,10 +125,14 @@ class Tile(NamedTuple):
         else:
             out.addmm_(weight, self.keys, beta=0 if first else 1)
 
-    def add_transposed(self, out: Tensor, weight: Tensor, rows: Tensor) -> None:
-        """out[place] += weight.T (C, R) @ rows (R, D)."""
-        if self.keys.dim() == 2 and isinstance(self.place, slice):
-            out[self.place].addmm_(weight.T, rows)
+    def add_transposed(self, out: Tensor, weight: Tensor, rows: Tensor, first: bool = False) -> None:
+        """out[place] += weight.T (C, R) @ rows (R, D); ``first``: whatever is in out."""
+        part = out[self.place] if self.keys.dim() == 2 and isinstance(self.place, slice) else None
+        if first and (part is None or len(part) < len(out)):
+            out.zero_()
+            first = False
+        if part is not None:
+            part.addmm_(weight.T, rows, beta=0 if first else 1)
         elif self.keys.dim() == 2:
             out.index_add_(0, self.place, weight.T @ rows)
         elif isinstance(self.place, Tensor):

@@ -146,6 +146,7 @@ class SymmetricLosses(NamedTuple):
     inter_temperature: float | None
     alpha: float | None
     share: list[int]
+    need_gradient: bool
     autocast: torch.dtype | None
     backend: str
 
@@ -162,7 +163,7 @@ class SymmetricLosses(NamedTuple):
 class SymmetricOutputs(NamedTuple):
     loss: Tensor  # (): the sum over the rows of share * loss
     rows: Tensor  # (len(Row), 2M); TEMPERATURE_GRADIENT is only for the backend's own gradient
-    views: Tensor  # (2M, D): both views, where the backend's gradient takes them in one tensor; else (0,)
+    kept: Tensor  # (2M, D): what the backend keeps for its gradient, both views or the gradient itself; else (0,)
 
 
 class SymmetricGradient(NamedTuple):
@@ -170,7 +171,7 @@ class SymmetricGradient(NamedTuple):
 
     first: Tensor  # (M, D)
     second: Tensor  # (M, D)
-    views: Tensor  # (2M, D) or (0,), of ``SymmetricOutputs``
+    kept: Tensor  # (2M, D) or (0,), of ``SymmetricOutputs``
     grad: Tensor  # ()
     rows: Tensor  # (len(Row), 2M)
     across: bool

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from .calls import LN2
 
@@ -42,14 +43,19 @@ def values(loss: str, intra: Seen, inter: Seen | None, count: int | Tensor, alph
     if alpha is not None:
         shift = torch.log(alpha / count) if isinstance(count, Tensor) else math.log(alpha / count)
     gap = intra.gap(shift)
-    zero, minus = torch.zeros_like(gap), -gap
-    intra_loss = torch.logaddexp(zero, minus)
+    minus = -gap
+    intra_loss = _softplus(minus)
     if loss == "eqco" or inter is None:
         return Values(intra_loss, intra_loss, minus.sigmoid_(), None)
     inter_gap = inter.gap(shift)
     weight = torch.sigmoid(-inter_gap)  # = W * sigmoid(-gap), because the factor that vanishes cancels
-    log_weight = torch.logaddexp(zero, gap) - torch.logaddexp(zero, inter_gap)
+    log_weight = _softplus(gap) - _softplus(inter_gap)
     return Values(weight * softplus_over_sigmoid(gap), intra_loss, weight, log_weight)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), which from 40 on is x in float64, too; torch's own threshold of 20 is off by 2e-9 there."""
+    return softplus(x, threshold=40)
 
 
 def softplus_over_sigmoid(x: Tensor) -> Tensor:

@@ -342,22 +342,22 @@ keys_gradient = Operator(
 
 def _symmetric_losses_fake(call: SymmetricLosses) -> SymmetricOutputs:
     (m, d), dtype, new = call.first.shape, compute_dtype(call.first), call.first.new_empty
-    views = new((2 * m, d) if BACKENDS[call.backend].keeps_views(call) else (0,))
-    return SymmetricOutputs(new((), dtype=dtype), new((len(Row), 2 * m), dtype=dtype), views)
+    kept = new((2 * m, d) if BACKENDS[call.backend].keeps(call) else (0,))
+    return SymmetricOutputs(new((), dtype=dtype), new((len(Row), 2 * m), dtype=dtype), kept)
 
 
 def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) -> Gradients:
     if torch.is_grad_enabled():
         return _dense_gradients(ctx, symmetric_losses, definition.symmetric_losses, grad)
-    rows, views = ctx.saved_tensors
+    rows, kept = ctx.saved_tensors
     _check_unchanged(ctx, call.learned_temperature)
-    if not views.numel():
+    if not kept.numel():
         _check_unchanged(ctx, call.first, call.second)
     gradients = symmetric_gradient(
         SymmetricGradient(
             first=call.first,
             second=call.second,
-            views=views,
+            kept=kept,
             grad=grad,
             rows=rows,
             across=call.across,

@@ -1,4 +1,4 @@
-"""What backends answer alike: gradients times the gradient of the loss, by torch, and whether views stay together."""
+"""What backends answer alike: gradients times the gradient of the loss, by torch, and whether views are kept."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from .calls import KeysGradient, KeysGradients, SymmetricLosses
 
 
-def keeps_views(call: SymmetricLosses) -> bool:
-    """Whether the gradient of both directions takes both views in one tensor."""
+def keeps(call: SymmetricLosses) -> bool:
+    """Whether forward keeps (2M, D) numbers for the gradient of both directions."""
     return True
 
 

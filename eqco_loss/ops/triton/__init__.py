@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..calls import RowLosses
-from ..scaled import keeps_views
+from ..scaled import keeps
 from .arguments import capability, interpreted, kernels, unit_dtype
 from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
 
 __all__ = [
     "gives_keys_gradient",
-    "keeps_views",
+    "keeps",
     "keys_gradient",
     "logsumexp",
     "refusal",

@@ -186,7 +186,7 @@ def _row_weights(
     call: KeysGradient | SymmetricGradient, normalize: bool, dtype: torch.dtype, multiplied: bool
 ) -> tuple[Tensor, Tensor]:
     """``weights`` (len(Row), N), and the rows as kernels stream them: the same, unit ones, or scaled ones."""
-    x = call.query if isinstance(call, KeysGradient) else call.views
+    x = call.query if isinstance(call, KeysGradient) else call.kept
     rows, grad = call.rows.contiguous(), call.grad
     scaled = multiplied and normalize and dtype == torch.float16 and x.dtype == dtype
     (n, d), count = x.shape, pieces(dtype, normalize) if multiplied else 1
@@ -279,7 +279,7 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
 
 
 def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:
-    views, (n, d), t, across = call.views, call.views.shape, call.learned_temperature, call.across
+    views, (n, d), t, across = call.kept, call.kept.shape, call.learned_temperature, call.across
     dtype, new = views.dtype if call.autocast is None else call.autocast, torch.empty
     weights, prepared = _row_weights(call, True, dtype, True)
     tile = tile or symmetric_tile(dtype, padded(d), n, arguments.arch(views))

@@ -70,11 +70,11 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     return None
 
 
-def keeps_views(call: SymmetricLosses) -> bool:
-    """Whether the gradient of both directions takes both views in one tensor."""
+def keeps(call: SymmetricLosses) -> bool:
+    """Whether the gradient of both directions takes both views in one tensor, which forward keeps."""
     products = product_dtype(call.autocast, call.first)
     mutual = pointwise.mutual(products, arithmetic(call.first))
-    return mutual is None or mutual.keeps_views(call, products)
+    return mutual is None or mutual.keeps(call, products)
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -240,14 +240,14 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     mutual = pointwise.mutual(products, like)
     if mutual is not None:
         return mutual.symmetric_gradient(call, products)  # type: ignore[no-any-return]
-    t, (n, d) = temperature_of(call), call.views.shape
-    views, half = prepare(call.views, True, products, like), n // 2
+    t, (n, d) = temperature_of(call), call.kept.shape
+    views, half = prepare(call.kept, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
     all_pull = call.rows[Row.PULL] * call.grad
     pull, largest = fitting(all_pull, products)
     anchors, a = Side(call.rows[Row.BASE], pull), all_pull * call.rows[Row.TOTAL]
-    out = torch.empty_like(call.views, memory_format=torch.contiguous_format)
+    out = torch.empty_like(call.kept, memory_format=torch.contiguous_format)
     first_key = half if call.across else 0
     new = like.new_empty if call.across else like.new_zeros
     sums = new((n - first_key, d))  # of the rows that are keys of other rows, while these are visited

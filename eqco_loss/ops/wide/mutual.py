@@ -119,15 +119,15 @@ def symmetric_losses(call, products):
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(loss, rows, x if keeps_views(call, products) else new(0, dtype=first.dtype))
+    return SymmetricOutputs(loss, rows, x if keeps(call, products) else new(0, dtype=first.dtype))
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
     (half, d), rows, device = call.first.shape, call.rows, call.first.device
     n = 2 * half
-    if keeps_views(call, products):
-        x, scale = call.views, rows[Row.INVERSE]
+    if keeps(call, products):
+        x, scale = call.kept, rows[Row.INVERSE]
     else:
         x, scale = _prepared(call, products, rows, None)
     multiplied = x if x.shape[1] == d else x[:, :d]
@@ -174,7 +174,7 @@ def symmetric_gradient(call, products):
 # ---------------------------------------------------------------------------------------------------------- small steps
 
 
-def keeps_views(call, products):
+def keeps(call, products):
     """Whether rows are multiplied as they are, so that forward's copy of both views serves backward, too."""
     return products == call.first.dtype != torch.float16 and call.first.shape[1] == _width(call.first)
 

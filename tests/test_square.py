@@ -1,0 +1,68 @@
+"""A small batch against itself: fewer calls of torch, the same numbers as tile by tile."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from eqco_loss import EqCoLoss
+from eqco_loss.ops import square
+from tests.tolerance import assert_as_exact_as_eager
+from tests.world import draw
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def step(
+    n: int, dtype: torch.dtype, leaves: str, exactly: bool = False, **settings: Any
+) -> tuple[list[torch.Tensor], bool]:
+    """Loss and gradients of the leaves, in float64 if ``exactly``, and whether the short way was taken."""
+    query, key = (draw(n, 19, seed=seed, dtype=dtype).cpu() for seed in (1, 2))
+    query, key = (x.double() if exactly else x for x in (query, key))
+    needed = [x.requires_grad_() for name, x in (("q", query), ("k", key)) if name in leaves]
+    with mock.patch.object(square, "row_losses", wraps=square.row_losses) as taken:
+        loss = EqCoLoss(**settings)(query, key)
+    gradients = torch.autograd.grad(loss, needed, torch.tensor(-1.7, dtype=loss.dtype)) if needed else []
+    return [loss.detach(), *gradients], taken.called
+
+
+@pytest.mark.parametrize("leaves", ["qk", "q", "k", ""])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alpha", [None, 65536.0])
+def test_is_what_tiles_give(alpha: float | None, dtype: torch.dtype, leaves: str) -> None:
+    for n in (2, 3, 50):
+        got, short = step(n, dtype, leaves, alpha=alpha)
+        assert short
+        with mock.patch.object(square, "serves", return_value=False):
+            expected, short = step(n, dtype, leaves, alpha=alpha)
+            truth, _ = step(n, dtype, leaves, exactly=True, alpha=alpha)
+        assert not short
+        for ours, by_tiles, exact in zip(got, expected, truth, strict=True):
+            assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.02},
+        {"reduction": "none"},
+        {"num_negatives": 4},
+        {"in_batch": "views"},
+        {"normalize": False},
+        {"temperature": torch.tensor(0.2)},
+    ],
+    ids=str,
+)
+def test_other_calls_go_tile_by_tile(settings: dict[str, Any]) -> None:
+    query, key = (draw(9, 19, seed=seed, dtype=torch.float32).cpu().requires_grad_() for seed in (1, 2))
+    with mock.patch.object(square, "row_losses", wraps=square.row_losses) as taken:
+        EqCoLoss(**settings)(query, key)
+    assert not taken.called
+
+
+def test_a_gradient_of_the_keys_alone_is_whole() -> None:
+    """The positives' part is in it, though the record has both."""
+    both, _ = step(12, torch.float64, "qk")
+    alone, _ = step(12, torch.float64, "k")
+    torch.testing.assert_close(alone[1], both[2])
