@@ -49,6 +49,12 @@ SAME = {  # of a change's kernel and text, why nobody could see it
     "partners: half > 0 with >=": "without a second view both branches give the rows themselves",
     "attend: rows < n with <=": "the ids of a row beyond the last are read, and nothing of that row is stored",
     "attend_own: row + tl.arange(0, 1) with -": "a range of one element is 0",
+    "fold_kernel: logit > above with >=": "no logit is the threshold, which a positive's logit is less a small part",
+    "is_bounded: tl.load(temperature_tensor).to(tl.float32) >= LEAST with >": "there both forms are right",
+    "is_bounded: inter_t >= LEAST with >": "there both forms are right",
+    "lower_than: row + BLOCK_ROWS > row_stop with >=": "a tile that ends with the rows is masked, and needs no mask",
+    "lower_than: key + KEYS > key_stop with >=": "a tile that ends with the keys is masked, and needs no mask",
+    "lower_than: ahead > -BLOCK_ROWS with >=": "the tile beside the diagonal's is masked, and needs no mask",
     "load_part: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
 }
 

@@ -23,7 +23,7 @@ from eqco_loss.ops.wide import chunks, pointwise
 from tests.cases import DEVICE
 from tests.interpreter import exact_bfloat16
 from tests.tolerance import assert_as_exact_as_eager
-from tests.world import DTYPES, KINDS, Case, D, K, N, dense, draw, ours, ours_both
+from tests.world import DTYPES, KINDS, Case, D, K, N, dense, dense_both, draw, ours, ours_both
 
 STEPS = chunks.steps  # the real ones; see many_chunks
 
@@ -296,22 +296,43 @@ def test_chunks_of_statistics(
     from eqco_loss.ops.wide import mutual
 
     given = torch.tensor(t, device=DEVICE) if learned else None
-    views = draw(2 * 45, D, dtype=torch.bfloat16)
+    view = draw(45, D)  # the other is alike, so that a pair of one image which is not left out shows
+    views = torch.cat([view, view + 0.1 * view.roll(1, 0)]).bfloat16()
     call = SymmetricLosses(*halves(views), across, t, given, 0.5 if dual else None, None, [1, 90], True, None, "wide")
     grad = torch.ones((), device=DEVICE)
     if DEVICE.type == "cuda":
         monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))
         monkeypatch.setattr(mutual, "SQUARE", mutual.Tile(32, 32, 32, 4, 2, 2))
-    several = ours_both(call, grad)
+    several, truth = ours_both(call, grad), dense_both(call, grad, torch.float64)
     for name in ("STATISTICS", "WEIGHTS"):  # programs that visit several tiles, in one piece
         monkeypatch.setattr(mutual, name, getattr(mutual, name)._replace(programs=1, pieces=1))
     monkeypatch.setattr(mutual, "PARTS", 1)
     every = ours_both(call, grad)
     monkeypatch.setattr(chunks, "steps", STEPS)
     single = ours_both(call, grad)
+    if DEVICE.type == "cpu":  # tiles far from the edges and from the diagonal, which hold rows of one image
+        monkeypatch.setattr(mutual, "WEIGHTS", mutual.Tile(32, 32, 16, 4, 1, 2))
+    narrow = ours_both(call, grad)
     for name, x in single.items():
-        for other in (several[name], every[name]):
+        for other in (several[name], every[name], narrow[name]):
             torch.testing.assert_close(other, x, rtol=2e-2 if name == "views" else 1e-5, atol=1e-6, msg=name)
+        off = (x.double() - truth[name]).abs().max() / truth[name].abs().max()
+        assert off < 0.01, (name, float(off))  # of bfloat16 products
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_second_temperature_that_is_low(learned: bool, pointwise_form: str) -> None:
+    """Its logits need a running maximum, though the first one's do not."""
+    if pointwise_form == "torch":
+        pytest.skip("of the kernels")
+    given = torch.tensor(0.5, device=DEVICE) if learned else None
+    views = draw(2 * 19, D, dtype=torch.bfloat16)
+    call = SymmetricLosses(*halves(views), True, 0.5, given, 0.004, None, [1, 38], True, None, "wide")
+    grad = torch.ones((), device=DEVICE)
+    got, truth = ours_both(call, grad), dense_both(call, grad, torch.float64)
+    for name, x in truth.items():
+        off = (got[name].double() - x).abs().max() / x.abs().max()
+        assert off < 0.05, (name, float(off))  # of bfloat16 rows, whose products the temperature magnifies
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (256, 65536), (4096, 4096), (32768, 32768), (512, 2**24), (10**6, 3)])

@@ -303,7 +303,7 @@ def assert_right(case: Case, call: RowLosses | None = None) -> None:
     got, eager, truth = ours(call, grad), dense(call, grad, None), dense(call, grad, torch.float64)
     assert set(got) == set(truth)
     for name, x in got.items():
-        if name == "metric RANK" and case.dtype != torch.float64:
+        if name == "metric RANK" and (case.dtype.itemsize < 4 or call.autocast is not None):
             continue  # a tie in half precision is none in float64
         assert_as_exact_as_eager(
             x.cpu(),

@@ -73,23 +73,24 @@ def lower_than(
 ):  # fmt: skip
     """Products (BLOCK_ROWS, KEYS) to logits, which LESS are less the highest possible one; -inf for no pair.
 
-    No pair are places beyond the ends, a row and itself, and the two rows of one image, which are ``half`` apart.
+    No pair are places beyond the ends, a row and itself, and the two rows of one image, which are ``half`` apart. Of
+    these the row comes first, as chunks are cut, but on a tile of the diagonal.
     """
     rows, keys = row + tl.arange(0, BLOCK_ROWS), key + tl.arange(0, KEYS)
+    in_rows, in_keys = rows < row_stop, keys < key_stop
     if scale is not None:
-        x = x * (tl.load(scale + rows, mask=rows < row_stop, other=0.0) * highest)[:, None]
-        x = x * tl.load(scale + keys, mask=keys < key_stop, other=0.0)[None, :]
+        x = x * (tl.load(scale + rows, mask=in_rows, other=0.0) * highest)[:, None]
+        x = x * tl.load(scale + keys, mask=in_keys, other=0.0)[None, :]
     else:
         x = x * highest
     if LESS:
         x = x - highest
     ahead = row - key
     near = (ahead < KEYS) & (ahead > -BLOCK_ROWS)
-    near = near | ((ahead - half < KEYS) & (ahead - half > -BLOCK_ROWS))
     near = near | ((ahead + half < KEYS) & (ahead + half > -BLOCK_ROWS))
     if near | (row + BLOCK_ROWS > row_stop) | (key + KEYS > key_stop):
         apart = rows[:, None] - keys[None, :]
-        keep = (rows < row_stop)[:, None] & (keys < key_stop)[None, :]
+        keep = in_rows[:, None] & in_keys[None, :]
         x = tl.where(keep & (apart != 0) & (apart != half) & (apart != -half), x, float("-inf"))
     return x
 
