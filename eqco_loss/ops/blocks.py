@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calls import NORM_EPS, KeySet, Pairs, gradient_eps
-from .definition import cleaned
+from .definition import cleaned, finite_rows
 
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
 ROWS_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
@@ -77,7 +77,7 @@ class Ready:
             return self.unit, None
         if drop is not None and self.clean:
             part = part.masked_fill(drop[..., None], 0.0)
-        elif self.clean:
+        elif self.clean and not (part.is_cpu and bool(finite_rows(part).all())):
             part, poison = cleaned(part)
         return unit_rows(part, self.keys.normalize, self.dtype)[0], poison
 
@@ -115,7 +115,7 @@ class Tile(NamedTuple):
     def negatives(self, rows: int) -> Tensor:
         """How many of the tile's keys each of its rows meets, (R,), where only ``drop`` can tell."""
         if self.drop is not None:
-            return (~self.drop).sum(1)
+            return self.keys.shape[-2] - self.drop.sum(1, dtype=torch.int32)  # int64, the default, takes twice as long
         return torch.full((rows,), self.keys.shape[-2], dtype=torch.int64, device=self.keys.device)
 
     def add_weighted(self, out: Tensor, weight: Tensor, first: bool) -> None:

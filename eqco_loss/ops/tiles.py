@@ -209,14 +209,19 @@ _Passed = tuple[slice, _Seen, _Only | None]
 
 
 def _attend(q: Tensor, scale: float | Tensor, ready: Ready, wanted: _Wanted) -> Iterator[_Passed]:
-    if wanted.positive_logit is None and not wanted.again and flash.serves(ready):
+    known, of_unit, ratio = (
+        ready.keys.pairs.negatives(ready.keys.keys),
+        wanted.unit and ready.unit_length,
+        wanted.inter_ratio,
+    )
+    is_small = of_unit and small(scale, q.dtype)
+    inter_is_small = of_unit and ratio is not None and small(scale * ratio, q.dtype)
+    one_product = is_small and inter_is_small  # for both temperatures, of which flash needs two each
+    if wanted.positive_logit is None and not wanted.again and not one_product and flash.serves(ready):
         parts = (_seen_by_flash(q * scale, keys, wanted) for keys in flash.parts(ready))
         yield slice(0, len(q)), functools.reduce(_both, parts), None
         return
-    scratch, inter_scratch, ratio = Scratch(q), Scratch(q), wanted.inter_ratio
-    known, of_unit = ready.keys.pairs.negatives(ready.keys.keys), wanted.unit and ready.unit_length
-    is_small = of_unit and small(scale, q.dtype)
-    inter_is_small = of_unit and ratio is not None and small(scale * ratio, q.dtype)
+    scratch, inter_scratch = Scratch(q), Scratch(q)
     for block in blocks(q, ready, wanted.rows):
         may_be_empty = not known or not block.single  # a tile, for some row
         mine = q[block.rows] * scale
