@@ -52,6 +52,7 @@ SAME = {  # of a change's kernel and text, why nobody could see it
     "fold_kernel: logit > above with >=": "no logit is the threshold, which a positive's logit is less a small part",
     "is_bounded: tl.load(temperature_tensor).to(tl.float32) >= LEAST with >": "there both forms are right",
     "is_bounded: inter_t >= LEAST with >": "there both forms are right",
+    "store_parts: parts + PART_TOTAL * plane with -": "PART_TOTAL is 0",
     "lower_than: row + BLOCK_ROWS > row_stop with >=": "a tile that ends with the rows is masked, and needs no mask",
     "lower_than: key + KEYS > key_stop with >=": "a tile that ends with the keys is masked, and needs no mask",
     "lower_than: ahead > -BLOCK_ROWS with >=": "the tile beside the diagonal's is masked, and needs no mask",

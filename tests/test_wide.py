@@ -321,13 +321,14 @@ def test_chunks_of_statistics(
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_second_temperature_that_is_low(learned: bool, pointwise_form: str) -> None:
-    """Its logits need a running maximum, though the first one's do not."""
+@pytest.mark.parametrize(("t", "inter"), [(0.5, 0.004), (0.004, 0.5)])
+def test_one_of_two_temperatures_is_low(t: float, inter: float, learned: bool, pointwise_form: str) -> None:
+    """Its logits need a running maximum, though the other one's do not."""
     if pointwise_form == "torch":
         pytest.skip("of the kernels")
-    given = torch.tensor(0.5, device=DEVICE) if learned else None
+    given = torch.tensor(t, device=DEVICE) if learned else None
     views = draw(2 * 19, D, dtype=torch.bfloat16)
-    call = SymmetricLosses(*halves(views), True, 0.5, given, 0.004, None, [1, 38], True, None, "wide")
+    call = SymmetricLosses(*halves(views), True, t, given, inter, None, [1, 38], True, None, "wide")
     grad = torch.ones((), device=DEVICE)
     got, truth = ours_both(call, grad), dense_both(call, grad, torch.float64)
     for name, x in truth.items():

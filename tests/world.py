@@ -55,6 +55,9 @@ def key_sets(kind: str, dtype: torch.dtype, normalize: bool) -> tuple[list[KeySe
     if kind in ("ids", "ids of pairs", "own ids"):
         shape = (K,) if kind == "ids" else (n, K)
         pairs = Pairs(integers(n, high=4, seed=4), integers(*shape, high=4, seed=5))
+    if kind == "ids of few":  # all but three queries meet every key
+        keys = draw(40, D, seed=3, dtype=dtype)
+        pairs = Pairs(torch.arange(N, device=DEVICE), torch.arange(40, device=DEVICE) + N - 3)
     if kind in ("mask", "mask of pairs"):
         mask = integers(*((K,) if kind == "mask" else (N, K)), high=3, seed=6) > 0
         pairs = Pairs(mask=mask)
@@ -98,6 +101,7 @@ KINDS = (
     "all",
     "ids",
     "ids of pairs",
+    "ids of few",
     "own",
     "own ids",
     "mask",

@@ -49,13 +49,15 @@ def arguments(record: type[Any], prefix: str = "", optional: bool = False) -> It
 def flatten(record: type[Any], call: Any) -> list[Any]:
     """A record's values in the order of ``arguments``; of an absent record, as many times None."""
     flat: list[Any] = []
-    values = call if call is not None else [None] * len(_LAYOUTS[record])
-    for value, field in zip(values, _LAYOUTS[record], strict=True):
+    for value, field in zip(call, _LAYOUTS[record], strict=True):
         if field.nested is None:
             flat.append(value)
         else:
-            flat += flatten(field.nested, value)
+            flat += _ABSENT[field.nested] if value is None else flatten(field.nested, value)
     return flat
+
+
+_ABSENT = {record: [None for _ in arguments(record)] for record in _NESTED}
 
 
 def unflatten(record: type[Call], flat: Sequence[Any]) -> Call:

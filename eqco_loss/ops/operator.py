@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ class Operator(Generic[Call, Out]):
         self.implementation = implementation
         fields = dict(arguments(call))
         self.places = [list(fields).index(name) for name in differentiable]
+        self.tensors = [place for place, hint in enumerate(fields.values()) if Tensor in (hint, *get_args(hint))]
         self.differentiable = differentiable
 
         def flat(*inputs: Any) -> Any:
@@ -102,7 +103,8 @@ class Operator(Generic[Call, Out]):
 
         def forward(ctx: Any, call: Call, flat: list[Any], *differentiable: Tensor | None) -> Any:
             outputs = tuple(self.run(call))
-            _keep(ctx, call, flat, outputs, self._needed(differentiable, ctx.needs_input_grad[2:]))
+            tensors = [flat[place] for place in self.tensors]
+            _keep(ctx, call, tensors, outputs, self._needed(differentiable, ctx.needs_input_grad[2:]))
             return outputs
 
         def function_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -114,7 +116,8 @@ class Operator(Generic[Call, Out]):
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             tensors = [inputs[place] for place in self.places]
             needed = self._needed(tensors, [ctx.needs_input_grad[place] for place in self.places])
-            _keep(ctx, unflatten(self.record, inputs), inputs, output, needed)
+            given = [inputs[place] for place in self.tensors]
+            _keep(ctx, unflatten(self.record, inputs), given, output, needed)
             ctx.length = len(inputs)
 
         def registered_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -180,7 +183,9 @@ def _is_batched(x: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------- what backward needs, kept
 
 
-def _keep(ctx: Any, call: Any, flat: Sequence[Any], outputs: tuple[Tensor, ...], needed: frozenset[str]) -> None:
+def _keep(
+    ctx: Any, call: Any, tensors: Sequence[Tensor | None], outputs: tuple[Tensor, ...], needed: frozenset[str]
+) -> None:
     """Keep a call for its backward.
 
     Inputs are not in ``save_for_backward``, because its version check would reject a queue that was enqueued to before
@@ -189,7 +194,7 @@ def _keep(ctx: Any, call: Any, flat: Sequence[Any], outputs: tuple[Tensor, ...],
     ctx.mark_non_differentiable(*outputs[1:])
     ctx.save_for_backward(*outputs[1:])
     ctx.call, ctx.needed = call, needed
-    ctx.versions = {id(x): x._version for x in flat if isinstance(x, Tensor) and not x.is_inference()}
+    ctx.versions = {id(x): x._version for x in tensors if x is not None and not x.is_inference()}
     ctx.set_materialize_grads(False)  # or autograd would make zeros for the outputs that are not differentiable
 
 
