@@ -22,7 +22,7 @@ import tyro
 
 from .history import ROOT, Age, add, age, is_ours, shown, without_marks
 from .measure import RESULTS, Row, read_csv
-from .pages import PAGES, case_of, limit_share
+from .pages import PAGES, case_of, limit_share, seconds
 from .runner import place as in_matrix
 from .workloads import DTYPES, WORKLOADS
 
@@ -96,7 +96,19 @@ def figures() -> dict[str, tuple[Draw, list[Row]]]:
                 rows = shown(path)
                 drawn = rows if name else [row for row in rows if row["layout"] == "rows"]
                 found[f"benchmarks-{name}{device}.png"] = draw, drawn
+    drawn = [row for device in ("cpu", "gpu") for row in growing(device)]
+    if drawn:
+        found["benchmarks-growth.png"] = draw_growth, drawn
     return found
+
+
+def growing(device: str) -> list[Row]:
+    """The rows of a device that show growth, of ours, eager and torch.compile: its sweep, or else the matrix."""
+    sweep = RESULTS / f"scaling-{device}.csv"
+    path = sweep if sweep.exists() else RESULTS / f"{device}.csv"
+    rows = shown(path) if path.exists() else []
+    ways = [row for row in rows if row["peer"] in ("eqco_loss", "torch.compile") or row["peer"].startswith("eager")]
+    return [row for row in ways if path == sweep or row["dtype"] == DRAWN[device][0]]
 
 
 def draw_bars(rows: list[Row]) -> Any:
@@ -138,21 +150,44 @@ def place(row: Row, dtype: str, sizes: tuple[tuple[int, int], ...]) -> tuple[int
     return int(row["dtype"] == dtype), int((n, d) in sizes), -DTYPES.index(row["dtype"]), -n, -int(row["k"]), -d
 
 
+Sweep = tuple[str, list[Row], str]  # the size that grows, the rows, and a title
+
+
 def draw_scaling(rows: list[Row]) -> Any:
     """Time and memory against K, against N, and against D where there are such rows."""
+    widest = max((int(r["n"]) for r in rows if r["workload"] == "S1" and r["d"] != "128"), default=0)
+    sweeps = [
+        *growth(rows),
+        ("d", [r for r in rows if (r["workload"], int(r["n"])) == ("S1", widest)], f"S1: D features, N = {widest}"),
+    ]
+    figure = draw_sweeps([sweep for sweep in sweeps if sweep[1]])
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, torch {rows[0]['torch']}", fontsize=10)
+    return figure
+
+
+def draw_growth(rows: list[Row]) -> Any:
+    """Of every device the growth in K and N that was measured, beside each other."""
+    sweeps = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        for size, mine, title in growth([row for row in rows if row["device"] == device]):
+            sweeps.append((size, mine, f"{title}\n{device}, {mine[0]['dtype']}"))
+    return draw_sweeps(sweeps)
+
+
+def growth(rows: list[Row]) -> list[Sweep]:
+    found = [
+        ("k", [r for r in rows if (r["workload"], r["n"]) == ("M1", "256")], "K keys of a queue, N = 256"),
+        ("n", [r for r in rows if r["workload"] == "S1" and r["d"] == "128"], "N in-batch, gradients to both sides"),
+        ("n", [r for r in rows if r["workload"] == "S2"], "N images, NT-Xent of both views"),
+    ]
+    return [(size, mine, title) for size, mine, title in found if len({row[size] for row in mine}) > 1]
+
+
+def draw_sweeps(sweeps: list[Sweep]) -> Any:
+    """Time above, memory below."""
     import matplotlib.pyplot as plt
 
-    queues = [r for r in rows if r["workload"] == "M1"]
-    batches = [r for r in rows if r["workload"] == "S1" and r["d"] == "128"]
-    widest = max((int(r["n"]) for r in rows if r["workload"] == "S1" and r["d"] != "128"), default=0)
-    widths = [r for r in rows if r["workload"] == "S1" and int(r["n"]) == widest]
-    sweeps = [
-        ("k", queues, "M1: K keys of a queue, N = 256"),
-        ("n", batches, "S1: N in-batch, gradients to both sides"),
-    ]
-    if widths:
-        sweeps.append(("d", widths, f"S1: D features, N = {widest}"))
-    figure, axes = plt.subplots(2, len(sweeps), figsize=(5 * len(sweeps), 6.5), sharex="col")
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(4.6 * len(sweeps), 6.5), sharex="col", squeeze=False)
     for column, (size, mine, title) in enumerate(sweeps):
         others = itertools.cycle(("0.2", "tab:blue", "tab:green", "tab:purple", "tab:brown"))
         for name in dict.fromkeys(r["peer"] for r in mine):
@@ -161,8 +196,9 @@ def draw_scaling(rows: list[Row]) -> Any:
             )
             x = [int(r[size]) for r in timed]
             style = {"color": COLORS.get(name, next(others)), "linewidth": 2.2 if name == "eqco_loss" else 1}
-            for axis, key in zip(axes[:, column], ("ms", "peak_extra_mb"), strict=True):
-                axis.loglog(x, [float(r[key]) for r in timed], marker="o", markersize=3, label=name, **style)
+            times = [1e3 * seconds(r) for r in timed]
+            for axis, y in zip(axes[:, column], (times, [float(r["peak_extra_mb"]) for r in timed]), strict=True):
+                axis.loglog(x, y, marker="o", markersize=3, label=name, **style)
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].set_xlabel(size.upper())
         axes[0, column].legend(fontsize=8)
@@ -170,7 +206,6 @@ def draw_scaling(rows: list[Row]) -> Any:
     axes[1, 0].set_ylabel("peak extra memory, MB")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, torch {rows[0]['torch']}", fontsize=10)
     return figure
 
 
