@@ -11,7 +11,6 @@ rows it shows, so that an old one is found out.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ DRAWN = {  # dtype, and of each workload N and D: what a reader looks for first
     "gpu": ("bfloat16", ((256, 128), (4096, 128), (4096, 512))),
 }
 COLORS = {"eqco_loss": "tab:orange"}  # ours; the others are grey
+LINES = COLORS | {"torch.compile": "tab:green", "eager masked": "tab:blue", "eager logsumexp": "tab:blue"}
 
 
 @dataclass(frozen=True)
@@ -189,18 +189,21 @@ def draw_sweeps(sweeps: list[Sweep]) -> Any:
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.6 * len(sweeps), 6.5), sharex="col", squeeze=False)
     for column, (size, mine, title) in enumerate(sweeps):
-        others = itertools.cycle(("0.2", "tab:blue", "tab:green", "tab:purple", "tab:brown"))
         for name in dict.fromkeys(r["peer"] for r in mine):
             timed = sorted(
                 (r for r in mine if r["peer"] == name and r["status"] == "timed"), key=lambda r: int(r[size])
             )
             x = [int(r[size]) for r in timed]
-            style = {"color": COLORS.get(name, next(others)), "linewidth": 2.2 if name == "eqco_loss" else 1}
+            style = {"color": LINES.get(name, "0.2"), "linewidth": 2.2 if name == "eqco_loss" else 1}
             times = [1e3 * seconds(r) for r in timed]
             for axis, y in zip(axes[:, column], (times, [float(r["peak_extra_mb"]) for r in timed]), strict=True):
                 axis.loglog(x, y, marker="o", markersize=3, label=name, **style)
         axes[0, column].set_title(title, fontsize=10)
         axes[1, column].set_xlabel(size.upper())
+        points = sorted({int(r[size]) for r in mine})
+        if len(points) < 4:
+            axes[1, column].set_xticks(points, [f"{point:,}" for point in points])
+            axes[1, column].set_xticks([], minor=True)
         axes[0, column].legend(fontsize=8)
     axes[0, 0].set_ylabel("ms, forward and backward")
     axes[1, 0].set_ylabel("peak extra memory, MB")

@@ -278,6 +278,21 @@ def test_no_row_is_above_the_limit() -> None:
     assert pages.limit_share(row | kept | {"operations": "1e+09"}) == "25 %"
 
 
+def test_growth_is_shown_of_a_cpu_and_a_gpu() -> None:
+    """Against K and N; ours is in each of the figure's columns, in time and in memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = report.growing("cpu") + report.growing("gpu")
+    figure = report.draw_growth(rows)
+    titles = " ".join(axis.get_title() for axis in figure.axes)
+    assert all(row["device"] in titles for row in rows if row["workload"] == "S1")
+    assert {axis.get_xlabel() for axis in figure.axes} == {"", "K", "N"}
+    for axis in figure.axes:
+        ours = next(line for line in axis.lines if line.get_label() == "eqco_loss")
+        assert len(ours.get_xdata()) > 1
+
+
 def test_scaling_in_d_is_a_table_and_a_column_of_the_figure() -> None:
     import matplotlib
 
