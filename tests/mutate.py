@@ -25,16 +25,23 @@ from typing import NamedTuple
 import tyro
 
 ROOT = Path(__file__).parents[1]
-FUSED = ("tests/test_world.py", "tests/test_kernels.py", "tests/test_both_roles.py", "-k", "not wide and not torch-")
+FUSED = (
+    "tests/test_world.py",
+    "tests/test_kernels.py",
+    "tests/test_both_roles.py",
+    "-k",
+    "not wide and not torch- and not once",
+)
 WIDE = ("tests/test_world.py", "tests/test_wide.py", "-k", "kernels")
+BOTH = (*WIDE[:-1], "kernels and (directions or statistics or temperatures or views)")
 TESTS = {  # the files of kernels, and what tests them
     "triton/parts.py": FUSED,
     "triton/forward.py": FUSED,
     "triton/keys.py": FUSED,
     "triton/symmetric.py": FUSED,
     "wide/kernels.py": WIDE,
-    "wide/mutual_kernels.py": WIDE,
-    "wide/view_kernels.py": WIDE,
+    "wide/mutual_kernels.py": BOTH,
+    "wide/view_kernels.py": BOTH,
     "gap_kernels.py": FUSED,
 }
 SIGNS: dict[type[ast.AST], tuple[str, str]] = {ast.Add: ("+", "-"), ast.Sub: ("-", "+")}
