@@ -102,6 +102,7 @@ def test_killed_around_every_file(whole: Path, simo: Script, tmp_path: Path) -> 
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.slow  # test_pipelines.py kills a run of SiMo at random moments, too
 def test_killed_at_any_moment(whole: Path, simo: Script, tmp_path: Path) -> None:
     words, moments, kills = [*SHORT, f"--run-dir={tmp_path / 'run'}"], random.Random(0), 0
     for latest in (2.5, 1.5, 0.9, 0.5):  # a fast machine is done before it has been killed twice: again, and earlier

@@ -476,7 +476,7 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton._refusal_of("cuda", 0) is None
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.2, 0.02])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.2, 0.02])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_float32_is_as_exact_as_eager(temperature: float, normalize: bool, symmetric: bool) -> None:

@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "own"),
     [
-        ("simo", ["--num-negatives=5"]),
+        pytest.param("simo", ["--num-negatives=5"], marks=pytest.mark.slow),
         ("simo", ["--num-negatives=5", "--sampling=shared", "--symmetric"]),
         ("moco", ["--queue-size=48"]),
         pytest.param("simclr", [], marks=pytest.mark.slow),
