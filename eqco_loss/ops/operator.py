@@ -45,7 +45,8 @@ from .flat import Call, arguments, flatten, unflatten
 
 # An operator's name ends with this, because torch's compiler keeps graphs on disk under the operators' names, and a
 # graph knows the operators' arguments and the sizes of their outputs.
-LAYOUT = f"{len(Row)}_{len(KeysGradient._fields)}"
+_RECORDS = (RowLosses, KeysGradient, SymmetricLosses, SymmetricGradient, LogSumExp)
+LAYOUT = f"{len(Row)}_{sum(len(list(arguments(record))) for record in _RECORDS)}"
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
 
