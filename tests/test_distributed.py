@@ -90,7 +90,7 @@ def compare(rank: int, world: int, sizes: tuple[int, ...]) -> float:
     return worst
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES[:2], pytest.param(SIZES[2], marks=pytest.mark.slow)], ids=str)
 def test_ranks_give_what_one_process_gives(sizes: tuple[int, ...]) -> None:
     """Loss and gradient, every kind of negatives, both losses, one and both directions, uneven batches."""
     assert max(run_ranks(compare, len(sizes), sizes)) <= 1e-12

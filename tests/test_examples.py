@@ -246,6 +246,7 @@ def test_a_folder_of_images(simo: Script, images: Path, tmp_path: Path) -> None:
     assert "K = 3, alpha = 256" in output
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(simo: Script, images: Path, tmp_path: Path) -> None:
     words = [f"--data-dir={images}", "--arch=small", "--image-size=16", "--epochs=2", "--batch-size=4"]
     simo.run(*words, "--workers=0", f"--run-dir={tmp_path / 'whole'}")
@@ -480,7 +481,7 @@ def test_a_directory_is_named_by_the_k_that_is_used(tmp_path: Path, monkeypatch:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["simo-digits-k7-alpha256-seed0"]
 
 
-@pytest.mark.parametrize("words", [[], ["--no-knn"]], ids=" ".join)
+@pytest.mark.parametrize("words", [pytest.param([], marks=pytest.mark.slow), ["--no-knn"]], ids=" ".join)
 def test_a_run_of_before_there_was_a_choice_of_knn(simo: Script, tmp_path: Path, words: list[str]) -> None:
     """Its checkpoint does not know the argument, and it goes on all the same, with a kNN or without."""
     short = [*SHORT, "--no-probe", f"--run-dir={tmp_path / 'run'}"]

@@ -243,7 +243,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
     [
         pytest.param("simo", ["--num-negatives=5"], marks=pytest.mark.slow),
         ("simo", ["--num-negatives=5", "--sampling=shared", "--symmetric"]),
-        ("moco", ["--queue-size=48"]),
+        pytest.param("moco", ["--queue-size=48"], marks=pytest.mark.slow),
         pytest.param("simclr", [], marks=pytest.mark.slow),
         pytest.param("simco", [], marks=pytest.mark.slow),
         pytest.param("simmoco", [], marks=pytest.mark.slow),
@@ -468,6 +468,7 @@ def test_a_run_whose_batches_mostly_are_not_finite_is_an_error(tmp_path: Path, m
         train_moco.main(moco_args(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_skipped_steps_were_counted(tmp_path: Path) -> None:
     """It has neither their number nor that of the pieces in its sums, and goes on all the same."""
     words = [*SHORT, *OWN["moco"], "--save-minutes=0"]

@@ -278,6 +278,7 @@ def test_the_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert waiting.eta(4) == "4 left, about 4 min"
 
 
+@pytest.mark.slow
 def test_a_run_that_the_limit_stopped_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
