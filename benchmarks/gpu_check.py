@@ -186,12 +186,13 @@ def tests(args: Args, out: Path) -> int:
 
 def interrupted(command: list[str], seconds: float, **how: Any) -> int:
     """The command's exit status; 124 where it took longer, after pytest has told what had failed until then."""
-    process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True, **how)
-    # Python may lose an interrupt that comes in the middle of a callback, so that a second one follows.
-    for place, (patience, then) in enumerate(((seconds, signal.SIGINT), (8, signal.SIGINT), (15, signal.SIGKILL))):
+    # A shell starts what it puts in the background with interrupts ignored, and what that starts ignores them, too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed, **how)
+    for patience, then in ((seconds, signal.SIGINT), (15, signal.SIGKILL)):
         try:
             process.wait(patience)
-            return process.returncode if place == 0 else 124
+            return process.returncode if then == signal.SIGINT else 124
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, then)
     process.wait()

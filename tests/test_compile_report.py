@@ -31,6 +31,7 @@ def test_a_kernel_and_its_main_loop() -> None:
     assert any("MMA" in word for word in rows[0])
 
 
+@pytest.mark.slow  # .ci/run compiles every kernel
 def test_a_case_of_the_matrix() -> None:
     """Forward and backward of a whole step, on tensors that hold no memory."""
     words = "--matrix", "--targets", "90", "--match", "S1 bfloat16 N=256 K=255 D=128", "--processes", "1"

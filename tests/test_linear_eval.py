@@ -220,6 +220,7 @@ def probe_on_a_rank(rank: int, world: int, run: str, out: str) -> None:
     linear_eval.main(Args(Path(run), out=Path(out), **{**SHORT, "limit": 129}))
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(run: Path, tmp_path: Path) -> None:
     one = {**SHORT, "limit": 129}  # an uneven share of test images
     linear_eval.main(Args(run, out=tmp_path / "one", **one))

@@ -145,7 +145,8 @@ def test_another_image_stands_in_for_a_truncated_one(damaged: Path, augment: str
     assert found.damage.news() == []
 
 
-@pytest.mark.parametrize("augment", [pytest.param("workers", marks=pytest.mark.slow), "device"])
+@pytest.mark.slow
+@pytest.mark.parametrize("augment", ["workers", "device"])
 def test_a_run_with_truncated_images_ends_and_resumes_bit_for_bit(damaged: Path, tmp_path: Path, augment: str) -> None:
     script = scripts.Script(tmp_path)
     words = [f"--data-dir={damaged}", "--arch=small", "--image-size=16", "--epochs=3", "--batch-size=8", "--no-probe"]

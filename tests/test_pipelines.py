@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
         pytest.param("simclr", [], marks=pytest.mark.slow),
         pytest.param("simco", [], marks=pytest.mark.slow),
         pytest.param("simmoco", [], marks=pytest.mark.slow),
-        ("mocov3", []),
+        pytest.param("mocov3", [], marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
