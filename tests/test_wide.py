@@ -317,6 +317,24 @@ def test_chunks_of_statistics(
         assert off < 0.01, (name, float(off))  # of bfloat16 products
 
 
+@pytest.mark.parametrize("across", [True, False], ids=["across", "views"])
+def test_statistics_of_rows_that_leave_no_room(
+    across: bool, pointwise_form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many keys as a row of the workspace holds: what is stored behind them is the next row's."""
+    if pointwise_form == "torch":
+        pytest.skip("of the kernels")
+    monkeypatch.setattr(chunks, "steps", STEPS)
+    call = SymmetricLosses(
+        *halves(draw(2 * 40, D, dtype=torch.bfloat16)), across, 0.2, None, None, None, [1, 80], True, None, "wide"
+    )
+    grad = torch.ones((), device=DEVICE)
+    got, truth = ours_both(call, grad), dense_both(call, grad, torch.float64)
+    for name, x in truth.items():
+        off = (got[name].double() - x).abs().max() / x.abs().max()
+        assert off < 0.01, (name, float(off))
+
+
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize(("t", "inter"), [(0.5, 0.004), (0.004, 0.5)])
 def test_one_of_two_temperatures_is_low(t: float, inter: float, learned: bool, pointwise_form: str) -> None:
