@@ -471,7 +471,7 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "capability", lambda index: (9, 0))
     kernels = arguments.kernels()
     monkeypatch.setattr(triton, "kernels", lambda: kernels._replace(version="3.2.0"))
-    assert "Triton 3.2.0: the kernels need 3.3" in str(triton._refusal_of("cuda", 0))
+    assert "Triton 3.2.0: the kernels need 3.4" in str(triton._refusal_of("cuda", 0))
     monkeypatch.setattr(triton, "kernels", lambda: kernels._replace(version="3.10.0"))
     assert triton._refusal_of("cuda", 0) is None
 
@@ -622,10 +622,9 @@ def test_many_programs_add_up_one_loss() -> None:
 def test_a_simo_step_is_three_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward with detached keys: in the operator our kernel and a sum, and then one multiplication."""
     launches: list[str] = []
-    kernels = arguments.kernels().forward
-    for name in ("attend", "combine", "prepare_rows", "attend_own"):
-        kernel = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, counting(kernel, name, launches))
+    of, own = arguments.kernels().forward, arguments.kernels().own
+    for module, name in ((of, "attend"), (of, "combine"), (of, "prepare_rows"), (own, "attend_own")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name), name, launches))
     q, k = torch.randn(32, 16, device=DEVICE, requires_grad=True), torch.randn(32, 16, device=DEVICE)
     with Operations() as operations:
         loss = EqCoLoss(num_negatives=15, backend="triton")(q, k)

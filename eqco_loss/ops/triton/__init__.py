@@ -28,7 +28,7 @@ __all__ = [
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D, LARGEST_K = 512, 2**24
-OLDEST_TRITON = (3, 3)
+OLDEST_TRITON = (3, 4)
 
 
 def gives_keys_gradient(call: RowLosses) -> bool:
@@ -68,4 +68,4 @@ def _refusal_of(device: str, index: int | None) -> str | None:
         return f"compute capability {major}.{minor}: the kernels need 8.0 (Ampere) or newer"
     version = kernels().version
     old = tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON
-    return f"Triton {version}: the kernels need 3.3, that of torch 2.7, or newer" if old else None
+    return f"Triton {version}: the kernels need 3.4, that of torch 2.8, or newer" if old else None

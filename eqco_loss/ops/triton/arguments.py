@@ -19,6 +19,7 @@ class Kernels(NamedTuple):
 
     forward: ModuleType
     keys: ModuleType
+    own: ModuleType
     symmetric: ModuleType
     language: Any
     version: str
@@ -29,9 +30,9 @@ def kernels() -> Kernels:
     """The only import of Triton."""
     import triton
 
-    from . import forward, keys, symmetric
+    from . import forward, keys, own, symmetric
 
-    return Kernels(forward, keys, symmetric, triton.language, triton.__version__)
+    return Kernels(forward, keys, own, symmetric, triton.language, triton.__version__)
 
 
 def interpreted() -> bool:

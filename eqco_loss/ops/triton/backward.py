@@ -110,7 +110,7 @@ def _own_keys_gradient(call: KeysGradient) -> Tensor:
     if pairs.picked is None:
         k, block = keys.shape[1], 32
         launch(
-            kernels().keys.keys_gradient_own, (n * blocks_of(k, block),),
+            kernels().own.keys_gradient_own, (n * blocks_of(k, block),),
             *rows, *left_out(pairs), out, n, k, blocks_of(k, block), eps,
             BLOCK_KEYS=block, enable_fp_fusion=True, **options,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def _own_keys_gradient(call: KeysGradient) -> Tensor:
     by_key, order = torch.sort(pairs.picked.flatten(), stable=True)
     starts = torch.searchsorted(by_key, torch.arange(len(keys) + 1, device=device))
     launch(
-        kernels().keys.keys_gradient_picked, (len(keys),),
+        kernels().own.keys_gradient_picked, (len(keys),),
         *rows, order, starts, *left_out(pairs), out, n, len(keys), pairs.picked.shape[1], eps,
         BLOCK_ROWS=32, CLEAN=found.clean, enable_fp_fusion=True, **options,
     )  # fmt: skip

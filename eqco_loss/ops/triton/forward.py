@@ -14,7 +14,7 @@ unit vector rounded to half would cost more exactness than everything else.
 import triton
 import triton.language as tl
 
-from ..gap_kernels import add_up
+from ..gap_kernels import add_up, begin
 from .parts import (
     CENTRE,
     LOG2E,
@@ -28,6 +28,9 @@ from .parts import (
     PART_TOTAL,
     UNIT,
     add_product,
+    alike,
+    alike_span,
+    alike_tiles,
     cut,
     finish,
     finish_logsumexp,
@@ -51,6 +54,7 @@ def prepare_rows(
     x, stride_row, stride_d, out, factor, count,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     NORMALIZE: tl.constexpr, POWER: tl.constexpr, CLEAN: tl.constexpr, PIECES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Rows in the dtype of the products, ``out`` (PIECES, count, D), and what their products are to be multiplied by.
 
@@ -58,6 +62,7 @@ def prepare_rows(
     not fit float16; else, with NORMALIZE and an ``out``, by 1 / norm. With CLEAN, rows that are not finite become
     zeros, and their factor NaN.
     """
+    begin(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = load_rows(x, rows, stride_row, stride_d, count, D, BLOCK_D, True, True).to(tl.float32)
     finite = finite_rows(values)
@@ -90,18 +95,19 @@ def prepare_rows(
 def visit(
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what has been seen, per row
     q, q_low, q_rest, row_scale, positive_logit, row_ids, rows,
-    keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
-    mask, mask_stride_n, mask_stride_k, first, modulus, width, limit, lo, hi, ratio, n,
+    keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
+    mask, mask_stride_n, mask_stride_k, first, modulus, width, limit, lo, hi, ratio, n, alike_bits, origin, span,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
-    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
     FACTOR: tl.constexpr, CLEAN: tl.constexpr,
     BOUNDED: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
     PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
 
-    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are.
+    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. ALIKE: ids are compared only where ``alike_bits`` tells,
+    a bit for each ``span`` of the columns from ``origin`` on.
     """
     start = lo
     if BAND:
@@ -151,6 +157,12 @@ def visit(
         if COMPARE == "ends" and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
             ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
             s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
+        if ALIKE:
+            if (alike_bits >> ((c - origin) // span)) & 1 != 0:
+                gone = alike(query_ids + rows, rows < n, key_ids + place.to(tl.int64) * ids_stride_k)
+                gone = gone & (s != float("-inf"))
+                s = tl.where(gone, float("-inf"), s)
+                count -= tl.sum(tl.where(gone, 1.0, 0.0), 1)
         if METRICS:
             logits = s * row_scale[:, None]
             logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
@@ -186,12 +198,13 @@ def attend(
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr,
-    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
     NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr, BOUNDED: tl.constexpr,
     ALPHA: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
-    FINISH: tl.constexpr, WIDE: tl.constexpr,
+    FINISH: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """A block of rows against one split of the columns; with FINISH (one split) to the end."""
+    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -243,7 +256,14 @@ def attend(
     lo = split % splits_per_view * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     ratio = t / inter_t
-    COMPARE: tl.constexpr = "pairs" if IDS != 0 or MASKED != 0 else "ends" if BAND else "tail"
+    alike_bits, span = 0, 1
+    if ALIKE:
+        alike_bits = alike_tiles(
+            row_ids, key_ids, ids_stride_k, lo, hi, first, modulus, limit, BLOCK_ROWS, BLOCK_KEYS, BAND, SMALL
+        )
+        span = alike_span(lo, hi, BLOCK_KEYS)
+    PAIRS: tl.constexpr = (IDS != 0 and not ALIKE) or MASKED != 0
+    COMPARE: tl.constexpr = "pairs" if PAIRS else "ends" if BAND else "tail"
     middle = hi
     if COMPARE == "tail":
         middle = hi - hi % BLOCK_KEYS  # lo is whole tiles
@@ -251,11 +271,11 @@ def attend(
         maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             q, q_low, q_rest, row_scale, positive_logit, row_ids, rows,
-            keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
+            keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
             mask, mask_stride_n, mask_stride_k,
             first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n,
-            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
-            IDS, MASKED, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
+            alike_bits, lo, span, D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
+            IDS, MASKED, ALIKE, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
             1 if rest else STAGES, WIDE,
         )  # fmt: skip
     if COMPARE == "tail":
@@ -275,88 +295,6 @@ def attend(
             tl.store(scratch, 0.0)
         store_parts(
             parts, outs, first_split + split, splits, rows, n,
-            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, LOSS, METRICS,
-        )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------- keys of each query
-
-
-@triton.jit(do_not_specialize=["n", "half", "k", "first_split", "splits"])
-def attend_own(
-    query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
-    keys, stride_n, stride_k, stride_d, picked, picked_stride_n, picked_stride_c,
-    query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, temperature_tensor,
-    parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
-    n, half, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
-    D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
-    QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr,
-):  # fmt: skip
-    """One row against keys of its own, (N, K, D), or those that it has picked of shared ones, in float32."""
-    t = read_temperature(temperature, temperature_tensor)
-    row = tl.program_id(0)
-    rows = row + tl.arange(0, 1)
-    raw_q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-    q = raw_q
-    scale = LOG2E / t
-    if NORMALIZE:
-        q = q * inverse_norm(q)[:, None]
-    positive_logit = tl.zeros([1], tl.float32)
-    if METRICS:
-        p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-        if NORMALIZE:
-            p = p * inverse_norm(p)[:, None]
-        positive_logit = tie_broken(tl.sum(q * p, 1) * scale)
-    row_ids = row
-    if IDS != 0:
-        row_ids = tl.load(query_ids + row)
-    maximum, inter_maximum = tl.full([1], MINIMUM, tl.float32), tl.full([1], MINIMUM, tl.float32)
-    total, inter_total = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
-    count, rank, logit_sum = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
-    mean_key = tl.zeros([1, BLOCK_D], tl.float32)
-    one = tl.full([1], 1.0, tl.float32)
-    own_keys = keys + row.to(tl.int64) * stride_n
-    for c in range(0, k, BLOCK_KEYS):
-        column = c + tl.arange(0, BLOCK_KEYS)
-        keep = column < k
-        place = column.to(tl.int64)
-        if picked is not None:
-            at = picked + row.to(tl.int64) * picked_stride_n + place * picked_stride_c
-            place = tl.load(at, mask=keep, other=0)
-        keep = kept(
-            keep, row.to(tl.int64), place, row_ids, key_ids, ids_stride_n, ids_stride_k,
-            mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
-        )  # fmt: skip
-        d = tl.arange(0, BLOCK_D)
-        at = own_keys + place[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
-        x = tl.load(at, mask=keep[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        if NORMALIZE_KEYS:
-            x = x * inverse_norm(x)[:, None]
-        s = (tl.sum(x * q, 1) * scale)[None, :]  # (1, C)
-        s = tl.where(keep[None, :], s, float("-inf"))
-        count += tl.sum(keep.to(tl.float32)[None, :], 1)
-        if METRICS:
-            logit_sum += tl.sum(tl.where(keep[None, :], s, 0.0), 1)
-            rank += tl.sum((s > positive_logit[:, None]).to(tl.float32), 1)
-        if LOSS == "dual":
-            _, inter_maximum, inter_total, _ = fold(s, one * (t / inter_t), inter_maximum, inter_total, False)
-        e, maximum, total, shrink = fold(s, one, maximum, total, False)
-        if QUERY_GRADIENT:
-            mean_key = mean_key * shrink[:, None] + tl.sum(tl.trans(e) * x, 0)[None, :]
-    if FINISH:
-        losses = finish(
-            raw_q, rows, positive, positive_stride_n, positive_stride_d,
-            maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
-        )  # fmt: skip
-        tl.store(loss + rows, losses, mask=rows < n)
-    else:
-        if scratch is not None:  # for the count of combine's programs
-            tl.store(scratch, 0.0)
-        store_parts(
-            parts, outs, first_split + tl.program_id(1), splits, rows, n,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum, D, BLOCK_D, LOSS, METRICS,
         )  # fmt: skip
 
@@ -387,8 +325,10 @@ def combine(
     n, half, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Some rows: their splits in a fixed order, then loss and gradients; without a LOSS, log-sum-exp and mean key."""
+    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     split = tl.arange(0, BLOCK_SPLITS)

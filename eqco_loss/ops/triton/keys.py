@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from ..gap_kernels import begin
 from .parts import (
     BASE,
     PULL,
@@ -35,7 +36,7 @@ from .parts import (
 def row_weights(
     query, stride_n, stride_d, grad, grad_stride, rows_in, temperature_tensor, out, prepared, n, temperature,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, POWER: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """What a row brings to backward, ``out`` (len(Row), n), from ``rows_in``, which forward left.
 
@@ -43,6 +44,7 @@ def row_weights(
     the rows in the dtype of the products: unit ones, or with POWER multiplied by a power of two near 1 / norm, which
     rounds nothing; ``out`` is then of the prepared rows.
     """
+    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
@@ -151,7 +153,7 @@ def keys_gradient(
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
-    STAGES: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
 
@@ -159,6 +161,7 @@ def keys_gradient(
     shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the gradient. BAND: "" for none, "cyclic"
     where places are visited in order, "any" where every row is compared.
     """
+    begin(EARLY)
     block, view_start, limit = tl.program_id(0), 0, k
     if BAND != "":
         view_start, block, limit = block // blocks_per_view * modulus, block % blocks_per_view, modulus
@@ -220,12 +223,14 @@ def merge_splits(
     parts, rows_in, stride_k, stride_d, out, positive_gradient, query_gradient, query_out, grad, grad_stride,
     k, n, splits, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, CLEAN: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """The splits' shares (splits, k, D) in a fixed order, through the normalisation of the raw rows.
 
     ``positive_gradient`` (k, D), where it is given, is added times ``grad``. ``query_gradient`` (n, D), where it is
     given, is multiplied by ``grad`` in programs of its own, after those of the keys.
     """
+    begin(EARLY)
     blocks = tl.cdiv(k, BLOCK)
     if tl.program_id(0) < blocks:
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -255,94 +260,10 @@ def multiplied(unit, rows, n, grad, grad_stride, D: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit(do_not_specialize=["n"])
 def multiply_rows(
-    unit, out, grad, grad_stride, n, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+    unit, out, grad, grad_stride, n, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """``out`` = ``unit`` times ``grad``, both (n, D)."""
+    begin(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     store_rows(out, rows, n, multiplied(unit, rows, n, grad, grad_stride, D, BLOCK_D), D, BLOCK_D)
-
-
-# -------------------------------------------------------------------------------------------------- keys of each query
-
-
-@triton.jit(do_not_specialize=["n", "k", "blocks"])
-def keys_gradient_own(
-    query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, weights, grad, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, blocks, eps,
-    D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr,
-):  # fmt: skip
-    """Some keys of one row's own, (N, K, D), which has so many blocks of them."""
-    row = tl.program_id(0) // blocks
-    rows = row + tl.arange(0, 1)
-    column = tl.program_id(0) % blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    plane = n.to(tl.int64)
-    scale, base = tl.load(weights + SCALE * plane + row), tl.load(weights + BASE * plane + row)
-    pull = tl.load(weights + STORED_PULL * plane + row)
-    if grad is not None:
-        pull *= tl.load(grad).to(tl.float32)
-    row_ids = row
-    if IDS != 0:
-        row_ids = tl.load(query_ids + row)
-    keep = column < k
-    keep = kept(
-        keep, row.to(tl.int64), column.to(tl.int64), row_ids, key_ids, ids_stride_n, ids_stride_k,
-        mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
-    )  # fmt: skip
-    q = load_rows(query, rows, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-    d = tl.arange(0, BLOCK_D)
-    at = keys + row.to(tl.int64) * key_stride_n
-    at = at + column.to(tl.int64)[:, None] * key_stride_k + d.to(tl.int64)[None, :] * key_stride_d
-    x = tl.load(at, mask=keep[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    unit = x
-    if NORMALIZE_KEYS:
-        unit = x * inverse_norm(x)[:, None]
-    p = tl.exp2(tl.sum(unit * q, 1) * scale - base) * pull
-    change = tl.where(keep, p, 0.0)[:, None] * q
-    if NORMALIZE_KEYS:
-        change = through_unit(change, x, eps, False)
-    store_rows(out + row.to(tl.int64) * k * D, column, k, change, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["n", "k", "picks"])
-def keys_gradient_picked(
-    query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, grad, order, starts, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, picks, eps,
-    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr,
-):  # fmt: skip
-    """One key against the rows that picked it: ``order`` has the picks (row * picks + c) sorted by key."""
-    key = tl.program_id(0)
-    this = key + tl.arange(0, 1)
-    x = load_rows(keys, this, stride_k, key_stride_d, k, D, BLOCK_D, True, True).to(tl.float32)
-    if CLEAN:
-        x = tl.where(finite_rows(x)[:, None], x, 0.0)
-    unit = x
-    if NORMALIZE_KEYS:
-        unit = x * inverse_norm(x)[:, None]
-    plane = n.to(tl.int64)
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
-    last = tl.load(starts + key + 1)
-    for c in range(tl.load(starts + key), last, BLOCK_ROWS):
-        pick = c + tl.arange(0, BLOCK_ROWS)
-        keep = pick < last
-        row = tl.where(keep, tl.load(order + pick, mask=keep, other=0) // picks, n)
-        q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-        scale = tl.load(weights + SCALE * plane + row, mask=keep, other=0.0)
-        base = tl.load(weights + BASE * plane + row, mask=keep, other=0.0)
-        pull = tl.load(weights + STORED_PULL * plane + row, mask=keep, other=0.0)
-        row_ids = row
-        if IDS != 0:
-            row_ids = tl.load(query_ids + row, mask=keep, other=0)
-        keys_at = tl.full([BLOCK_ROWS], key, tl.int64)  # a pointer for each row, as the masks of loads have
-        keep = kept(
-            keep, row.to(tl.int64), keys_at, row_ids, key_ids, ids_stride_n, ids_stride_k,
-            mask, mask_stride_n, mask_stride_k, keep, keep, IDS, MASKED,
-        )  # fmt: skip
-        p = tl.where(keep, tl.exp2(tl.sum(q * unit, 1) * scale - base) * pull, 0.0)
-        acc += tl.sum(p[:, None] * q, 0)[None, :]
-    if grad is not None:
-        acc = acc * tl.load(grad).to(tl.float32)
-    if NORMALIZE_KEYS:
-        acc = through_unit(acc, x, eps, False)
-    store_rows(out, this, k, acc, D, BLOCK_D)

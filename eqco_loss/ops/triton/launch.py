@@ -253,7 +253,7 @@ def _own_keys(n: int, d: int, one: KeyFacts, common: dict[str, Any]) -> _Visit:
         "NORMALIZE_KEYS": one.normalize,
         "num_warps": 4,
     }
-    return _Visit(kernels().forward.attend_own, 1, n, (one.columns,), constants | common, None)
+    return _Visit(kernels().own.attend_own, 1, n, (one.columns,), constants | common, None)
 
 
 def _shared_keys(
@@ -306,6 +306,7 @@ def _shared_keys(
         "SMALL": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
+        "ALIKE": one.ids == 1 and not one.masked and not small,
         "FACTOR": how,
         "CLEAN": one.clean,
         "BOUNDED": bounded and count == 1,  # float16's pieces hold no weights above 2 ** 16

@@ -237,6 +237,48 @@ def kept(
 
 
 @triton.jit
+def alike_tiles(
+    row_ids, key_ids, ids_stride_k, lo, hi, first, modulus, limit,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """Which tiles of the columns lo .. hi hold a key that has a row's id: a bit for each ``alike_span`` of them."""
+    found = tl.zeros([ROWS, KEYS], tl.int32)
+    span, start = alike_span(lo, hi, KEYS), lo
+    if BAND:
+        start = (first + lo) % modulus
+    for c in tl.range(lo, hi, KEYS, loop_unroll_factor=4):
+        place = tl.minimum(c + tl.arange(0, KEYS), limit - 1)
+        if BAND:
+            place = wrapped(start + tl.arange(0, KEYS), modulus, SMALL)
+            start = wrapped(start + KEYS, modulus, SMALL)
+        ids = tl.load(key_ids + place.to(tl.int64) * ids_stride_k)
+        found = found | tl.where(row_ids[:, None] == ids[None, :], 1 << (c - lo) // span, 0)
+    return tl.reduce(tl.reduce(found, 1, either), 0, either)
+
+
+@triton.jit
+def alike(row_ids, row_in, key_ids):
+    """Which pairs have equal ids, from pointers. Of 64 bits they are compared by halves, which take fewer registers."""
+    if row_ids.dtype.element_ty == tl.int64:
+        words, key_words = row_ids.to(tl.pointer_type(tl.int32)), key_ids.to(tl.pointer_type(tl.int32))
+        low = tl.load(words, mask=row_in, other=0)[:, None] == tl.load(key_words)[None, :]
+        return low & (tl.load(words + 1, mask=row_in, other=0)[:, None] == tl.load(key_words + 1)[None, :])
+    else:
+        return tl.load(row_ids, mask=row_in, other=0)[:, None] == tl.load(key_ids)[None, :]
+
+
+@triton.jit
+def alike_span(lo, hi, KEYS: tl.constexpr):
+    """Columns, whole tiles, of which one bit of 32 tells."""
+    return tl.maximum(tl.cdiv(hi - lo, 32 * KEYS), 1) * KEYS
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
 def wrapped(place, modulus, SMALL: tl.constexpr):
     """place % modulus, where place - modulus is less than a tile. SMALL: so is modulus."""
     if SMALL:
