@@ -223,11 +223,14 @@ def forward(
     return launch
 
 
-def backward(n: int, k: int, *, band: bool = False, own: bool = False) -> Callable[[torch.dtype, int], object]:
+def backward(
+    n: int, k: int, *, band: bool = False, own: bool = False, ids: bool = False
+) -> Callable[[torch.dtype, int], object]:
     def launch(dtype: torch.dtype, d: int) -> object:
         q, rows = empty(n, d, dtype=dtype), empty(len(Row), n)
         keys = empty(n, k, d, dtype=dtype) if own else empty(k, d, dtype=dtype)
-        pairs = Pairs(band=[0, k - 1, k] if band else [])
+        query_ids, key_ids = (empty(x, dtype=torch.int64) if ids else None for x in (n, k))
+        pairs = Pairs(query_ids=query_ids, key_ids=key_ids, band=[0, k - 1, k] if band else [])
         units = empty(n, d, dtype=triton.unit_dtype(dtype)) if band else None
         return triton.keys_gradient(records.keys_gradient(q, keys, empty(), rows, pairs, units=units))
 
@@ -283,10 +286,12 @@ CASES = [
     Case("queue, ids", "bf16", 128, forward(*QUEUE, ids=True), MANY),
     Case("queue, metrics", "bf16", 128, forward(*QUEUE, metrics=True), MANY),
     *(Case("batch", dtype, 128, forward(*BATCH, band=True), MANY) for dtype in HALF),
+    Case("batch, ids", "bf16", 128, forward(*BATCH, band=True, ids=True), MANY),
     Case("batch, loss only", "bf16", 128, forward(VIEWS, VIEWS, band=True, gradient=False), VIEWS**2, 1),
     Case("small batch", "bf16", 128, forward(256, 256, band=True), 2**16),
     Case("own keys", "bf16", 128, forward(256, 16, own=True)),
     *(Case("batch, keys' gradient", dtype, 128, backward(*BATCH, band=True), MANY) for dtype in DTYPES),
+    Case("batch, ids, keys' gradient", "bf16", 128, backward(*BATCH, band=True, ids=True), MANY),
     Case("NT-Xent, gradient", "fp32", 128, symmetric, VIEWS**2),
     Case("batch, keys' gradient", "bf16", 256, backward(*BATCH, band=True), MANY),
     Case("NT-Xent, gradient", "bf16", 128, symmetric, VIEWS**2),

@@ -146,11 +146,9 @@ def eager_rows(problem: Problem) -> Loss:
 
 @peer("eqco_loss", "M2")
 def ours_rows(problem: Problem) -> Loss:
-    """The positive's own row is left out by its id, and counted as the positive."""
-    criterion, keys = EqCoLoss(T, alpha=None, normalize=False), queue_of(problem)
-    rows = torch.arange(len(keys), device=problem.device)
-    ids = {"query_ids": problem.target, "negative_ids": rows}
-    return lambda: criterion(unit(problem.query), keys[problem.target], keys, **ids)
+    """With a MomentumQueue: the positive's own row is left out by its id, and counted as the positive."""
+    criterion, keys, queue = EqCoLoss(T, alpha=None), queue_of(problem), filled(problem, ids=True)
+    return lambda: criterion(problem.query, keys[problem.target], queue, query_ids=problem.target)
 
 
 # The packages' cross entropies, which take (queries, rows, labels): M2 with a queue's keys, S1 with the batch's.
@@ -439,9 +437,12 @@ def queue_of(problem: Problem) -> Tensor:
     return problem.queue
 
 
-def filled(problem: Problem) -> MomentumQueue:
-    """A queue of the problem's keys."""
+def filled(problem: Problem, *, ids: bool = False) -> MomentumQueue:
+    """A queue of the problem's keys; with ``ids``, each has its place for one."""
     keys = queue_of(problem)
-    queue = MomentumQueue(*keys.shape, dtype=keys.dtype, device=keys.device)
-    queue.load_moco(keys.T)
+    queue = MomentumQueue(*keys.shape, dtype=keys.dtype, device=keys.device, store_ids=ids)
+    if ids:
+        queue.enqueue(keys, torch.arange(len(keys), device=keys.device))
+    else:
+        queue.load_moco(keys.T)
     return queue

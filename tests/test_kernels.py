@@ -329,6 +329,55 @@ def test_valid_count_on_the_device(filled: int) -> None:
     torch.testing.assert_close(criterion(q, p, queue), criterion(q, p, queue.keys), atol=1e-6, rtol=1e-6)
 
 
+IDS_OF = {  # n, negatives
+    "queue": (18, 610),
+    "given": (18, 610),
+    "batch": (150, None),
+    "views": (150, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [*((where, kind) for where in IDS_OF for kind in ("int64", "high bits")), ("given", "int32"), ("given", "NaN")],
+)
+def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids are compared in tiles that hold equal ones, of which one bit of 32 tells, for up to two of these 39 tiles."""
+    monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
+    monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: tables.Tile(16, 16, 4, 1))
+    monkeypatch.setattr(backward, "keys_tile", lambda *_, **__: tables.Tile(16, 16, 4, 1))
+    monkeypatch.setattr(arguments, "parallel", lambda _: 1)
+    n, k = IDS_OF[where]
+    ids, key_ids = torch.arange(n), torch.arange(610) + 1000
+    ids[2], ids[17] = 3, n - 1  # pairs of a batch's rows that are alike
+    key_ids[[5, 6, 100, 609]] = torch.tensor([3, 0, 17, n - 1])
+    if kind == "high bits":  # ids that only these tell apart, and a pair of which only they are equal
+        ids, key_ids = ids << 32, key_ids << 32
+        ids[1] += 1
+    wanted = torch.int32 if kind == "int32" else torch.int64
+    q, p, keys = (torch.randn(rows, 24).double() for rows in (n, n, 610))
+    if kind == "NaN":  # of a key that no query meets
+        ids[:], key_ids[7], keys[7] = 0, 0, math.nan
+
+    def answers(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (q, p, keys)]
+        given: dict[str, Any] = {"query_ids": ids.to(DEVICE, wanted)}
+        criterion = EqCoLoss(0.3, in_batch="views" if where == "views" else None, backend=backend)  # type: ignore[arg-type]
+        negatives: Any = leaves[2]
+        if where == "given":
+            given["negative_ids"] = key_ids.to(DEVICE, wanted)
+        if where == "queue":
+            negatives = MomentumQueue(700, 24, store_ids=True, dtype=dtype, device=DEVICE)
+            negatives.enqueue(keys.to(DEVICE, dtype), key_ids.to(DEVICE))
+        metrics = criterion.with_metrics(leaves[0], leaves[1], None if k is None else negatives, **given)
+        found = torch.autograd.grad(metrics.loss, leaves, materialize_grads=True, allow_unused=True)
+        return [x.detach().double().cpu() for x in (*metrics, *found)]
+
+    got, exact = answers("triton", torch.float32), answers("torch", torch.float64)
+    torch.testing.assert_close(got, exact, atol=3e-6, rtol=3e-6)
+    assert exact[5] < {"batch": 149, "views": 298}.get(where, 610)  # whose mean ids have made smaller
+
+
 # ------------------------------------------------------------------------------------------------- what must not matter
 
 

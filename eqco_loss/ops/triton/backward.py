@@ -141,7 +141,8 @@ def _keys_plan(
     (k, d), count = one.shape, pieces(dtype, normalize)
     offset, width, modulus = one.band or (0, 0, 1)
     per_view = modulus if one.band else k
-    tile = tile or keys_tile(dtype, padded(d), per_view, arch, count)
+    alike = one.ids == 1 and not one.masked and (not one.band or n == modulus)
+    tile = tile or keys_tile(dtype, padded(d), per_view, arch, count, alike)
     if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
         tile = tile._replace(stages=1)
     band = ""
@@ -161,6 +162,7 @@ def _keys_plan(
         "SMALL": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
+        "ALIKE": alike,
         "NORMALIZE_KEYS": one.normalize,
         "CLEAN": one.clean,
         "FOLDED": normalize and dtype != torch.float32 and scalar,

@@ -106,8 +106,8 @@ def visit(
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
 
-    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. ALIKE: ids are compared only where ``alike_bits`` tells,
-    a bit for each ``span`` of the columns from ``origin`` on.
+    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. ALIKE: ids are compared only where ``alike_bits``
+    tells, a bit for each ``span`` of the columns from ``origin`` on.
     """
     start = lo
     if BAND:
@@ -154,15 +154,20 @@ def visit(
             )  # fmt: skip
             s = tl.where(keep, s, float("-inf"))
             count += tl.sum(tl.where(s == float("-inf"), 0.0, 1.0), 1)  # counted in s, whose layout keep has not
-        if COMPARE == "ends" and (c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width):
-            ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
-            s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
-        if ALIKE:
-            if (alike_bits >> ((c - origin) // span)) & 1 != 0:
-                gone = alike(query_ids + rows, rows < n, key_ids + place.to(tl.int64) * ids_stride_k)
-                gone = gone & (s != float("-inf"))
-                s = tl.where(gone, float("-inf"), s)
-                count -= tl.sum(tl.where(gone, 1.0, 0.0), 1)
+        if COMPARE == "ends" or ALIKE:
+            rare = False
+            if COMPARE == "ends":
+                rare = c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width
+            if ALIKE:
+                rare = rare or (alike_bits >> ((c - origin) // span)) & 1 != 0
+            if rare:
+                if COMPARE == "ends":
+                    ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+                    s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
+                if ALIKE:
+                    gone = alike(query_ids + rows, rows < n, key_ids + place.to(tl.int64) * ids_stride_k)
+                    count -= tl.sum(tl.where(gone & (s != float("-inf")), 1.0, 0.0), 1)
+                    s = tl.where(gone, float("-inf"), s)
         if METRICS:
             logits = s * row_scale[:, None]
             logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
@@ -274,7 +279,8 @@ def attend(
             keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
             mask, mask_stride_n, mask_stride_k,
             first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n,
-            alike_bits, lo, span, D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
+            alike_bits, lo, span,
+            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
             IDS, MASKED, ALIKE, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
             1 if rest else STAGES, WIDE,
         )  # fmt: skip

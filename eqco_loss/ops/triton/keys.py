@@ -16,6 +16,9 @@ from .parts import (
     TOTAL,
     UNIT,
     add_product,
+    alike,
+    alike_span,
+    alike_tiles,
     cut,
     finite_rows,
     inverse_norm,
@@ -78,14 +81,16 @@ def collect(
     acc, k, k_low, k_rest, key_inverse, key_row, keys_at,
     query, stride_piece, stride_n, stride_d, weights, prescale,
     query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
-    n, first, modulus, width, offset, key_limit, lo, hi,
+    n, first, modulus, width, offset, key_limit, lo, hi, alike_bits, origin, span,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    ALIKE: tl.constexpr, FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
-    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL.
+    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ALIKE: ids are
+    compared only where ``alike_bits`` tells, as ``visit`` does.
     """
     plane = n.to(tl.int64)
     start = lo
@@ -136,9 +141,19 @@ def collect(
                 (row >= 0)[None, :], (keys_at < key_limit)[:, None], IDS, MASKED,
             )  # fmt: skip
             x = tl.where(keep, x, 0.0)
-        if COMPARE == "ends" and (c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width):
-            ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
-            x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+        if COMPARE == "ends" or ALIKE:
+            rare = False
+            if COMPARE == "ends":
+                rare = c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width
+            if ALIKE:
+                rare = rare or (alike_bits >> ((c - origin) // span)) & 1 != 0
+            if rare:
+                if COMPARE == "ends":
+                    ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
+                    x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
+                if ALIKE:
+                    at = key_ids + keys_at.to(tl.int64) * ids_stride_k
+                    x = tl.where(alike(at, keys_at < key_limit, query_ids + row), 0.0, x)
         if k.dtype == tl.float16:  # of rows and keys that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = add_product(acc, x, q, q_low, q_rest, PIECES)
@@ -152,7 +167,7 @@ def keys_gradient(
     n, k, offset, width, modulus, blocks_per_view, chunk,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
+    ALIKE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
     STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
@@ -191,7 +206,7 @@ def keys_gradient(
         most = tl.load(largest)
         prescale = 4096.0 / tl.where(most > 1e-30, most, 1.0)
     acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    PAIRS: tl.constexpr = IDS != 0 or MASKED != 0
+    PAIRS: tl.constexpr = (IDS != 0 and not ALIKE) or MASKED != 0
     COMPARE: tl.constexpr = (
         "ends" if BAND == "cyclic" and WHOLE and not PAIRS else "pairs" if BAND != "" or PAIRS else "tail"
     )
@@ -200,12 +215,20 @@ def keys_gradient(
         columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
     lo = tl.program_id(1) * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
+    alike_bits, span = 0, 1
+    if ALIKE:
+        at = key_ids + (view_start + key_row).to(tl.int64) * ids_stride_k
+        ids = tl.load(at, mask=view_start + key_row < k, other=0)
+        alike_bits = alike_tiles(
+            ids, query_ids, 1, lo, hi, first, modulus, n, BLOCK_KEYS, BLOCK_ROWS, BAND != "", SMALL
+        )
+        span = alike_span(lo, hi, BLOCK_ROWS)
     acc = collect(
         acc, k_tile, k_low, k_rest, inverse, key_row, view_start + key_row,
         query, stride_piece, stride_n, stride_d, weights, prescale,
         query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
-        n, first, modulus, width, offset, k, lo, hi,
-        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
+        n, first, modulus, width, offset, k, lo, hi, alike_bits, lo, span,
+        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, ALIKE, NORMALIZE_KEYS and raw, FOLDED,
         PIECES, STAGES, WIDE,
     )  # fmt: skip
     if half:

@@ -274,17 +274,24 @@ def _shared_keys(
     offset, width, modulus = one.band or (0, k, 1)
     views = k // modulus if one.band else 1
     by_pair = bool(one.ids or one.masked)
+    alike = one.ids == 1 and not one.masked
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
     if tile is None and small:
-        tile = small_tile(dtype, padded(d))
+        tile, alike = small_tile(dtype, padded(d)), False  # a look at all ids first costs more
     elif tile is None:
         plain = options.query_gradient and options.loss != "dual" and not options.metrics and not by_pair
         plain = plain and not (one.normalize and (dtype == torch.float16 or arch >= 100))
         converts = one.dtype != dtype and blocks_of(n, 64) <= _CONVERSIONS
         turned = converts and one.strides[1] != 1
         tile = forward_tile(
-            dtype, padded(d), n, arch, plain=plain, converts=converts, turned=turned, by_pair=by_pair, count=count
-        )  # fmt: skip
+            *(dtype, padded(d), n, arch),
+            plain=plain,
+            converts=converts,
+            turned=turned,
+            by_pair=by_pair,
+            alike_in_band=alike and bool(one.band),
+            count=count,
+        )
     if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
         tile = tile._replace(stages=1)
     rows = blocks_of(n, tile.resident)
@@ -306,7 +313,7 @@ def _shared_keys(
         "SMALL": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
-        "ALIKE": one.ids == 1 and not one.masked and not small,
+        "ALIKE": alike,
         "FACTOR": how,
         "CLEAN": one.clean,
         "BOUNDED": bounded and count == 1,  # float16's pieces hold no weights above 2 ** 16
