@@ -165,8 +165,8 @@ def visit(
                     ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
                     s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
                 if ALIKE:
-                    gone = alike(query_ids + rows, rows < n, key_ids + place.to(tl.int64) * ids_stride_k)
-                    count -= tl.sum(tl.where(gone & (s != float("-inf")), 1.0, 0.0), 1)
+                    gone = alike(query_ids, rows, rows < n, key_ids, place.to(tl.int64) * ids_stride_k)
+                    count -= tl.sum((gone & (s != float("-inf"))).to(tl.int32), 1).to(tl.float32)
                     s = tl.where(gone, float("-inf"), s)
         if METRICS:
             logits = s * row_scale[:, None]

@@ -152,8 +152,8 @@ def collect(
                     ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
                     x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
                 if ALIKE:
-                    at = key_ids + keys_at.to(tl.int64) * ids_stride_k
-                    x = tl.where(alike(at, keys_at < key_limit, query_ids + row), 0.0, x)
+                    at = keys_at.to(tl.int64) * ids_stride_k
+                    x = tl.where(alike(key_ids, at, keys_at < key_limit, query_ids, row), 0.0, x)
         if k.dtype == tl.float16:  # of rows and keys that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = add_product(acc, x, q, q_low, q_rest, PIECES)

@@ -257,14 +257,19 @@ def alike_tiles(
 
 
 @triton.jit
-def alike(row_ids, row_in, key_ids):
-    """Which pairs have equal ids, from pointers. Of 64 bits they are compared by halves, which take fewer registers."""
+def alike(row_ids, row_at, row_in, key_ids, key_at):
+    """Which pairs have equal ids, (R, C). ``row_at`` and ``key_at``: places in the ids of rows and keys.
+
+    Ids of 64 bits are compared by halves, which takes fewer registers. It is the address of all ids that is turned into
+    one of halves: of a tile's addresses Triton would go on to believe that they follow each other.
+    """
     if row_ids.dtype.element_ty == tl.int64:
-        words, key_words = row_ids.to(tl.pointer_type(tl.int32)), key_ids.to(tl.pointer_type(tl.int32))
-        low = tl.load(words, mask=row_in, other=0)[:, None] == tl.load(key_words)[None, :]
-        return low & (tl.load(words + 1, mask=row_in, other=0)[:, None] == tl.load(key_words + 1)[None, :])
+        rows, keys = row_ids.to(tl.pointer_type(tl.int32)), key_ids.to(tl.pointer_type(tl.int32))
+        low = tl.load(rows + 2 * row_at, mask=row_in, other=0)[:, None] == tl.load(keys + 2 * key_at)[None, :]
+        high = tl.load(rows + 2 * row_at + 1, mask=row_in, other=0)[:, None] == tl.load(keys + 2 * key_at + 1)[None, :]
+        return low & high
     else:
-        return tl.load(row_ids, mask=row_in, other=0)[:, None] == tl.load(key_ids)[None, :]
+        return tl.load(row_ids + row_at, mask=row_in, other=0)[:, None] == tl.load(key_ids + key_at)[None, :]
 
 
 @triton.jit
