@@ -371,7 +371,6 @@ def compiling(target: int, built: Callable[[str, str, Any, tuple[int, int], floa
         mock.patch.object(arguments, "arch", return_value=target),
         mock.patch.object(arguments, "parallel", return_value=132),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launcher, "may_be_early", return_value=target >= 90),
         mock.patch.object(launcher, "DIRECT", False),  # or the second launch of a kernel would be a real one
     ):
         yield

@@ -120,7 +120,6 @@ def no_launches(target: int, launches: list[str]) -> Iterator[None]:
     with (
         mock.patch.multiple(CompiledKernel, run=property(run), create=True, **nothing),
         mock.patch.multiple(arguments, arch=lambda x: target, parallel=lambda x: 132),
-        mock.patch.object(launcher, "may_be_early", return_value=target >= 90),
         mock.patch("eqco_loss.ops.triton._refusal_of", return_value=None),
         mock.patch("eqco_loss.ops.choose", auto),
         mock.patch.object(pointwise, "_kernels", kernels_of_wide),

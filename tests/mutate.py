@@ -38,6 +38,7 @@ TESTS = {  # the files of kernels, and what tests them
     "triton/parts.py": FUSED,
     "triton/forward.py": FUSED,
     "triton/keys.py": FUSED,
+    "triton/ids.py": FUSED,
     "triton/own.py": FUSED,
     "triton/symmetric.py": FUSED,
     "wide/kernels.py": WIDE,

@@ -1,29 +1,14 @@
-"""What the kernels of both Triton backends share: how each begins, and what they do once their passes over the
-negatives are over, which is ``gap`` for kernels.
-"""
+"""``gap`` for kernels: what those of both Triton backends do once their passes over the negatives are over."""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .calls import LN2 as _LN2
 
 LN2 = tl.constexpr(_LN2)
-
-
-@triton.jit
-def begin(EARLY: tl.constexpr):
-    """The first line of each kernel. EARLY: it was launched while the kernel before it may still run.
-
-    Until that one has ended, nothing may be read or written. Then the next kernel's programs may take their places,
-    and wait there, which costs less than their launch after this kernel's end.
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

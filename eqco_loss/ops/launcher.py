@@ -12,7 +12,6 @@ from operator import itemgetter
 from types import NoneType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 DIRECT = True  # False, for benchmarks and tests, takes Triton's own road at every launch
@@ -26,7 +25,6 @@ class _Pattern(NamedTuple):
     specialised: Callable[[Sequence[Any]], tuple[Any, ...]]  # integers for whose value a kernel may be compiled
     others: Callable[[Sequence[Any]], tuple[int, ...]]  # integers of which only the width counts
     last: tuple[str, ...]  # the constexprs' names, in the kernel's order
-    unread: tuple[bool, ...]  # what stands for EARLY, which is compiled in, in a launch of a compiled kernel
     compiled: dict[tuple[Any, ...], Any]
 
 
@@ -38,7 +36,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     kind = (id(kernel), *map(type, arguments), *constants)
     pattern = _patterns[kind] if kind in _patterns else _patterns.setdefault(kind, _pattern(kernel, arguments))
     if pattern is None or not DIRECT or max(pattern.others(arguments), default=0) >= 2**31:
-        kernel[grid](*arguments, **constants, **_early(kernel, arguments))
+        kernel[grid](*arguments, **constants)
         return
     tensors = pattern.tensors(arguments)
     key = (
@@ -50,11 +48,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     )
     compiled = pattern.compiled.get(key)
     if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in pattern.last], *pattern.unread)
+        compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in pattern.last])
         return
     if len(pattern.compiled) >= MOST_KEPT:
         pattern.compiled.clear()
-    compiled = kernel[grid](*arguments, **constants, **_early(kernel, arguments))
+    compiled = kernel[grid](*arguments, **constants)
     if compiled is not None:  # None where a hook of Triton's has taken the compilation over
         pattern.compiled[key] = compiled
 
@@ -70,21 +68,7 @@ def _pattern(kernel: Any, arguments: Sequence[Any]) -> _Pattern | None:
     by_type = (Tensor, float, NoneType)  # None is compiled away, and no float has a kernel of its own
     specialised = [place for place in places if place not in others and not isinstance(arguments[place], by_type)]
     last = tuple(kernel.arg_names[len(arguments) :])
-    unread = (False,) * (last[-1:] == ("EARLY",))
-    return _Pattern(
-        _picker(tensors), _picker(specialised), _picker(others), last[: len(last) - len(unread)], unread, {}
-    )
-
-
-def _early(kernel: Any, arguments: Sequence[Any]) -> dict[str, bool]:
-    """The constants of a launch that does not wait for the end of the kernel before."""
-    able = "EARLY" in getattr(kernel, "arg_names", ())
-    early = able and may_be_early(next(x for x in arguments if isinstance(x, Tensor)))
-    return {"EARLY": True, "launch_pdl": True} if early else {}
-
-
-def may_be_early(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return _Pattern(_picker(tensors), _picker(specialised), _picker(others), last, {})
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..calls import KeySet, Pairs
-from .tables import Tile, power_of_two
+from ..launcher import launch
+from .tables import BITS, GRANULE, Tile, power_of_two
 
 
 class Kernels(NamedTuple):
     """The kernels' modules, and Triton's language."""
 
     forward: ModuleType
+    ids: ModuleType
     keys: ModuleType
     own: ModuleType
     symmetric: ModuleType
@@ -30,9 +32,9 @@ def kernels() -> Kernels:
     """The only import of Triton."""
     import triton
 
-    from . import forward, keys, own, symmetric
+    from . import forward, ids, keys, own, symmetric
 
-    return Kernels(forward, keys, own, symmetric, triton.language, triton.__version__)
+    return Kernels(forward, ids, keys, own, symmetric, triton.language, triton.__version__)
 
 
 def interpreted() -> bool:
@@ -119,6 +121,17 @@ def left_out(pairs: Pairs) -> tuple[Any, ...]:
         query_ids = query_ids.contiguous()
     mask = None if mask is None else mask.view(torch.uint8)
     return query_ids, key_ids, *_two_strides(key_ids), mask, *_two_strides(mask)
+
+
+def coded(pairs: Pairs, n: int, k: int) -> tuple[Any, ...]:
+    """In place of ``left_out``: what ``ids.code_ids`` makes of the queries' and the keys' ids."""
+    query_ids, key_ids, _, stride, *_ = left_out(pairs)
+    blocks, words = blocks_of(k, GRANULE), blocks_of(n, BITS * GRANULE)
+    out = torch.empty(k + n + blocks * words, dtype=torch.int32, device=query_ids.device)
+    launch(
+        kernels().ids.code_ids, (blocks + blocks_of(n, GRANULE),), query_ids, key_ids, stride, out, n, k, num_warps=4
+    )  # fmt: skip
+    return None, out, 0, 0, None, 0, 0
 
 
 def _two_strides(x: Tensor | None) -> tuple[int, int]:

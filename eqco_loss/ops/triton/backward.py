@@ -29,6 +29,7 @@ from . import arguments
 from .arguments import (
     KeyFacts,
     blocks_of,
+    coded,
     dot_dtype,
     facts,
     kernels,
@@ -82,12 +83,13 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
         *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
         *(arguments.arch(query), arguments.parallel(query), arguments.wave),
     )
+    left = coded(pairs, n, len(keys)) if plan.constants["ALIKE"] else left_out(pairs)
     whole = plan.whole and call.query_gradient is None and call.positive_gradient is None
     parts = out if whole else torch.empty((plan.splits, *keys.shape), dtype=torch.float32, device=device)
     launch(
         kernels().keys.keys_gradient, (plan.blocks, plan.splits),
         prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
-        None if call.grad.dim() else call.grad, *left_out(pairs), pairs.filled, parts,
+        None if call.grad.dim() else call.grad, *left, pairs.filled, parts,
         n, len(keys), *plan.sizes, **plan.constants,
     )  # fmt: skip
     of_query = torch.empty((0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)

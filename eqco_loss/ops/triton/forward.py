@@ -14,7 +14,8 @@ unit vector rounded to half would cost more exactness than everything else.
 import triton
 import triton.language as tl
 
-from ..gap_kernels import add_up, begin
+from ..gap_kernels import add_up
+from .ids import GRANULE, may_be_alike
 from .parts import (
     CENTRE,
     LOG2E,
@@ -28,9 +29,6 @@ from .parts import (
     PART_TOTAL,
     UNIT,
     add_product,
-    alike,
-    alike_span,
-    alike_tiles,
     cut,
     finish,
     finish_logsumexp,
@@ -54,7 +52,6 @@ def prepare_rows(
     x, stride_row, stride_d, out, factor, count,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     NORMALIZE: tl.constexpr, POWER: tl.constexpr, CLEAN: tl.constexpr, PIECES: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Rows in the dtype of the products, ``out`` (PIECES, count, D), and what their products are to be multiplied by.
 
@@ -62,7 +59,6 @@ def prepare_rows(
     not fit float16; else, with NORMALIZE and an ``out``, by 1 / norm. With CLEAN, rows that are not finite become
     zeros, and their factor NaN.
     """
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values = load_rows(x, rows, stride_row, stride_d, count, D, BLOCK_D, True, True).to(tl.float32)
     finite = finite_rows(values)
@@ -94,9 +90,9 @@ def prepare_rows(
 @triton.jit
 def visit(
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what has been seen, per row
-    q, q_low, q_rest, row_scale, positive_logit, row_ids, rows,
-    keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
-    mask, mask_stride_n, mask_stride_k, first, modulus, width, limit, lo, hi, ratio, n, alike_bits, origin, span,
+    q, q_low, q_rest, row_scale, positive_logit, row_ids, rows, row,
+    keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
+    mask, mask_stride_n, mask_stride_k, first, modulus, width, limit, lo, hi, ratio, n, k_all, view,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
     BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
@@ -106,8 +102,8 @@ def visit(
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
 
-    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. ALIKE: ids are compared only where ``alike_bits``
-    tells, a bit for each ``span`` of the columns from ``origin`` on.
+    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. ALIKE: ``key_ids`` is what ``code_ids`` made of
+    all ids, and ``view`` the place of the first key among all ``k_all``.
     """
     start = lo
     if BAND:
@@ -120,6 +116,20 @@ def visit(
             start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
         elif COMPARE != "none":  # beyond the last key, that key is loaded again: a mask of the load takes registers
             place = tl.minimum(column, limit - 1)
+        if COMPARE == "ends" or ALIKE:
+            rare = False  # whether some pair of this tile may have to be left out
+            if COMPARE == "ends":
+                rare = c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width
+            if ALIKE:
+                from_key = c
+                if BAND:
+                    from_key = (first + c) % modulus
+                    rare = rare or from_key + BLOCK_KEYS > modulus
+                rare = rare or may_be_alike(
+                    key_ids, n, k_all, row, tl.minimum(row + BLOCK_ROWS, n) - 1,
+                    view + from_key, view + tl.minimum(from_key + BLOCK_KEYS, limit) - 1,
+                    (BLOCK_ROWS + GRANULE - 1) // GRANULE, BLOCK_KEYS // GRANULE + 1,
+                )  # fmt: skip
         k, k_low, k_rest = load_pieces(
             keys, stride_piece, place, stride_k, stride_d, limit, D, BLOCK_D, WIDE, PIECES if IN_PIECES else 1
         )
@@ -154,20 +164,15 @@ def visit(
             )  # fmt: skip
             s = tl.where(keep, s, float("-inf"))
             count += tl.sum(tl.where(s == float("-inf"), 0.0, 1.0), 1)  # counted in s, whose layout keep has not
-        if COMPARE == "ends" or ALIKE:
-            rare = False
+        if (COMPARE == "ends" or ALIKE) and rare:
             if COMPARE == "ends":
-                rare = c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width
+                ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
+                s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
             if ALIKE:
-                rare = rare or (alike_bits >> ((c - origin) // span)) & 1 != 0
-            if rare:
-                if COMPARE == "ends":
-                    ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
-                    s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
-                if ALIKE:
-                    gone = alike(query_ids, rows, rows < n, key_ids, place.to(tl.int64) * ids_stride_k)
-                    count -= tl.sum((gone & (s != float("-inf"))).to(tl.int32), 1).to(tl.float32)
-                    s = tl.where(gone, float("-inf"), s)
+                codes, own_codes = tl.load(key_ids + view + place), tl.load(key_ids + k_all + tl.minimum(rows, n - 1))
+                gone = own_codes[:, None] == codes[None, :]
+                count -= tl.sum((gone & (s != float("-inf"))).to(tl.int32), 1).to(tl.float32)
+                s = tl.where(gone, float("-inf"), s)
         if METRICS:
             logits = s * row_scale[:, None]
             logit_sum += tl.sum(tl.where(logits == float("-inf"), 0.0, logits), 1)
@@ -206,10 +211,9 @@ def attend(
     BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
     NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr, BOUNDED: tl.constexpr,
     ALPHA: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
-    FINISH: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False,
+    FINISH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of rows against one split of the columns; with FINISH (one split) to the end."""
-    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     block, split = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -237,7 +241,7 @@ def attend(
         q, row_scale = q * UNIT, row_scale / (UNIT * UNIT)
     q, q_low, q_rest = cut(q, PIECES)
     row_ids = rows
-    if IDS != 0:
+    if IDS != 0 and not ALIKE:
         row_ids = tl.load(query_ids + rows, mask=rows < n, other=0)
     floor: tl.constexpr = CENTRE if BOUNDED else MINIMUM
     maximum, inter_maximum = tl.full([BLOCK_ROWS], floor, tl.float32), tl.full([BLOCK_ROWS], floor, tl.float32)
@@ -249,24 +253,18 @@ def attend(
     limit = k
     if key_count is not None:
         limit = tl.minimum(k, tl.load(key_count).to(tl.int32))
-    columns, first = limit, 0
+    columns, first, view = limit, 0, 0
     if BAND:
         columns = BLOCK_ROWS - 1 + width
-        first, view = offset + block * BLOCK_ROWS + 1, (split // splits_per_view * modulus).to(tl.int64)
-        keys = keys + view * stride_k
+        first, view = offset + block * BLOCK_ROWS + 1, split // splits_per_view * modulus
+        keys = keys + view.to(tl.int64) * stride_k
         if FACTOR == "loaded":
             key_factor = key_factor + view
-        if IDS != 0:
-            key_ids = key_ids + view * ids_stride_k
+        if IDS != 0 and not ALIKE:
+            key_ids = key_ids + view.to(tl.int64) * ids_stride_k
     lo = split % splits_per_view * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     ratio = t / inter_t
-    alike_bits, span = 0, 1
-    if ALIKE:
-        alike_bits = alike_tiles(
-            row_ids, key_ids, ids_stride_k, lo, hi, first, modulus, limit, BLOCK_ROWS, BLOCK_KEYS, BAND, SMALL
-        )
-        span = alike_span(lo, hi, BLOCK_KEYS)
     PAIRS: tl.constexpr = (IDS != 0 and not ALIKE) or MASKED != 0
     COMPARE: tl.constexpr = "pairs" if PAIRS else "ends" if BAND else "tail"
     middle = hi
@@ -275,11 +273,10 @@ def attend(
     for rest in tl.static_range(2 if COMPARE == "tail" else 1):  # no comparison in the loop that takes the time
         maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
-            q, q_low, q_rest, row_scale, positive_logit, row_ids, rows,
-            keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
+            q, q_low, q_rest, row_scale, positive_logit, row_ids, rows, block * BLOCK_ROWS,
+            keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
             mask, mask_stride_n, mask_stride_k,
-            first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n,
-            alike_bits, lo, span,
+            first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n, k, view,
             D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
             IDS, MASKED, ALIKE, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
             1 if rest else STAGES, WIDE,
@@ -331,10 +328,8 @@ def combine(
     n, half, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Some rows: their splits in a fixed order, then loss and gradients; without a LOSS, log-sum-exp and mean key."""
-    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     split = tl.arange(0, BLOCK_SPLITS)

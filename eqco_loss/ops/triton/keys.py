@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from ..gap_kernels import begin
+from .ids import GRANULE, may_be_alike
 from .parts import (
     BASE,
     PULL,
@@ -16,9 +16,6 @@ from .parts import (
     TOTAL,
     UNIT,
     add_product,
-    alike,
-    alike_span,
-    alike_tiles,
     cut,
     finite_rows,
     inverse_norm,
@@ -39,7 +36,7 @@ from .parts import (
 def row_weights(
     query, stride_n, stride_d, grad, grad_stride, rows_in, temperature_tensor, out, prepared, n, temperature,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, POWER: tl.constexpr,
-    PIECES: tl.constexpr, EARLY: tl.constexpr = False,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """What a row brings to backward, ``out`` (len(Row), n), from ``rows_in``, which forward left.
 
@@ -47,7 +44,6 @@ def row_weights(
     the rows in the dtype of the products: unit ones, or with POWER multiplied by a power of two near 1 / norm, which
     rounds nothing; ``out`` is then of the prepared rows.
     """
-    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < n
@@ -81,7 +77,7 @@ def collect(
     acc, k, k_low, k_rest, key_inverse, key_row, keys_at,
     query, stride_piece, stride_n, stride_d, weights, prescale,
     query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
-    n, first, modulus, width, offset, key_limit, lo, hi, alike_bits, origin, span,
+    n, first, modulus, width, offset, key_limit, lo, hi, key,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     ALIKE: tl.constexpr, FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
@@ -89,8 +85,8 @@ def collect(
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
-    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ALIKE: ids are
-    compared only where ``alike_bits`` tells, as ``visit`` does.
+    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ALIKE: see
+    ``visit``.
     """
     plane = n.to(tl.int64)
     start = lo
@@ -105,6 +101,20 @@ def collect(
         present = row < n
         if COMPARE != "ends":  # beyond the last row, that row is loaded again: a mask of the load takes registers
             row = tl.minimum(row, n - 1)
+        if COMPARE == "ends" or ALIKE:
+            rare = False  # whether some pair of this tile may have to be left out
+            if COMPARE == "ends":
+                rare = c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width
+            if ALIKE:
+                from_row = c
+                if BAND == "cyclic":
+                    from_row = (first + c) % modulus
+                    rare = rare or from_row + BLOCK_ROWS > modulus
+                rare = rare or may_be_alike(
+                    key_ids, n, key_limit, from_row, tl.minimum(from_row + BLOCK_ROWS, n) - 1,
+                    key, tl.minimum(key + BLOCK_KEYS, key_limit) - 1,
+                    BLOCK_ROWS // GRANULE + 1, (BLOCK_KEYS + GRANULE - 1) // GRANULE + 1,
+                )  # fmt: skip
         q, q_low, q_rest = load_pieces(query, stride_piece, row, stride_n, stride_d, n, D, BLOCK_D, WIDE, PIECES)
         scale = tl.load(weights + SCALE * plane + row)
         if PIECES == 2:
@@ -141,19 +151,13 @@ def collect(
                 (row >= 0)[None, :], (keys_at < key_limit)[:, None], IDS, MASKED,
             )  # fmt: skip
             x = tl.where(keep, x, 0.0)
-        if COMPARE == "ends" or ALIKE:
-            rare = False
+        if (COMPARE == "ends" or ALIKE) and rare:
             if COMPARE == "ends":
-                rare = c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width
+                ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
+                x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
             if ALIKE:
-                rare = rare or (alike_bits >> ((c - origin) // span)) & 1 != 0
-            if rare:
-                if COMPARE == "ends":
-                    ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
-                    x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
-                if ALIKE:
-                    at = keys_at.to(tl.int64) * ids_stride_k
-                    x = tl.where(alike(key_ids, at, keys_at < key_limit, query_ids, row), 0.0, x)
+                own_codes = tl.load(key_ids + tl.minimum(keys_at, key_limit - 1))
+                x = tl.where(own_codes[:, None] == tl.load(key_ids + key_limit + row)[None, :], 0.0, x)
         if k.dtype == tl.float16:  # of rows and keys that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = add_product(acc, x, q, q_low, q_rest, PIECES)
@@ -168,7 +172,7 @@ def keys_gradient(
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     ALIKE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
-    STAGES: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr = False,
+    STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
 
@@ -176,7 +180,6 @@ def keys_gradient(
     shares of ``merge_splits``; without NORMALIZE_KEYS, of one split, it is the gradient. BAND: "" for none, "cyclic"
     where places are visited in order, "any" where every row is compared.
     """
-    begin(EARLY)
     block, view_start, limit = tl.program_id(0), 0, k
     if BAND != "":
         view_start, block, limit = block // blocks_per_view * modulus, block % blocks_per_view, modulus
@@ -215,19 +218,11 @@ def keys_gradient(
         columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
     lo = tl.program_id(1) * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
-    alike_bits, span = 0, 1
-    if ALIKE:
-        at = key_ids + (view_start + key_row).to(tl.int64) * ids_stride_k
-        ids = tl.load(at, mask=view_start + key_row < k, other=0)
-        alike_bits = alike_tiles(
-            ids, query_ids, 1, lo, hi, first, modulus, n, BLOCK_KEYS, BLOCK_ROWS, BAND != "", SMALL
-        )
-        span = alike_span(lo, hi, BLOCK_ROWS)
     acc = collect(
         acc, k_tile, k_low, k_rest, inverse, key_row, view_start + key_row,
         query, stride_piece, stride_n, stride_d, weights, prescale,
         query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
-        n, first, modulus, width, offset, k, lo, hi, alike_bits, lo, span,
+        n, first, modulus, width, offset, k, lo, hi, view_start + start,
         D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, ALIKE, NORMALIZE_KEYS and raw, FOLDED,
         PIECES, STAGES, WIDE,
     )  # fmt: skip
@@ -246,14 +241,12 @@ def merge_splits(
     parts, rows_in, stride_k, stride_d, out, positive_gradient, query_gradient, query_out, grad, grad_stride,
     k, n, splits, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, CLEAN: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """The splits' shares (splits, k, D) in a fixed order, through the normalisation of the raw rows.
 
     ``positive_gradient`` (k, D), where it is given, is added times ``grad``. ``query_gradient`` (n, D), where it is
     given, is multiplied by ``grad`` in programs of its own, after those of the keys.
     """
-    begin(EARLY)
     blocks = tl.cdiv(k, BLOCK)
     if tl.program_id(0) < blocks:
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -284,9 +277,7 @@ def multiplied(unit, rows, n, grad, grad_stride, D: tl.constexpr, BLOCK_D: tl.co
 @triton.jit(do_not_specialize=["n"])
 def multiply_rows(
     unit, out, grad, grad_stride, n, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """``out`` = ``unit`` times ``grad``, both (n, D)."""
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     store_rows(out, rows, n, multiplied(unit, rows, n, grad, grad_stride, D, BLOCK_D), D, BLOCK_D)

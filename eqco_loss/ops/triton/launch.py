@@ -20,6 +20,7 @@ from . import arguments
 from .arguments import (
     KeyFacts,
     blocks_of,
+    coded,
     dot_dtype,
     facts,
     kernels,
@@ -172,9 +173,10 @@ def _attend(
                 **visit.constants,
             )  # fmt: skip
         else:
+            pairs = coded(one.pairs, n, keys.shape[-2]) if visit.constants["ALIKE"] else left_out(one.pairs)
             launch(
                 visit.kernel, (visit.rows, visit.splits),
-                *queries, keys, *strides_of(keys), factor, *left_out(one.pairs), one.pairs.filled, t, *answers,
+                *queries, keys, *strides_of(keys), factor, *pairs, one.pairs.filled, t, *answers,
                 n, half, keys.shape[-2], *visit.sizes, *split, *floats,
                 **visit.constants,
             )  # fmt: skip

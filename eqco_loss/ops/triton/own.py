@@ -6,7 +6,6 @@
 import triton
 import triton.language as tl
 
-from ..gap_kernels import begin
 from .parts import (
     BASE,
     LOG2E,
@@ -36,10 +35,9 @@ def attend_own(
     n, half, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
-    QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr, EARLY: tl.constexpr = False,
+    QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """One row against keys of its own, (N, K, D), or those that it has picked of shared ones, in float32."""
-    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)
@@ -112,10 +110,9 @@ def keys_gradient_own(
     query, stride_n, stride_d, keys, key_stride_n, key_stride_k, key_stride_d, weights, grad, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, blocks, eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, EARLY: tl.constexpr = False,
+    NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Some keys of one row's own, (N, K, D), which has so many blocks of them."""
-    begin(EARLY)
     row = tl.program_id(0) // blocks
     rows = row + tl.arange(0, 1)
     column = tl.program_id(0) % blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
@@ -152,10 +149,9 @@ def keys_gradient_picked(
     query, stride_n, stride_d, keys, stride_k, key_stride_d, weights, grad, order, starts, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, out, n, k, picks, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, EARLY: tl.constexpr = False,
+    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """One key against the rows that picked it: ``order`` has the picks (row * picks + c) sorted by key."""
-    begin(EARLY)
     key = tl.program_id(0)
     this = key + tl.arange(0, 1)
     x = load_rows(keys, this, stride_k, key_stride_d, k, D, BLOCK_D, True, True).to(tl.float32)

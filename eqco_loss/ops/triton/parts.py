@@ -237,53 +237,6 @@ def kept(
 
 
 @triton.jit
-def alike_tiles(
-    row_ids, key_ids, ids_stride_k, lo, hi, first, modulus, limit,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr,
-):  # fmt: skip
-    """Which tiles of the columns lo .. hi hold a key that has a row's id: a bit for each ``alike_span`` of them."""
-    found = tl.zeros([ROWS, KEYS], tl.int32)
-    span, start = alike_span(lo, hi, KEYS), lo
-    if BAND:
-        start = (first + lo) % modulus
-    for c in tl.range(lo, hi, KEYS, loop_unroll_factor=4):
-        place = tl.minimum(c + tl.arange(0, KEYS), limit - 1)
-        if BAND:
-            place = wrapped(start + tl.arange(0, KEYS), modulus, SMALL)
-            start = wrapped(start + KEYS, modulus, SMALL)
-        ids = tl.load(key_ids + place.to(tl.int64) * ids_stride_k)
-        found = found | tl.where(row_ids[:, None] == ids[None, :], 1 << (c - lo) // span, 0)
-    return tl.reduce(tl.reduce(found, 1, either), 0, either)
-
-
-@triton.jit
-def alike(row_ids, row_at, row_in, key_ids, key_at):
-    """Which pairs have equal ids, (R, C). ``row_at`` and ``key_at``: places in the ids of rows and keys.
-
-    Ids of 64 bits are compared by halves, which takes fewer registers. It is the address of all ids that is turned into
-    one of halves: of a tile's addresses Triton would go on to believe that they follow each other.
-    """
-    if row_ids.dtype.element_ty == tl.int64:
-        rows, keys = row_ids.to(tl.pointer_type(tl.int32)), key_ids.to(tl.pointer_type(tl.int32))
-        low = tl.load(rows + 2 * row_at, mask=row_in, other=0)[:, None] == tl.load(keys + 2 * key_at)[None, :]
-        high = tl.load(rows + 2 * row_at + 1, mask=row_in, other=0)[:, None] == tl.load(keys + 2 * key_at + 1)[None, :]
-        return low & high
-    else:
-        return tl.load(row_ids + row_at, mask=row_in, other=0)[:, None] == tl.load(key_ids + key_at)[None, :]
-
-
-@triton.jit
-def alike_span(lo, hi, KEYS: tl.constexpr):
-    """Columns, whole tiles, of which one bit of 32 tells."""
-    return tl.maximum(tl.cdiv(hi - lo, 32 * KEYS), 1) * KEYS
-
-
-@triton.jit
-def either(a, b):
-    return a | b
-
-
-@triton.jit
 def wrapped(place, modulus, SMALL: tl.constexpr):
     """place % modulus, where place - modulus is less than a tile. SMALL: so is modulus."""
     if SMALL:

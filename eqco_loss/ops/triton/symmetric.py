@@ -6,7 +6,6 @@
 import triton
 import triton.language as tl
 
-from ..gap_kernels import begin
 from .parts import (
     BASE,
     BOUNDED_PULL,
@@ -34,7 +33,7 @@ def symmetric_rows(
     grad, temperature_tensor, out, along, n, m, chunk, temperature, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     ACROSS: tl.constexpr, ONE_EXP: tl.constexpr, SMALL: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr, EARLY: tl.constexpr = False,
+    WIDE: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """A block of rows z (2M, D) against one split of the others.
 
@@ -45,7 +44,6 @@ def symmetric_rows(
     without WHOLE_GRADIENT, (splits, 2M, D) shares of it for ``merge_splits``. ONE_EXP: 2 ** (logit - largest possible
     logit) serves both softmaxes.
     """
-    begin(EARLY)
     t = read_temperature(temperature, temperature_tensor)
     block, split = tl.program_id(0), tl.program_id(1)
     anchors, own_start = n, 0

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KB a block, which leaves no room for a second stage of everything
+GRANULE = 64  # of queries and of keys, for which one bit tells whether ids are to be compared
+BITS = 16  # of these in a word
 UNIT = 64.0  # float16's pieces of a unit row are of the row times this, which lifts the low piece to where it is exact
 
 

@@ -13,7 +13,7 @@ from ..calls import LN2 as _LN2
 from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import Metric, Row
-from ..gap_kernels import begin, something, values
+from ..gap_kernels import something, values
 from .pointwise import MINIMUM as _MINIMUM
 from .pointwise import Plane
 
@@ -78,14 +78,13 @@ def fold_kernel(
     state, state_stride, weights, weights_stride, shrink, ratio, threshold,
     n, k, first_key, ahead, width, modulus,
     FIRST: tl.constexpr, WRAP: tl.constexpr, OWN: tl.constexpr, COUNT_PAIRS: tl.constexpr, WEIGH: tl.constexpr,
-    TWICE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EARLY: tl.constexpr = False,
+    TWICE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a tile into their states.
 
     FIRST: there is nothing in these yet. Weights need the whole row's maximum. Where a row has several blocks, one
     visit of them all finds it first (TWICE); else the one visit follows the maximum.
     """
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < n
     old = tl.full((BLOCK_ROWS,), MINIMUM, tl.float32)
@@ -183,10 +182,8 @@ def weights_kernel(
     base, factor, pull, key_base, key_pull, out, out_stride,
     n, k, first_key, ahead, width, modulus,
     WRAP: tl.constexpr, OWN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """A block of the weights, of the rows' role as anchors or, where key_base is given, of both roles."""
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     in_rows, in_columns = rows < n, columns < k
@@ -255,10 +252,9 @@ def read_temperature(temperature, temperature_tensor):
 def finish_kernel(
     similarity, state, state_stride, temperature, temperature_tensor, inter_t, known, alpha, share,
     losses, factor, of_sums, out, metrics, n,
-    ALPHA: tl.constexpr, LOSS: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False,
+    ALPHA: tl.constexpr, LOSS: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the positives' similarities and the states to losses, ``Row`` and ``Metric``."""
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
     t = read_temperature(temperature, temperature_tensor)
@@ -296,10 +292,9 @@ def finish_kernel(
 @triton.jit
 def measure_kernel(
     x, stride_r, stride_d, out, inverse, gradient_inverse, scale, n, d, eps,
-    POWER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr = False,
+    POWER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows as ``chunks.prepare`` makes them: 1 / length, and, where ``out`` is given, what is multiplied."""
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at_rows = x + rows.to(tl.int64)[:, None] * stride_r
     total = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
@@ -332,9 +327,8 @@ def measure_kernel(
 @triton.jit
 def dots_kernel(
     a, a_stride_r, a_stride_d, b, b_stride_r, b_stride_d, a_inverse, b_inverse, out, d,
-    BLOCK_D: tl.constexpr, EARLY: tl.constexpr = False,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, d, BLOCK_D):
@@ -365,10 +359,9 @@ def through_unit_kernel(
     raw, raw_stride_r, raw_stride_d, inverse, gradient_inverse,
     gradient, gradient_stride, factor, other, other_stride_r, other_stride_d, other_inverse, other_factor,
     out, out_stride, d,
-    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr = False,
+    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A row: one visit for the gradient's part along the unit row, one that takes it away."""
-    begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     along = 0.0
     to_unit = tl.load(inverse + row)

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from ..calls import LOG2E as _LOG2E
 from ..calls import Row
-from ..gap_kernels import begin
 from .pointwise import MINIMUM as _MINIMUM
 
 _LEAST = 0.05  # temperature whose logits of unit rows, at most 29 in base 2, need no maximum
@@ -234,7 +233,7 @@ def statistics_kernel(
     row_start, row_stop, key_start, key_stop, apart, half, steps,
     TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr, PERSISTENT: tl.constexpr, EARLY: tl.constexpr = False,
+    PIECES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """Tiles' shares of their rows' and their keys' statistics: of one tile or, PERSISTENT, of several, one by one.
 
@@ -242,7 +241,6 @@ def statistics_kernel(
     TRIANGLE: the first keys are the rows, and a tile on one side of the diagonal serves both sides; its keys before
     ``apart`` have their shares among those of the rows, at the place of the tile that is not visited.
     """
-    begin(EARLY)
     tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
     tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
     tl.static_assert(not (TRIANGLE and PERSISTENT))
@@ -345,13 +343,12 @@ def weights_kernel(
     row_start, row_stop, key_start, key_stop, half, steps,
     FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr, PERSISTENT: tl.constexpr, EARLY: tl.constexpr = False,
+    PIECES: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) scale_i scale_j.
 
     Bases and pulls are those of ``rows`` (len(Row), 2M), these times ``grad``.
     """
-    begin(EARLY)
     if PERSISTENT:
         tiles = tl.cdiv(row_stop - row_start, BLOCK_ROWS) * tl.cdiv(key_stop - key_start, BLOCK_KEYS)
         for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):

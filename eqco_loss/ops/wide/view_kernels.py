@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..calls import Row
-from ..gap_kernels import add_up, begin, something
+from ..gap_kernels import add_up, something
 from .kernels import (
     INTER_TOTAL,
     LOG2E,
@@ -61,7 +61,7 @@ def prepare_kernel(
     here, here_stride_r, here_stride_d, there, there_stride_r, there_stride_d, out, out_stride, scale, rows_out,
     scratch, half,
     D: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, MEASURE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr = False,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of both rows of some images 1 / length and what is multiplied, ``out`` (2M, WIDTH), with zeros beyond D.
 
@@ -69,7 +69,6 @@ def prepare_kernel(
     itself (COPY). ``rows_out`` (len(Row), 2M) gets INVERSE and, with MEASURE, POSITIVE; without, it has INVERSE.
     ``scratch`` is set to 0, for the count of ``finish_views_kernel``.
     """
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < half
     plane = 2 * half
@@ -160,10 +159,9 @@ def folded(
 def fold_kernel(
     parts, tiles, n, state, state_stride, temperature, temperature_tensor, inter_t,
     FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, EARLY: tl.constexpr = False,
+    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """A chunk's parts into the states of n rows."""
-    begin(EARLY)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < n
     t = read_temperature(temperature, temperature_tensor)
@@ -187,13 +185,12 @@ def finish_views_kernel(
     parts, tiles_of_rows, rows_end, of_keys, tiles_of_keys, state, state_stride,
     temperature, temperature_tensor, inter_t, known, alpha, share, scratch, loss, out, n,
     FORM: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr, EARLY: tl.constexpr = False,
+    BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rows before ``rows_end`` and rows from there on, their parts or states, to ``out`` and the sum of all losses.
 
     ``parts`` is (planes, tiles, rows), first of those and then, from ``of_keys`` on, of these.
     """
-    begin(EARLY)
     side = tl.program_id(1)
     start, count = tl.where(side == 1, rows_end, 0), tl.where(side == 1, n - rows_end, rows_end)
     tiles, offset = tl.where(side == 1, tiles_of_keys, tiles_of_rows), tl.where(side == 1, of_keys, 0)
@@ -232,13 +229,12 @@ def unit_gradient(gradient, stride, places, at, inside, factor, other, pull, D: 
 def through_views_kernel(
     here, here_stride_r, here_stride_d, there, there_stride_r, there_stride_d, of_here, of_there, gradient_stride,
     out_here, out_there, out_stride, rows_in, scale, grad, largest, start, stop, half, least,
-    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr = False,
+    D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both rows of some images, or of the one whose sum over negatives is given.
 
     ``of_here`` and ``of_there`` (stop - start, D) are ``scale_i / largest`` times those sums.
     """
-    begin(EARLY)
     places = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows = start + places
     inside = rows < stop
