@@ -40,7 +40,7 @@ from .arguments import (
     strides_of,
 )
 from .launch import row_losses
-from .tables import LITTLE_SHARED_MEMORY, Tile, keys_tile, pieces, symmetric_tile
+from .tables import LITTLE_SHARED_MEMORY, Tile, keys_tile, pieces, power_of_two, symmetric_tile
 
 # ------------------------------------------------------------------------------------------------------ keys' gradient
 
@@ -234,7 +234,8 @@ def _merge_splits(
         kernels().keys.merge_splits, (blocks_of(len(raw), 8) + blocks_of(n, 8),),
         parts, raw, *raw.stride(), out, positive_gradient, query_gradient, of_query, grad, stride,
         len(raw), n, len(parts), gradient_eps(raw.dtype),
-        D=raw.shape[1], BLOCK_D=padded(raw.shape[1]), BLOCK=8, NORMALIZE=normalize, CLEAN=clean,
+        D=raw.shape[1], BLOCK_D=padded(raw.shape[1]), BLOCK=8, BLOCK_SPLITS=power_of_two(len(parts)),
+        NORMALIZE=normalize, CLEAN=clean,
         enable_fp_fusion=True,
     )  # fmt: skip
 

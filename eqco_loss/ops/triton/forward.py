@@ -38,6 +38,7 @@ from .parts import (
     kept,
     load_pieces,
     load_rows,
+    partners,
     product,
     read_temperature,
     store_parts,
@@ -224,9 +225,11 @@ def attend(
     inverse = tl.full([BLOCK_ROWS], 1.0, tl.float32)
     if NORMALIZE:
         inverse = inverse_norm(raw_q)
-    if METRICS:  # which two views in one tensor are not asked for
-        p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-        s = tl.sum(raw_q.to(tl.float32) * p, 1) * inverse
+    if FINISH or METRICS:
+        of = partners(rows, half)
+        p = load_rows(positive, of, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
+    if METRICS:
+        s = tl.sum(raw_q.to(tl.float32) * p.to(tl.float32), 1) * inverse
         if NORMALIZE:
             s = s * inverse_norm(p)
         positive_logit = tie_broken(s * scale)
@@ -287,10 +290,10 @@ def attend(
         mean_key = mean_key / UNIT
     if FINISH:
         losses = finish(
-            raw_q.to(tl.float32), rows, positive, positive_stride_n, positive_stride_d,
+            raw_q, p, rows,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
+            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
         tl.store(loss + rows, losses, mask=rows < n)
     else:
@@ -313,6 +316,13 @@ def load_part(parts, plane: tl.constexpr, split, splits, rows, n, other):
 
 
 @triton.jit
+def load_one(parts, plane: tl.constexpr, one: tl.constexpr, splits, rows, n, other):
+    """One split of a plane of ``parts``, (R,); ``other`` where there is no such split."""
+    at = parts + (plane * splits.to(tl.int64) + one) * n + rows
+    return tl.load(at, mask=rows < tl.where(one < splits, n, 0), other=other)
+
+
+@triton.jit
 def load_outs(outs, split, splits, rows, n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Some splits of ``outs``, (S, R, BLOCK_D)."""
     d = tl.arange(0, BLOCK_D)
@@ -329,48 +339,75 @@ def combine(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     AT_ONCE: tl.constexpr, FEW: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows: their splits in a fixed order, then loss and gradients; without a LOSS, log-sum-exp and mean key."""
+    """Some rows: their splits in a fixed order, then loss and gradients; without a LOSS, log-sum-exp and mean key.
+
+    What can be is loaded before the first sum, which threads wait for.
+    """
     t = read_temperature(temperature, temperature_tensor)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    split = tl.arange(0, BLOCK_SPLITS)
-    maxima = load_part(parts, PART_MAXIMUM, split, splits, rows, n, MINIMUM)  # one with nothing in it has MINIMUM
-    totals = load_part(parts, PART_TOTAL, split, splits, rows, n, 0.0)
-    counts = load_part(parts, PART_COUNT, split, splits, rows, n, 0.0)
-    q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+    q = load_rows(query, rows, query_stride_n, query_stride_d, n, D, BLOCK_D, True, True)
+    p = q
+    if LOSS != "none":
+        of = partners(rows, half)
+        p = load_rows(positive, of, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
     zero = tl.zeros([BLOCK_ROWS], tl.float32)
-    inter_maximum, inter_total, rank, logit_sum = zero, zero, zero, zero
-    if LOSS == "dual":
-        inter_maxima = load_part(parts, PART_INTER_MAXIMUM, split, splits, rows, n, MINIMUM)
-        inter_totals = load_part(parts, PART_INTER_TOTAL, split, splits, rows, n, 0.0)
-        inter_maximum = tl.max(inter_maxima, 0)
-        inter_total = tl.sum(inter_totals * tl.exp2(inter_maxima - inter_maximum[None, :]), 0)
-    if metrics is not None:
-        rank = tl.sum(load_part(parts, PART_RANK, split, splits, rows, n, 0.0), 0)
-        logit_sum = tl.sum(load_part(parts, PART_LOGIT_SUM, split, splits, rows, n, 0.0), 0)
-    maximum = tl.max(maxima, 0)
-    total = tl.sum(totals * tl.exp2(maxima - maximum[None, :]), 0)
-    count = tl.sum(counts, 0)
+    inter_maximum, inter_total, rank, logit_sum, total, count = zero, zero, zero, zero, zero, zero
     mean_key = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
-    if outs is not None and FEW:  # one after the other, since a sum over a third dimension goes through shared memory
+    if FEW:  # one after the other, so that each thread has all that it needs
+        maximum = zero + MINIMUM
+        inter_maximum = maximum
+        for one in tl.static_range(BLOCK_SPLITS):  # one with nothing in it has MINIMUM
+            maximum = tl.maximum(maximum, load_one(parts, PART_MAXIMUM, one, splits, rows, n, MINIMUM))
+            if LOSS == "dual":
+                inter = load_one(parts, PART_INTER_MAXIMUM, one, splits, rows, n, MINIMUM)
+                inter_maximum = tl.maximum(inter_maximum, inter)
         for one in tl.static_range(BLOCK_SPLITS):
-            present = rows < tl.where(one < splits, n, 0)
-            weight = tl.load(parts + (PART_MAXIMUM * splits.to(tl.int64) + one) * n + rows, mask=present, other=MINIMUM)
-            out = load_rows(
-                outs + tl.cast(one, tl.int64) * n * D, tl.where(present, rows, n), D, 1, n, D, BLOCK_D, True, True
-            )
-            mean_key += out * tl.exp2(weight - maximum)[:, None]
-    elif outs is not None:
-        some = tl.arange(0, AT_ONCE)
-        for start in range(0, splits, AT_ONCE):
-            out = load_outs(outs, start + some, splits, rows, n, D, BLOCK_D)
-            out_maxima = load_part(parts, PART_MAXIMUM, start + some, splits, rows, n, MINIMUM)
-            mean_key += tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
+            weight = tl.exp2(load_one(parts, PART_MAXIMUM, one, splits, rows, n, MINIMUM) - maximum)
+            total += load_one(parts, PART_TOTAL, one, splits, rows, n, 0.0) * weight
+            count += load_one(parts, PART_COUNT, one, splits, rows, n, 0.0)
+            if LOSS == "dual":
+                inter = load_one(parts, PART_INTER_MAXIMUM, one, splits, rows, n, MINIMUM)
+                inter_total += load_one(parts, PART_INTER_TOTAL, one, splits, rows, n, 0.0) * tl.exp2(
+                    inter - inter_maximum
+                )
+            if metrics is not None:
+                rank += load_one(parts, PART_RANK, one, splits, rows, n, 0.0)
+                logit_sum += load_one(parts, PART_LOGIT_SUM, one, splits, rows, n, 0.0)
+            if outs is not None:
+                place = tl.where(one < splits, rows, n)
+                out = outs + tl.cast(one, tl.int64) * n * D
+                mean_key += load_rows(out, place, D, 1, n, D, BLOCK_D, True, True) * weight[:, None]
+    else:
+        split, some = tl.arange(0, BLOCK_SPLITS), tl.arange(0, AT_ONCE)
+        maxima = load_part(parts, PART_MAXIMUM, split, splits, rows, n, MINIMUM)
+        totals = load_part(parts, PART_TOTAL, split, splits, rows, n, 0.0)
+        counts = load_part(parts, PART_COUNT, split, splits, rows, n, 0.0)
+        if outs is not None:
+            out = load_outs(outs, some, splits, rows, n, D, BLOCK_D)
+            out_maxima = load_part(parts, PART_MAXIMUM, some, splits, rows, n, MINIMUM)
+        if LOSS == "dual":
+            inter_maxima = load_part(parts, PART_INTER_MAXIMUM, split, splits, rows, n, MINIMUM)
+            inter_totals = load_part(parts, PART_INTER_TOTAL, split, splits, rows, n, 0.0)
+            inter_maximum = tl.max(inter_maxima, 0)
+            inter_total = tl.sum(inter_totals * tl.exp2(inter_maxima - inter_maximum[None, :]), 0)
+        if metrics is not None:
+            rank = tl.sum(load_part(parts, PART_RANK, split, splits, rows, n, 0.0), 0)
+            logit_sum = tl.sum(load_part(parts, PART_LOGIT_SUM, split, splits, rows, n, 0.0), 0)
+        maximum = tl.max(maxima, 0)
+        total = tl.sum(totals * tl.exp2(maxima - maximum[None, :]), 0)
+        count = tl.sum(counts, 0)
+        if outs is not None:
+            mean_key = tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
+            for start in range(AT_ONCE, splits, AT_ONCE):
+                out = load_outs(outs, start + some, splits, rows, n, D, BLOCK_D)
+                out_maxima = load_part(parts, PART_MAXIMUM, start + some, splits, rows, n, MINIMUM)
+                mean_key += tl.sum(out * tl.exp2(out_maxima - maximum[None, :])[:, :, None], 0)
     if LOSS != "none":
         losses = finish(
-            q, rows, positive, positive_stride_n, positive_stride_d,
+            q, p, rows,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
+            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
         if scratch is None:
             tl.store(loss + rows, losses, mask=rows < n)

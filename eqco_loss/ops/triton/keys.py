@@ -240,7 +240,8 @@ def keys_gradient(
 def merge_splits(
     parts, rows_in, stride_k, stride_d, out, positive_gradient, query_gradient, query_out, grad, grad_stride,
     k, n, splits, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, CLEAN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr, NORMALIZE: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
     """The splits' shares (splits, k, D) in a fixed order, through the normalisation of the raw rows.
 
@@ -254,13 +255,16 @@ def merge_splits(
         inside = (rows < k)[:, None] & (d < D)[None, :]
         acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
         at = rows.to(tl.int64)[:, None] * D + d[None, :]
-        for split in range(0, splits):
-            acc += tl.load(parts + tl.cast(split, tl.int64) * k * D + at, mask=inside, other=0.0)
+        for split in tl.static_range(BLOCK_SPLITS):
+            present = inside & (split < splits)
+            acc += tl.load(parts + tl.cast(split, tl.int64) * k * D + at, mask=present, other=0.0)
+        added = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        if positive_gradient is not None:
+            added = multiplied(positive_gradient, rows, k, grad, grad_stride, D, BLOCK_D)
         if NORMALIZE:
             raw = load_rows(rows_in, rows, stride_k, stride_d, k, D, BLOCK_D, True, True)
             acc = through_unit(acc, raw, eps, CLEAN)
-        if positive_gradient is not None:
-            acc += multiplied(positive_gradient, rows, k, grad, grad_stride, D, BLOCK_D)
+        acc += added
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
     elif query_gradient is not None:
         rows = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)

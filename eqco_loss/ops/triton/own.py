@@ -47,11 +47,12 @@ def attend_own(
     if NORMALIZE:
         q = q * inverse_norm(q)[:, None]
     positive_logit = tl.zeros([1], tl.float32)
+    p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
     if METRICS:
-        p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
+        s = tl.sum(q * p, 1) * scale
         if NORMALIZE:
-            p = p * inverse_norm(p)[:, None]
-        positive_logit = tie_broken(tl.sum(q * p, 1) * scale)
+            s = s * inverse_norm(p)
+        positive_logit = tie_broken(s)
     row_ids = row
     if IDS != 0:
         row_ids = tl.load(query_ids + row)
@@ -90,10 +91,10 @@ def attend_own(
             mean_key = mean_key * shrink[:, None] + tl.sum(tl.trans(e) * x, 0)[None, :]
     if FINISH:
         losses = finish(
-            raw_q, rows, positive, positive_stride_n, positive_stride_d,
+            raw_q, p, rows,
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             query_gradient, positive_gradient, out_rows, metrics,
-            n, half, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
+            n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
         tl.store(loss + rows, losses, mask=rows < n)
     else:

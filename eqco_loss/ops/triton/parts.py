@@ -296,15 +296,14 @@ def store_weights(out, rows, n, base, total, pull, inverse, t):
 
 @triton.jit
 def finish(
-    q, rows, positive, positive_stride_n, positive_stride_d,  # q (R, BLOCK_D) float32, raw
+    q, p, rows,  # queries and positives (R, BLOCK_D), raw
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what was seen of each row
     query_gradient, positive_gradient, out_rows, metrics,
-    n, half, t, inter_t, alpha, share, query_eps, positive_eps,
+    n, t, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """Losses (R,) of some rows; stores gradients and statistics. mean_key: the sum of exponentials times keys."""
-    p = load_rows(positive, partners(rows, half), positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True)
-    p = p.to(tl.float32)
+    q, p = q.to(tl.float32), p.to(tl.float32)
     q_inverse = tl.full(rows.shape, 1.0, tl.float32)
     p_inverse = q_inverse
     if NORMALIZE:
