@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.records import keys_gradient, row_losses
+from eqco_loss import EqCoLoss
 from eqco_loss.ops import launcher, wide
 from eqco_loss.ops.calls import (
     KeySet,
@@ -219,19 +220,44 @@ def test_launches_of_both_directions(
     grad = torch.ones((), device=DEVICE)
     with Launches(monkeypatch) as seen:
         ours_both(call, grad)
-    as_it_lies = form == "bfloat16"
     fitting = ["mul", "abs", "amax", "gt", "scalar_tensor", "where", "div"] if form == "float16" else []
     products = ["weights_kernel", "product", "product"]  # the second one, of the keys
     if not across:  # a chunk for each view, of which the second one has no keys but its own rows
         products += ["weights_kernel", "product"]
     assert seen.found == [
         *("prepare_kernel", "statistics_kernel", "finish_views_kernel"),
-        *([] if as_it_lies else ["prepare_kernel"]),
+        *(["prepare_kernel"] if form == "float16" else []),
         *fitting,
         *products,
         "through_views_kernel",
         *(["sum", "mul"] if learned else []),
     ]
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "autocast", "float16"])
+def test_views_changed_between_the_passes(form: str, pointwise_form: str) -> None:
+    """What backward reads again is an error if it has changed; a copy that forward kept gives the right gradient."""
+    dtype, autocast = (torch.float32, True) if form == "autocast" else (getattr(torch, form), False)
+    first, second = (draw(9, 64, seed=seed, dtype=dtype).requires_grad_() for seed in (0, 1))
+    criterion = EqCoLoss(0.2, symmetric=True, backend="wide")
+
+    def gradients(changed: bool) -> tuple[Tensor, ...]:
+        leaves = [x.detach().clone().requires_grad_() for x in (first, second)]
+        inputs = [x * 1 for x in leaves]
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            loss = criterion(*inputs)
+        if changed:
+            with torch.no_grad():
+                inputs[1].fill_(1.0)
+        return torch.autograd.grad(loss, leaves)
+
+    kept = form == "bfloat16" or pointwise_form == "torch"
+    if kept:
+        for a, b in zip(gradients(True), gradients(False), strict=True):
+            assert torch.equal(a, b)
+    else:
+        with pytest.raises(RuntimeError, match="changed in place"):
+            gradients(True)
 
 
 def test_launches_of_one_direction(pointwise_form: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,8 @@ class SymmetricLosses(NamedTuple):
 class SymmetricOutputs(NamedTuple):
     loss: Tensor  # (): the sum over the rows of share * loss
     rows: Tensor  # (len(Row), 2M); TEMPERATURE_GRADIENT is only for the backend's own gradient
-    kept: Tensor  # (2M, D): what the backend keeps for its gradient, both views or the gradient itself; else (0,)
+    kept: Tensor  # (2M, D or more): what the backend keeps for its gradient: both views, as they are or as they are
+    #               multiplied, or the gradient itself; else (0,)
 
 
 class SymmetricGradient(NamedTuple):
@@ -171,7 +172,7 @@ class SymmetricGradient(NamedTuple):
 
     first: Tensor  # (M, D)
     second: Tensor  # (M, D)
-    kept: Tensor  # (2M, D) or (0,), of ``SymmetricOutputs``
+    kept: Tensor  # of ``SymmetricOutputs``
     grad: Tensor  # ()
     rows: Tensor  # (len(Row), 2M)
     across: bool

@@ -46,7 +46,8 @@ from .flat import Call, arguments, flatten, unflatten
 # An operator's name ends with this, because torch's compiler keeps graphs on disk under the operators' names, and a
 # graph knows the operators' arguments and the sizes of their outputs.
 _RECORDS = (RowLosses, KeysGradient, SymmetricLosses, SymmetricGradient, LogSumExp)
-LAYOUT = f"{len(Row)}_{sum(len(list(arguments(record))) for record in _RECORDS)}"
+_KEPT = 2  # counted up where ``SymmetricOutputs.kept`` gets another size
+LAYOUT = f"{len(Row)}_{sum(len(list(arguments(record))) for record in _RECORDS)}_{_KEPT}"
 Out = TypeVar("Out")  # what it returns
 Gradients = dict[str, Tensor]  # by the argument's name
 
@@ -347,9 +348,9 @@ keys_gradient = Operator(
 
 
 def _symmetric_losses_fake(call: SymmetricLosses) -> SymmetricOutputs:
-    (m, d), dtype, new = call.first.shape, compute_dtype(call.first), call.first.new_empty
-    kept = new((2 * m, d) if BACKENDS[call.backend].keeps(call) else (0,))
-    return SymmetricOutputs(new((), dtype=dtype), new((len(Row), 2 * m), dtype=dtype), kept)
+    m, dtype, new = call.first.shape[0], compute_dtype(call.first), call.first.new_empty
+    shape, of_kept = BACKENDS[call.backend].keeps(call)
+    return SymmetricOutputs(new((), dtype=dtype), new((len(Row), 2 * m), dtype=dtype), new(shape, dtype=of_kept))
 
 
 def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) -> Gradients:
@@ -357,7 +358,7 @@ def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) ->
         return _dense_gradients(ctx, symmetric_losses, definition.symmetric_losses, grad)
     rows, kept = ctx.saved_tensors
     _check_unchanged(ctx, call.learned_temperature)
-    if not kept.numel():
+    if not kept.numel() or kept.dtype != call.first.dtype:  # else the views themselves are kept, or their gradient
         _check_unchanged(ctx, call.first, call.second)
     gradients = symmetric_gradient(
         SymmetricGradient(

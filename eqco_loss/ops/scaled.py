@@ -1,4 +1,4 @@
-"""What backends answer alike: gradients times the gradient of the loss, by torch, and whether views are kept."""
+"""What backends answer alike: gradients times the gradient of the loss, by torch, and what is kept of two views."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor
 from .calls import KeysGradient, KeysGradients, SymmetricLosses
 
 
-def keeps(call: SymmetricLosses) -> bool:
-    """Whether forward keeps (2M, D) numbers for the gradient of both directions."""
-    return True
+def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what forward keeps for the gradient of both directions."""
+    m, d = call.first.shape
+    return (2 * m, d), call.first.dtype
 
 
 def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,7 @@ from ..calls import (
     rounded_log_sum,
     temperature_of,
 )
+from ..scaled import keeps as kept_views
 from ..scaled import times as times
 from ..scaled import with_others
 from . import pointwise
@@ -70,11 +71,11 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     return None
 
 
-def keeps(call: SymmetricLosses) -> bool:
-    """Whether the gradient of both directions takes both views in one tensor, which forward keeps."""
+def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of what forward keeps for the gradient of both directions."""
     products = product_dtype(call.autocast, call.first)
     mutual = pointwise.mutual(products, arithmetic(call.first))
-    return mutual is None or mutual.keeps(call, products)
+    return kept_views(call) if mutual is None else mutual.keeps(call, products)
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,8 +2,8 @@
 
 What to launch depends on shapes, dtypes and settings alone and is worked out once for each of their combinations,
 because in eager code the GPU would wait for Python to do so at every step. Forward launches ``prepare_kernel``,
-``statistics_kernel`` and ``finish_views_kernel``; backward ``prepare_kernel``, where rows are not multiplied as they
-lie, ``weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold all.
+``statistics_kernel`` and ``finish_views_kernel``; backward ``prepare_kernel``, where what forward multiplied is not
+kept, ``weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold all.
 
 Of ``Row`` forward also fills INVERSE, for backward's rows, and BOUNDED_PULL, which is here PULL for powers of two that
 are less the largest possible logit.
@@ -119,17 +119,18 @@ def symmetric_losses(call, products):
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
     )  # fmt: skip
-    return SymmetricOutputs(loss, rows, x if keeps(call, products) else new(0, dtype=first.dtype))
+    shape, dtype = keeps(call, products)
+    return SymmetricOutputs(loss, rows, x if len(shape) == 2 else new(shape, dtype=dtype))
 
 
 def symmetric_gradient(call, products):
     """See ``symmetric_gradient`` of this folder."""
     (half, d), rows, device = call.first.shape, call.rows, call.first.device
-    n = 2 * half
-    if keeps(call, products):
-        x, scale = call.kept, rows[Row.INVERSE]
-    else:
+    n, x, scale = 2 * half, call.kept, None
+    if x.numel() == 0:
         x, scale = _prepared(call, products, rows, None)
+    elif products == call.first.dtype:  # the views themselves
+        call, scale = call._replace(first=x[:half], second=x[half:]), rows[Row.INVERSE]
     multiplied = x if x.shape[1] == d else x[:, :d]
     largest, factor = None, call.grad
     if products == torch.float16:  # which holds no weight above 65504 and loses small ones
@@ -175,8 +176,14 @@ def symmetric_gradient(call, products):
 
 
 def keeps(call, products):
-    """Whether rows are multiplied as they are, so that forward's copy of both views serves backward, too."""
-    return products == call.first.dtype != torch.float16 and call.first.shape[1] == _width(call.first)
+    """Shape and dtype of what forward multiplied, if backward can multiply it, too, or else of nothing.
+
+    Of float16's rows it would need the scales as well; of rows that are multiplied as they are, with zeros beyond D, a
+    copy would not be less than the rows.
+    """
+    m, width, same = call.first.shape[0], _width(call.first), products == call.first.dtype
+    fits = products != torch.float16 and call.first.shape[1] == width if same else call.need_gradient
+    return (2 * m, width) if fits else (0,), products if fits else call.first.dtype
 
 
 def _width(view):
