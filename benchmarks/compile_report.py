@@ -290,6 +290,7 @@ CASES = [
     Case("batch, loss only", "bf16", 128, forward(VIEWS, VIEWS, band=True, gradient=False), VIEWS**2, 1),
     Case("small batch", "bf16", 128, forward(256, 256, band=True), 2**16),
     Case("own keys", "bf16", 128, forward(256, 16, own=True)),
+    Case("own keys, ids and metrics", "bf16", 128, forward(256, 16, own=True, ids=True, metrics=True)),
     *(Case("batch, keys' gradient", dtype, 128, backward(*BATCH, band=True), MANY) for dtype in DTYPES),
     Case("batch, ids, keys' gradient", "bf16", 128, backward(*BATCH, band=True, ids=True), MANY),
     Case("NT-Xent, gradient", "fp32", 128, symmetric, VIEWS**2),

@@ -53,9 +53,14 @@ def steps(n: int, d: int, dtype: torch.dtype, shift: int) -> dict[str, Callable[
     ids, queue = torch.arange(n) % 7, MomentumQueue(64, d, store_ids=True)
     queue.enqueue(torch.randn(40, d), torch.arange(40))
     given = torch.randn(d, 50).to(dtype).T  # (K, D), column by column
+    own, many = torch.randn(n, 9, d).to(dtype).requires_grad_(), torch.randn(1100, d).to(dtype).requires_grad_()
+    with_ids = {"query_ids": ids, "negative_ids": torch.arange(1100)}
 
     def gradients(loss: Tensor) -> object:
-        return torch.autograd.grad(loss, [query, key], allow_unused=True)
+        return torch.autograd.grad(loss, [query, key, own, many], allow_unused=True)
+
+    def with_metrics(criterion: EqCoLoss | DualTempInfoNCE, *inputs: Tensor, **given: Tensor) -> object:
+        return gradients(criterion.with_metrics(query, key, *inputs, **given).loss)
 
     return {
         "batch": lambda: gradients(EqCoLoss()(query, key)),
@@ -64,6 +69,11 @@ def steps(n: int, d: int, dtype: torch.dtype, shift: int) -> dict[str, Callable[
         "random": lambda: gradients(EqCoLoss(num_negatives=3, sampling="random")(query, key)),
         "queue": lambda: gradients(EqCoLoss()(query, key, queue, query_ids=ids)),
         "columns": lambda: gradients(EqCoLoss(reduction="none")(query, key, given).sum()),
+        "own": lambda: with_metrics(EqCoLoss(), own, query_ids=ids, negative_ids=torch.arange(9)),
+        "picked": lambda: with_metrics(DualTempInfoNCE(num_negatives=3, sampling="random"), query_ids=ids),
+        "many": lambda: gradients(DualTempInfoNCE()(query, key, many)),
+        "many, ids": lambda: with_metrics(EqCoLoss(), many, **with_ids),
+        "many, mask": lambda: gradients(EqCoLoss()(query, key, many, negative_mask=torch.ones(1100) > 0)),
         "log-sum-exp": lambda: gradients(negatives_logsumexp(query, key).sum()),
     }
 

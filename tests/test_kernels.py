@@ -378,19 +378,15 @@ def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.Mon
     assert exact[5] < {"batch": 149, "views": 298}.get(where, 610)  # whose mean ids have made smaller
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (64, 65), (2100, 130)])
-def test_codes_of_ids(n: int, k: int) -> None:
-    """Each id's code is the first query that has it, and a bit tells of 64 keys and 64 queries."""
-    ids, key_ids = torch.randperm(4 * n)[:n] // 2, torch.randint(4 * n + 8, (k, 3))[:, 1] // 2
-    pairs = Pairs(query_ids=ids.to(DEVICE), key_ids=key_ids.to(DEVICE))
-    found = arguments.coded(pairs, n, k)[1].cpu()
-    equal = ids == torch.cat([key_ids, ids])[:, None]  # (k + n, n)
-    codes = torch.where(equal.any(1), equal.int().argmax(1), 2**30)
-    assert torch.equal(found[: k + n], codes.int())
-    words = found[k + n :].view(-(-k // 64), -(-n // 1024))
-    bits = torch.stack([(words >> bit) & 1 for bit in range(16)], 2).flatten(1)[:, : -(-n // 64)]
-    tiles_of = torch.nn.functional.pad(equal[:k], (0, -n % 64, 0, -k % 64)).view(-(-k // 64), 64, -(-n // 64), 64)
-    assert torch.equal(bits.bool(), tiles_of.any(3).any(1))
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (64, 65), (600, 130)])
+def test_marks_of_equal_ids(n: int, k: int) -> None:
+    """A bit for each 64 keys and 64 queries."""
+    ids, key_ids = torch.randperm(9 * n)[:n] // 2, torch.randint(9 * n, (k, 3))[:, 1] // 2
+    left = arguments.left_out(Pairs(query_ids=ids.to(DEVICE), key_ids=key_ids.to(DEVICE)))
+    marks = arguments.marked(left, n, k).cpu()
+    bits = torch.stack([(marks >> bit) & 1 for bit in range(tables.BITS)], 2).flatten(1)[:, : -(-n // 64)]
+    equal = F.pad(key_ids[:, None] == ids, (0, -n % 64, 0, -k % 64)).view(-(-k // 64), 64, -(-n // 64), 64)
+    assert torch.equal(bits.bool(), equal.any(3).any(1))
 
 
 # ------------------------------------------------------------------------------------------------- what must not matter

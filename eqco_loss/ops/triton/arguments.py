@@ -123,15 +123,13 @@ def left_out(pairs: Pairs) -> tuple[Any, ...]:
     return query_ids, key_ids, *_two_strides(key_ids), mask, *_two_strides(mask)
 
 
-def coded(pairs: Pairs, n: int, k: int) -> tuple[Any, ...]:
-    """In place of ``left_out``: what ``ids.code_ids`` makes of the queries' and the keys' ids."""
-    query_ids, key_ids, _, stride, *_ = left_out(pairs)
-    blocks, words = blocks_of(k, GRANULE), blocks_of(n, BITS * GRANULE)
-    out = torch.empty(k + n + blocks * words, dtype=torch.int32, device=query_ids.device)
-    launch(
-        kernels().ids.code_ids, (blocks + blocks_of(n, GRANULE),), query_ids, key_ids, stride, out, n, k, num_warps=4
-    )  # fmt: skip
-    return None, out, 0, 0, None, 0, 0
+def marked(left: tuple[Any, ...], n: int, k: int) -> Tensor:
+    """In which tiles a pass has to compare the ids of ``left_out``."""
+    query_ids, key_ids, _, stride, *_ = left
+    grid = blocks_of(k, GRANULE), blocks_of(n, BITS * GRANULE)
+    marks = torch.empty(grid, dtype=torch.int32, device=query_ids.device)
+    launch(kernels().ids.mark_alike, grid, query_ids, key_ids, stride, marks, n, k, num_warps=4)
+    return marks
 
 
 def _two_strides(x: Tensor | None) -> tuple[int, int]:

@@ -29,11 +29,11 @@ from . import arguments
 from .arguments import (
     KeyFacts,
     blocks_of,
-    coded,
     dot_dtype,
     facts,
     kernels,
     left_out,
+    marked,
     needs_64_bits,
     padded,
     piece_dtype,
@@ -52,6 +52,7 @@ class _KeysPlan(NamedTuple):
     splits: int  # of the rows
     sizes: tuple[int, ...]  # the kernel's integers: the band's three, blocks per view, rows of a split
     whole: bool  # whether the kernel stores the gradient, and no shares of it
+    marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
     constants: dict[str, Any]
 
 
@@ -83,13 +84,14 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
         *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
         *(arguments.arch(query), arguments.parallel(query), arguments.wave),
     )
-    left = coded(pairs, n, len(keys)) if plan.constants["ALIKE"] else left_out(pairs)
+    left = left_out(pairs)
+    marks = marked(left, n, len(keys)) if plan.marks else None
     whole = plan.whole and call.query_gradient is None and call.positive_gradient is None
     parts = out if whole else torch.empty((plan.splits, *keys.shape), dtype=torch.float32, device=device)
     launch(
         kernels().keys.keys_gradient, (plan.blocks, plan.splits),
         prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
-        None if call.grad.dim() else call.grad, *left, pairs.filled, parts,
+        None if call.grad.dim() else call.grad, *left, marks, pairs.filled, parts,
         n, len(keys), *plan.sizes, **plan.constants,
     )  # fmt: skip
     of_query = torch.empty((0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)
@@ -143,8 +145,8 @@ def _keys_plan(
     (k, d), count = one.shape, pieces(dtype, normalize)
     offset, width, modulus = one.band or (0, 0, 1)
     per_view = modulus if one.band else k
-    alike = one.ids == 1 and not one.masked and (not one.band or n == modulus)
-    tile = tile or keys_tile(dtype, padded(d), per_view, arch, count, alike)
+    marks = one.ids == 1 and not one.masked and (not one.band or n == modulus)
+    tile = tile or keys_tile(dtype, padded(d), per_view, arch, count, marks)
     if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
         tile = tile._replace(stages=1)
     band = ""
@@ -164,7 +166,6 @@ def _keys_plan(
         "SMALL": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
-        "ALIKE": alike,
         "NORMALIZE_KEYS": one.normalize,
         "CLEAN": one.clean,
         "FOLDED": normalize and dtype != torch.float32 and scalar,
@@ -177,7 +178,7 @@ def _keys_plan(
     }
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     sizes = offset, width, modulus, blocks_per_view, per_split * tile.streamed
-    return _KeysPlan(blocks, splits, sizes, whole, constants)
+    return _KeysPlan(blocks, splits, sizes, whole, marks, constants)
 
 
 def _splits(columns: int, wave: int) -> tuple[int, int]:

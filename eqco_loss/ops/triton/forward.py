@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..gap_kernels import add_up
-from .ids import GRANULE, may_be_alike
+from .ids import GRANULE, alike, may_be_alike
 from .parts import (
     CENTRE,
     LOG2E,
@@ -92,19 +92,19 @@ def prepare_rows(
 def visit(
     maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,  # what has been seen, per row
     q, q_low, q_rest, row_scale, positive_logit, row_ids, rows, row,
-    keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
-    mask, mask_stride_n, mask_stride_k, first, modulus, width, limit, lo, hi, ratio, n, k_all, view,
+    keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
+    mask, mask_stride_n, mask_stride_k, marks, first, modulus, width, limit, lo, hi, ratio, n, view,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
-    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     FACTOR: tl.constexpr, CLEAN: tl.constexpr,
     BOUNDED: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
     PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
 
-    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. ALIKE: ``key_ids`` is what ``code_ids`` made of
-    all ids, and ``view`` the place of the first key among all ``k_all``.
+    IN_PIECES: ``keys`` are PIECES matrices, whose sum the keys are. Where ``marks`` are given, ids
+    are compared only in tiles that these mark; ``view`` is the place of the first key among those of all views.
     """
     start = lo
     if BAND:
@@ -117,17 +117,17 @@ def visit(
             start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
         elif COMPARE != "none":  # beyond the last key, that key is loaded again: a mask of the load takes registers
             place = tl.minimum(column, limit - 1)
-        if COMPARE == "ends" or ALIKE:
+        if COMPARE == "ends" or marks is not None:
             rare = False  # whether some pair of this tile may have to be left out
             if COMPARE == "ends":
                 rare = c < BLOCK_ROWS - 1 or c + BLOCK_KEYS > width
-            if ALIKE:
+            if marks is not None:
                 from_key = c
                 if BAND:
                     from_key = (first + c) % modulus
                     rare = rare or from_key + BLOCK_KEYS > modulus
                 rare = rare or may_be_alike(
-                    key_ids, n, k_all, row, tl.minimum(row + BLOCK_ROWS, n) - 1,
+                    marks, n, row, tl.minimum(row + BLOCK_ROWS, n) - 1,
                     view + from_key, view + tl.minimum(from_key + BLOCK_KEYS, limit) - 1,
                     (BLOCK_ROWS + GRANULE - 1) // GRANULE, BLOCK_KEYS // GRANULE + 1,
                 )  # fmt: skip
@@ -165,13 +165,12 @@ def visit(
             )  # fmt: skip
             s = tl.where(keep, s, float("-inf"))
             count += tl.sum(tl.where(s == float("-inf"), 0.0, 1.0), 1)  # counted in s, whose layout keep has not
-        if (COMPARE == "ends" or ALIKE) and rare:
+        if (COMPARE == "ends" or marks is not None) and rare:
             if COMPARE == "ends":
                 ahead = column[None, :] - tl.arange(0, BLOCK_ROWS)[:, None]
                 s = tl.where((ahead >= 0) & (ahead < width), s, float("-inf"))
-            if ALIKE:
-                codes, own_codes = tl.load(key_ids + view + place), tl.load(key_ids + k_all + tl.minimum(rows, n - 1))
-                gone = own_codes[:, None] == codes[None, :]
+            if marks is not None:
+                gone = alike(query_ids, tl.minimum(rows, n - 1), key_ids, place.to(tl.int64) * ids_stride_k)
                 count -= tl.sum((gone & (s != float("-inf"))).to(tl.int32), 1).to(tl.float32)
                 s = tl.where(gone, float("-inf"), s)
         if METRICS:
@@ -203,13 +202,13 @@ def visit(
 def attend(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
     keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
-    mask, mask_stride_n, mask_stride_k, key_count, temperature_tensor,
+    mask, mask_stride_n, mask_stride_k, marks, key_count, temperature_tensor,
     parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
     n, half, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr,
-    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
+    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr, BOUNDED: tl.constexpr,
     ALPHA: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
     FINISH: tl.constexpr, WIDE: tl.constexpr,
@@ -244,7 +243,7 @@ def attend(
         q, row_scale = q * UNIT, row_scale / (UNIT * UNIT)
     q, q_low, q_rest = cut(q, PIECES)
     row_ids = rows
-    if IDS != 0 and not ALIKE:
+    if IDS != 0 and marks is None:
         row_ids = tl.load(query_ids + rows, mask=rows < n, other=0)
     floor: tl.constexpr = CENTRE if BOUNDED else MINIMUM
     maximum, inter_maximum = tl.full([BLOCK_ROWS], floor, tl.float32), tl.full([BLOCK_ROWS], floor, tl.float32)
@@ -263,12 +262,12 @@ def attend(
         keys = keys + view.to(tl.int64) * stride_k
         if FACTOR == "loaded":
             key_factor = key_factor + view
-        if IDS != 0 and not ALIKE:
+        if IDS != 0:
             key_ids = key_ids + view.to(tl.int64) * ids_stride_k
     lo = split % splits_per_view * chunk
     hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
     ratio = t / inter_t
-    PAIRS: tl.constexpr = (IDS != 0 and not ALIKE) or MASKED != 0
+    PAIRS: tl.constexpr = (IDS != 0 and marks is None) or MASKED != 0
     COMPARE: tl.constexpr = "pairs" if PAIRS else "ends" if BAND else "tail"
     middle = hi
     if COMPARE == "tail":
@@ -277,11 +276,11 @@ def attend(
         maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum = visit(
             maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
             q, q_low, q_rest, row_scale, positive_logit, row_ids, rows, block * BLOCK_ROWS,
-            keys, stride_piece, stride_k, stride_d, key_factor, key_ids, ids_stride_n, ids_stride_k,
-            mask, mask_stride_n, mask_stride_k,
-            first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n, k, view,
+            keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
+            mask, mask_stride_n, mask_stride_k, marks,
+            first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n, view,
             D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
-            IDS, MASKED, ALIKE, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
+            IDS, MASKED, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
             1 if rest else STAGES, WIDE,
         )  # fmt: skip
     if COMPARE == "tail":

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .ids import GRANULE, may_be_alike
+from .ids import GRANULE, alike, may_be_alike
 from .parts import (
     BASE,
     PULL,
@@ -76,17 +76,17 @@ def row_weights(
 def collect(
     acc, k, k_low, k_rest, key_inverse, key_row, keys_at,
     query, stride_piece, stride_n, stride_d, weights, prescale,
-    query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+    query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks,
     n, first, modulus, width, offset, key_limit, lo, hi, key,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    ALIKE: tl.constexpr, FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
+    FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
-    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ALIKE: see
-    ``visit``.
+    FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ``marks``:
+    see ``visit``.
     """
     plane = n.to(tl.int64)
     start = lo
@@ -101,17 +101,17 @@ def collect(
         present = row < n
         if COMPARE != "ends":  # beyond the last row, that row is loaded again: a mask of the load takes registers
             row = tl.minimum(row, n - 1)
-        if COMPARE == "ends" or ALIKE:
+        if COMPARE == "ends" or marks is not None:
             rare = False  # whether some pair of this tile may have to be left out
             if COMPARE == "ends":
                 rare = c < BLOCK_KEYS - 1 or c + BLOCK_ROWS > width
-            if ALIKE:
+            if marks is not None:
                 from_row = c
                 if BAND == "cyclic":
                     from_row = (first + c) % modulus
                     rare = rare or from_row + BLOCK_ROWS > modulus
                 rare = rare or may_be_alike(
-                    key_ids, n, key_limit, from_row, tl.minimum(from_row + BLOCK_ROWS, n) - 1,
+                    marks, n, from_row, tl.minimum(from_row + BLOCK_ROWS, n) - 1,
                     key, tl.minimum(key + BLOCK_KEYS, key_limit) - 1,
                     BLOCK_ROWS // GRANULE + 1, (BLOCK_KEYS + GRANULE - 1) // GRANULE + 1,
                 )  # fmt: skip
@@ -151,13 +151,13 @@ def collect(
                 (row >= 0)[None, :], (keys_at < key_limit)[:, None], IDS, MASKED,
             )  # fmt: skip
             x = tl.where(keep, x, 0.0)
-        if (COMPARE == "ends" or ALIKE) and rare:
+        if (COMPARE == "ends" or marks is not None) and rare:
             if COMPARE == "ends":
                 ahead = column[None, :] - tl.arange(0, BLOCK_KEYS)[:, None]
                 x = tl.where((ahead >= 0) & (ahead < width), x, 0.0)
-            if ALIKE:
-                own_codes = tl.load(key_ids + tl.minimum(keys_at, key_limit - 1))
-                x = tl.where(own_codes[:, None] == tl.load(key_ids + key_limit + row)[None, :], 0.0, x)
+            if marks is not None:
+                at = tl.minimum(keys_at, key_limit - 1).to(tl.int64) * ids_stride_k
+                x = tl.where(alike(key_ids, at, query_ids, row), 0.0, x)
         if k.dtype == tl.float16:  # of rows and keys that are only padding
             x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         acc = add_product(acc, x, q, q_low, q_rest, PIECES)
@@ -167,11 +167,11 @@ def collect(
 @triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "chunk"])
 def keys_gradient(
     query, stride_piece, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, grad, query_ids, key_ids,
-    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, key_count, out,
+    ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks, key_count, out,
     n, k, offset, width, modulus, blocks_per_view, chunk,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
-    ALIKE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
     STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
@@ -209,7 +209,7 @@ def keys_gradient(
         most = tl.load(largest)
         prescale = 4096.0 / tl.where(most > 1e-30, most, 1.0)
     acc = tl.zeros([BLOCK_KEYS, BLOCK_D], tl.float32)
-    PAIRS: tl.constexpr = (IDS != 0 and not ALIKE) or MASKED != 0
+    PAIRS: tl.constexpr = (IDS != 0 and marks is None) or MASKED != 0
     COMPARE: tl.constexpr = (
         "ends" if BAND == "cyclic" and WHOLE and not PAIRS else "pairs" if BAND != "" or PAIRS else "tail"
     )
@@ -221,9 +221,9 @@ def keys_gradient(
     acc = collect(
         acc, k_tile, k_low, k_rest, inverse, key_row, view_start + key_row,
         query, stride_piece, stride_n, stride_d, weights, prescale,
-        query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k,
+        query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks,
         n, first, modulus, width, offset, k, lo, hi, view_start + start,
-        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, ALIKE, NORMALIZE_KEYS and raw, FOLDED,
+        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
         PIECES, STAGES, WIDE,
     )  # fmt: skip
     if half:

@@ -20,11 +20,11 @@ from . import arguments
 from .arguments import (
     KeyFacts,
     blocks_of,
-    coded,
     dot_dtype,
     facts,
     kernels,
     left_out,
+    marked,
     padded,
     piece_dtype,
     strides_of,
@@ -69,6 +69,7 @@ class _Visit(NamedTuple):
     sizes: tuple[int, ...]  # the kernel's integers: offset, width and modulus of a band, columns of a split, splits
     constants: dict[str, Any]
     prepared: _Prepared | None
+    marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
 
 
 class _Plan(NamedTuple):
@@ -173,10 +174,11 @@ def _attend(
                 **visit.constants,
             )  # fmt: skip
         else:
-            pairs = coded(one.pairs, n, keys.shape[-2]) if visit.constants["ALIKE"] else left_out(one.pairs)
+            left = left_out(one.pairs)
+            marks = marked(left, n, keys.shape[-2]) if visit.marks else None
             launch(
                 visit.kernel, (visit.rows, visit.splits),
-                *queries, keys, *strides_of(keys), factor, *pairs, one.pairs.filled, t, *answers,
+                *queries, keys, *strides_of(keys), factor, *left, marks, one.pairs.filled, t, *answers,
                 n, half, keys.shape[-2], *visit.sizes, *split, *floats,
                 **visit.constants,
             )  # fmt: skip
@@ -255,7 +257,7 @@ def _own_keys(n: int, d: int, one: KeyFacts, common: dict[str, Any]) -> _Visit:
         "NORMALIZE_KEYS": one.normalize,
         "num_warps": 4,
     }
-    return _Visit(kernels().own.attend_own, 1, n, (one.columns,), constants | common, None)
+    return _Visit(kernels().own.attend_own, 1, n, (one.columns,), constants | common, None, False)
 
 
 def _shared_keys(
@@ -276,10 +278,10 @@ def _shared_keys(
     offset, width, modulus = one.band or (0, k, 1)
     views = k // modulus if one.band else 1
     by_pair = bool(one.ids or one.masked)
-    alike = one.ids == 1 and not one.masked
+    marks = one.ids == 1 and not one.masked
     small = views == 1 and width <= _COLUMNS_AT_ONCE and n * width <= 2**18
     if tile is None and small:
-        tile, alike = small_tile(dtype, padded(d)), False  # a look at all ids first costs more
+        tile, marks = small_tile(dtype, padded(d)), False  # a look at all ids first costs more
     elif tile is None:
         plain = options.query_gradient and options.loss != "dual" and not options.metrics and not by_pair
         plain = plain and not (one.normalize and (dtype == torch.float16 or arch >= 100))
@@ -291,7 +293,7 @@ def _shared_keys(
             converts=converts,
             turned=turned,
             by_pair=by_pair,
-            alike_in_band=alike and bool(one.band),
+            marks=marks,
             count=count,
         )
     if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
@@ -315,7 +317,6 @@ def _shared_keys(
         "SMALL": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
-        "ALIKE": alike,
         "FACTOR": how,
         "CLEAN": one.clean,
         "BOUNDED": bounded and count == 1,  # float16's pieces hold no weights above 2 ** 16
@@ -325,7 +326,7 @@ def _shared_keys(
     }
     sizes = offset, width if one.band else 0, modulus, chunk, splits_per_view
     visit = _Visit(
-        kernels().forward.attend, views * splits_per_view, rows, sizes, constants | common, prepared
+        kernels().forward.attend, views * splits_per_view, rows, sizes, constants | common, prepared, marks
     )  # fmt: skip
     return visit, tile.resident
 

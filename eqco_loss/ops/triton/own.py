@@ -49,10 +49,10 @@ def attend_own(
     positive_logit = tl.zeros([1], tl.float32)
     p = load_rows(positive, rows, positive_stride_n, positive_stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
     if METRICS:
-        s = tl.sum(q * p, 1) * scale
+        positive_logit = tl.sum(q * p, 1) * scale
         if NORMALIZE:
-            s = s * inverse_norm(p)
-        positive_logit = tie_broken(s)
+            positive_logit = positive_logit * inverse_norm(p)
+        positive_logit = tie_broken(positive_logit)
     row_ids = row
     if IDS != 0:
         row_ids = tl.load(query_ids + row)

@@ -14,7 +14,7 @@ import torch
 
 LITTLE_SHARED_MEMORY = (86, 89, 120, 121)  # 99 KB a block, which leaves no room for a second stage of everything
 GRANULE = 64  # of queries and of keys, for which one bit tells whether ids are to be compared
-BITS = 16  # of these in a word
+BITS = 4  # of these in a word
 UNIT = 64.0  # float16's pieces of a unit row are of the row times this, which lifts the low piece to where it is exact
 
 
@@ -47,14 +47,14 @@ def forward_tile(
     converts: bool = False,
     turned: bool = False,
     by_pair: bool = False,
-    alike_in_band: bool = False,
+    marks: bool = False,
     count: int = 3,
 ) -> Tile:
     """Of ``attend`` for many keys, which are streamed.
 
     ``plain``: one softmax and its gradient, which leaves registers for more keys. ``converts``: keys of another dtype,
     which the kernel converts; ``turned``: these lie column by column, and turning a tile around takes registers;
-    ``by_pair``: each pair is compared by ids or a mask; ``alike_in_band``: a band's, in tiles with equal ids;
+    ``by_pair``: each pair is compared by ids or a mask; ``marks``: by ids, in tiles that ``ids.mark_alike`` marks;
     ``count``: of float32's pieces.
     """
     plain = plain and not turned
@@ -64,8 +64,8 @@ def forward_tile(
     narrow = major not in (9, 10)  # a warp multiplies on its own, with everything in registers
     warps = 8 if rows >= 128 else 4  # a warp has 16 whole rows, or on sm_90 four have 64
     if block_d <= 128:
-        if major == 9 and alike_in_band:
-            return Tile(min(rows, 64), 64, 4, 2)  # by its loop; 64 x 128/4/2 waits for each product
+        if major == 9 and marks:
+            return Tile(min(rows, 64), 64, 4, 3)  # measured: M2 57.3 us, 64 x 128/4/2 61.8, 64 x 64/4/2 63.4
         if major == 9 and not converts:
             # measured: M1 31, S1 43, S2 61 us; 128 x 128/8/2 40, 52, 69. Two temperatures and metrics by their loops:
             # 8.8 and 12.5 instructions a pair; 128 x 64/8/3 9.9 and 13.2. Ids measured, with all other launches of a
@@ -109,14 +109,14 @@ def small_tile(dtype: torch.dtype, block_d: int) -> Tile:
     return Tile(16, 32 if block_d > 128 else 64, 4, 2)  # by its loop
 
 
-def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int, count: int = 3, alike: bool = False) -> Tile:
-    """Of ``keys_gradient``: keys are resident, rows of the query streamed. ``alike``: only some tiles compare ids."""
+def keys_tile(dtype: torch.dtype, block_d: int, k: int, arch: int, count: int = 3, marks: bool = False) -> Tile:
+    """Of ``keys_gradient``: keys are resident, rows of the query streamed. ``marks``: only some tiles compare ids."""
     if dtype == torch.float32:
         return forward_tile(dtype, block_d, k, arch, plain=False, count=count)
     keys = max(16, power_of_two(k))
     if block_d <= 128:
-        if arch // 10 == 9 and alike:
-            return Tile(min(keys, 64), 64, 4, 2)  # by its loop; 64 x 128/4/2 waits for each product
+        if arch // 10 == 9 and marks:
+            return Tile(min(keys, 64), 64, 4, 3)  # by its loop; 64 x 128/4/2 waits for each product
         if arch // 10 == 9:
             return Tile(min(keys, 64), 128, 4, 2)  # measured: S1 35 us; 64 x 64/4/3 39
         return Tile(min(keys, 64), 64, 4, 3)  # by its loop
