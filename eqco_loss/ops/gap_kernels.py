@@ -1,4 +1,6 @@
-"""``gap`` for kernels: what those of both Triton backends do once their passes over the negatives are over."""
+"""What the kernels of both Triton backends share: the temperature, and ``gap`` for kernels, which is what they do once
+their passes over the negatives are over.
+"""
 
 # mypy: ignore-errors
 # ruff: noqa: N803
@@ -9,6 +11,16 @@ import triton.language as tl
 from .calls import LN2 as _LN2
 
 LN2 = tl.constexpr(_LN2)
+
+
+@triton.jit
+def read_temperature(number, tensor):
+    """t; NaN where it is learned and not positive."""
+    t = number
+    if tensor is not None:
+        t = tl.load(tensor).to(tl.float32)
+        t = tl.where(t > 0.0, t, float("nan"))
+    return t
 
 
 @triton.jit

@@ -14,7 +14,7 @@ unit vector rounded to half would cost more exactness than everything else.
 import triton
 import triton.language as tl
 
-from ..gap_kernels import add_up
+from ..gap_kernels import add_up, read_temperature
 from .ids import GRANULE, alike, may_be_alike
 from .parts import (
     CENTRE,
@@ -40,7 +40,6 @@ from .parts import (
     load_rows,
     partners,
     product,
-    read_temperature,
     store_parts,
     store_pieces,
     tie_broken,

@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from ..gap_kernels import read_temperature
 from .ids import GRANULE, alike, may_be_alike
 from .parts import (
     BASE,
@@ -23,7 +24,6 @@ from .parts import (
     load_pieces,
     load_rows,
     product,
-    read_temperature,
     store_pieces,
     store_rows,
     store_weights,

@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from ..gap_kernels import read_temperature
 from .parts import (
     BASE,
     LOG2E,
@@ -18,7 +19,6 @@ from .parts import (
     inverse_norm,
     kept,
     load_rows,
-    read_temperature,
     store_parts,
     store_rows,
     through_unit,

@@ -169,16 +169,6 @@ def store_plane(out, plane: tl.constexpr, rows, n, value):
 
 
 @triton.jit
-def read_temperature(number, tensor):
-    """t; NaN where it is learned and not positive."""
-    t = number
-    if tensor is not None:
-        t = tl.load(tensor).to(tl.float32)
-        t = tl.where(t > 0.0, t, float("nan"))
-    return t
-
-
-@triton.jit
 def inverse_norm(x):
     """1 / length of each row of x (R, D), float32."""
     x = x.to(tl.float32)

@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from ..gap_kernels import read_temperature
 from .parts import (
     BASE,
     BOUNDED_PULL,
@@ -20,7 +21,6 @@ from .parts import (
     load_pieces,
     load_rows,
     product,
-    read_temperature,
     store_rows,
     through_unit,
     wrapped,

@@ -13,7 +13,7 @@ from ..calls import LN2 as _LN2
 from ..calls import LOG2E as _LOG2E
 from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import Metric, Row
-from ..gap_kernels import something, values
+from ..gap_kernels import read_temperature, something, values
 from .pointwise import MINIMUM as _MINIMUM
 from .pointwise import Plane
 
@@ -236,16 +236,6 @@ def finished(
         of_temperature = pull * (above - weighted / total) * LN2
     tl.store(out + ROW_TEMPERATURE * n + rows, of_temperature, mask=inside)
     return loss * share, pull, intra_loss, weight, log_weight
-
-
-@triton.jit
-def read_temperature(temperature, temperature_tensor):
-    """t, NaN where a learned one is not positive."""
-    t = temperature
-    if temperature_tensor is not None:
-        t = tl.load(temperature_tensor).to(tl.float32)
-        t = tl.where(t > 0.0, t, float("nan"))
-    return t
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..calls import Row
-from ..gap_kernels import add_up, something
+from ..gap_kernels import add_up, read_temperature, something
 from .kernels import (
     INTER_TOTAL,
     LOG2E,
@@ -20,7 +20,6 @@ from .kernels import (
     WEIGHTED,
     finished,
     load_plane,
-    read_temperature,
 )
 from .mutual_kernels import (
     BOUNDED,
