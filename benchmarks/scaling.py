@@ -2,12 +2,14 @@
 
     python -m benchmarks.scaling            # K = 2^4 to 2^22 against 256 queries, N = 2^6 to 2^14 in-batch, D to 2^11
 
-A way that would need more memory than is free, or too long, is a row that says so.
+A way that would need more memory than is free, or too long, is a row that says so. The smallest and the largest sizes
+come first and then those between, of all three in turn, so that a deadline leaves a coarser picture.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -48,10 +50,25 @@ def main(args: Args) -> None:
     batches = [Case("S1", 2**p, 2**p - 1, dtype=dtype) for p in range(6, 17, 2) if 2**p <= args.largest_n]
     n = 4096 if device == "cuda" else 1024
     widths = [Case("S1", n, n - 1, 2**p, dtype) for p in range(5, 14) if 2**p <= args.largest_d and p != 7]  # has been
-    if not queues + batches + widths:
+    chosen = [
+        case for some in zip_longest(*map(spread, (queues, batches, widths))) for case in some if case is not None
+    ]
+    if not chosen:
         raise SystemExit("error: largest_k, largest_n, largest_d: expected at least 16, 64 or 32, got less of all.")
     plan = Plan(device=device, rounds=args.rounds, step_limit=args.step_limit, out=out, deadline=args.deadline)
-    run_all(queues + batches + widths, wants, plan)
+    run_all(chosen, wants, plan)
+
+
+def spread(sizes: list[Case]) -> list[Case]:
+    """Both ends, and then again and again what is in the middle of what is left between two."""
+    found, gaps = [*sizes[:1], *sizes[1:][-1:]], [(0, len(sizes) - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            found.append(sizes[middle])
+            gaps += [(low, middle), (middle, high)]
+    return found
 
 
 def wants(case: Case, one: Peer) -> bool:

@@ -102,14 +102,21 @@ def test_the_matrix_has_what_it_should() -> None:
         assert case.workload in workloads.WORKLOADS
 
 
+def test_scaling_begins_with_both_ends() -> None:
+    sizes = [workloads.Case("M1", 1, k) for k in range(7)]
+    for count in range(8):
+        assert sorted(case.k for case in scaling.spread(sizes[:count])) == list(range(count))
+    assert [case.k for case in scaling.spread(sizes)][:3] == [0, 6, 3]
+
+
 def test_scaling_is_in_k_n_and_d(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Case] = []
     monkeypatch.setattr(scaling, "run_all", lambda cases, wants, plan: found.extend(cases))
     scaling.main(scaling.Args(device="cpu", largest_k=2**8, largest_n=2**8, largest_d=2**8))
     assert len(found) == len(set(found))
-    assert [case.k for case in found if case.workload == "M1"] == [16, 64, 256]
-    assert [case.n for case in found if case.workload == "S1" and case.d == 128] == [64, 256]
-    assert [case.d for case in found if case.workload == "S1" and case.d != 128] == [32, 64, 256]
+    assert sorted(case.k for case in found if case.workload == "M1") == [16, 64, 256]
+    assert sorted(case.n for case in found if case.workload == "S1" and case.d == 128) == [64, 256]
+    assert sorted(case.d for case in found if case.workload == "S1" and case.d != 128) == [32, 64, 256]
     assert {one.name for one in PEERS if one.wanted(S1) and scaling.wants(S1, one)} == {
         "eqco_loss",
         "torch.compile",
