@@ -373,6 +373,7 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
     """Prepared, warmed up and right, or the reason why it is not timed."""
     case, device = problem.case, problem.device.type
     free(device)  # what the one before it left
+    problem = problem.with_own_leaves() if device == "cuda" else problem
     needed, available = one.bytes(problem), available_bytes(device)
     if needed > 0.8 * available:
         return f"needs about {needed / 1e9:.0f} GB, over four fifths of the {available / 1e9:.0f} that are free"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -109,6 +110,17 @@ class Problem:
         self.leaves = [self.query, self.key] if case.keys_learn else [self.query]
         # float16's gradients as a GradScaler has them: those of single logits would vanish
         self.scale = torch.tensor(2.0**14, device=self.device) if case.dtype == "float16" else None
+
+    def with_own_leaves(self) -> Problem:
+        """The same with leaves of the same values that no other way knows.
+
+        A way may hold on to its last step, and through it to the leaves' gradient nodes, which belong to that step's
+        stream: no CUDA graph of another way with the same leaves could be captured.
+        """
+        other = copy.copy(self)
+        query, key = (x.detach().clone().requires_grad_(x.requires_grad) for x in (self.query, self.key))
+        other.query, other.key, other.leaves = query, key, [query, key][: len(self.leaves)]
+        return other
 
     def truth(self) -> list[Tensor]:
         """Loss and (scaled) gradients in float64 on these inputs, some rows at a time."""

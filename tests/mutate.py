@@ -65,6 +65,16 @@ SAME = {  # of a change's kernel and text, why nobody could see it
     "lower_than: row + BLOCK_ROWS > row_stop with >=": "a tile that ends with the rows is masked, and needs no mask",
     "lower_than: key + KEYS > key_stop with >=": "a tile that ends with the keys is masked, and needs no mask",
     "lower_than: ahead > -BLOCK_ROWS with >=": "the tile beside the diagonal's is masked, and needs no mask",
+    "attend_own: s > positive_logit[:, None] with >=": "no logit is the threshold, as in fold_kernel",
+    "load_outs: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
+    "multiplied: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
+    "keys_gradient: most > 1e-30 with >=": "there both forms are right",
+    "keys_gradient_own: row + tl.arange(0, 1) with -": "a range of one element is 0",
+    "keys_gradient_picked: key + tl.arange(0, 1) with -": "a range of one element is 0",
+    "statistics_of: keys_of_their_own & (key + beside < key_stop) becomes key + beside < key_stop": (
+        "rows and keys of a tile on the diagonal are the same, and their numbers are stored in one place"
+    ),
+    "statistics_of_tile: key < key_stop with <=": "no tile begins behind the last key",
     "load_part: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
 }
 

@@ -102,6 +102,17 @@ def test_the_matrix_has_what_it_should() -> None:
         assert case.workload in workloads.WORKLOADS
 
 
+def test_each_way_can_have_leaves_of_its_own() -> None:
+    for case in (workloads.Case("S1", 8, 7, 16), workloads.Case("M2", 8, 32, 16)):
+        problem = Problem(case, "cpu")
+        other = problem.with_own_leaves()
+        (ours,) = (one for one in PEERS if one.name == "eqco_loss" and one.wanted(case))
+        with torch.no_grad():
+            problem.query.zero_()
+        got, truth = runner.step_of(other, ours.prepare(other)), other.truth()
+        torch.testing.assert_close([x.detach().double() for x in got], truth, atol=1e-6, rtol=1e-5)
+
+
 def test_scaling_begins_with_both_ends() -> None:
     sizes = [workloads.Case("M1", 1, k) for k in range(7)]
     for count in range(8):

@@ -289,7 +289,8 @@ def test_logsumexp(shape: tuple[int, ...], ids: bool) -> None:
 
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize(
-    ("n", "offset", "modulus", "width"), [(5, 3, 40, 39), (5, 36, 41, 7), (18, 0, 18, 17), (18, 0, 18, 3)]
+    ("n", "offset", "modulus", "width"),
+    [(5, 3, 40, 39), (5, 36, 41, 7), (18, 0, 18, 17), (18, 0, 18, 3), (80, 90, 200, 5)],
 )
 def test_bands(n: int, offset: int, modulus: int, width: int, views: int) -> None:
     """Rows of one rank against the keys of all: own place out, or the next few, cyclic."""

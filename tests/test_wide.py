@@ -334,10 +334,12 @@ def test_chunks_of_statistics(
         monkeypatch.setattr(mutual, name, getattr(mutual, name)._replace(programs=1, pieces=1))
     monkeypatch.setattr(mutual, "PARTS", 1)
     every = ours_both(call, grad)
+    monkeypatch.setattr(chunks, "steps", lambda n, k, *_: (min(n, 40), min(k, 70)))  # of several tiles each
+    larger = ours_both(call, grad)
     monkeypatch.setattr(chunks, "steps", STEPS)
     single = ours_both(call, grad)
     for name, x in single.items():
-        for other in (several[name], every[name]):
+        for other in (several[name], every[name], larger[name]):
             torch.testing.assert_close(other, x, rtol=2e-2 if name == "views" else 1e-5, atol=1e-6, msg=name)
         off = (x.double() - truth[name]).abs().max() / truth[name].abs().max()
         assert off < 0.01, (name, float(off))  # of bfloat16 products
