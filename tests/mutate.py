@@ -34,11 +34,12 @@ FUSED = (
 )
 WIDE = ("tests/test_world.py", "tests/test_wide.py", "-k", "kernels")
 BOTH = (*WIDE[:-1], "kernels and (directions or statistics or temperatures or views)")
+IDS = ("tests/test_kernels.py", "-k", "ids")
 TESTS = {  # the files of kernels, and what tests them
     "triton/parts.py": FUSED,
     "triton/forward.py": FUSED,
     "triton/keys.py": FUSED,
-    "triton/ids.py": FUSED,
+    "triton/ids.py": IDS,
     "triton/own.py": FUSED,
     "triton/symmetric.py": FUSED,
     "wide/kernels.py": WIDE,

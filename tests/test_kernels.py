@@ -340,17 +340,21 @@ IDS_OF = {  # n, negatives
 
 @pytest.mark.parametrize(
     ("where", "kind"),
-    [*((where, kind) for where in IDS_OF for kind in ("int64", "high bits")), ("given", "int32"), ("given", "NaN")],
+    [
+        *((where, kind) for where in IDS_OF for kind in ("int64", "high bits")),
+        *(("given", "int32"), ("given", "NaN"), ("batch", "large tiles"), ("views", "large tiles")),
+    ],
 )
 def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids are compared in tiles that hold equal ones, of which one bit of 32 tells, for up to two of these 39 tiles."""
+    """Ids are compared only in tiles that hold equal ones; a tile has less than one mark's rows and keys, or several."""
     monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
-    monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: tables.Tile(16, 16, 4, 1))
-    monkeypatch.setattr(backward, "keys_tile", lambda *_, **__: tables.Tile(16, 16, 4, 1))
+    tile = tables.Tile(128, 64, 4, 1) if kind == "large tiles" else tables.Tile(16, 16, 4, 1)
+    monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: tile)
+    monkeypatch.setattr(backward, "keys_tile", lambda *_, **__: tile)
     monkeypatch.setattr(arguments, "parallel", lambda _: 1)
     n, k = IDS_OF[where]
     ids, key_ids = torch.arange(n), torch.arange(610) + 1000
-    ids[2], ids[17] = 3, n - 1  # pairs of a batch's rows that are alike
+    ids[2], ids[17], ids[70:71] = 3, n - 1, 120  # pairs of a batch's rows that are alike
     key_ids[[5, 6, 100, 609]] = torch.tensor([3, 0, 17, n - 1])
     if kind == "high bits":  # ids that only these tell apart, and a pair of which only they are equal
         ids, key_ids = ids << 32, key_ids << 32
