@@ -346,7 +346,7 @@ IDS_OF = {  # n, negatives
     ],
 )
 def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids are compared only in tiles that hold equal ones; a tile has less than one mark's rows and keys, or several."""
+    """Ids are compared only in tiles that hold equal ones, of one mark or of several."""
     monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
     tile = tables.Tile(128, 64, 4, 1) if kind == "large tiles" else tables.Tile(16, 16, 4, 1)
     monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: tile)

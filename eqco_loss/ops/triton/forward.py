@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..gap_kernels import add_up, read_temperature
-from .ids import GRANULE, alike, may_be_alike
+from .ids import alike, may_be_alike
 from .parts import (
     CENTRE,
     LOG2E,
@@ -128,7 +128,7 @@ def visit(
                 rare = rare or may_be_alike(
                     marks, n, row, tl.minimum(row + BLOCK_ROWS, n) - 1,
                     view + from_key, view + tl.minimum(from_key + BLOCK_KEYS, limit) - 1,
-                    (BLOCK_ROWS + GRANULE - 1) // GRANULE, BLOCK_KEYS // GRANULE + 1,
+                    BLOCK_ROWS, BLOCK_KEYS,
                 )  # fmt: skip
         k, k_low, k_rest = load_pieces(
             keys, stride_piece, place, stride_k, stride_d, limit, D, BLOCK_D, WIDE, PIECES if IN_PIECES else 1

@@ -39,14 +39,11 @@ def either(a, b):
 
 @triton.jit
 def may_be_alike(marks, n, row, last_row, key, last_key, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Whether pairs of equal ids may be among the rows row .. last_row and the keys key .. last_key.
-
-    ROWS and KEYS: of how many GRANULEs these may be.
-    """
+    """Whether pairs of equal ids may be among the rows row .. last_row, at most ROWS, and the keys key .. last_key."""
     found = 0
-    for i in tl.static_range(KEYS):
+    for i in tl.static_range((KEYS + GRANULE - 2) // GRANULE + 1):  # as many GRANULEs as they may begin and end in
         words = marks + tl.minimum(key // GRANULE + i, last_key // GRANULE) * tl.cdiv(n, BITS * GRANULE)
-        for j in tl.static_range(ROWS):
+        for j in tl.static_range((ROWS + GRANULE - 2) // GRANULE + 1):
             granule = tl.minimum(row // GRANULE + j, last_row // GRANULE)
             found = found | (tl.load(words + granule // BITS) >> granule % BITS)
     return found & 1 != 0

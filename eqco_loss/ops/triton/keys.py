@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..gap_kernels import read_temperature
-from .ids import GRANULE, alike, may_be_alike
+from .ids import alike, may_be_alike
 from .parts import (
     BASE,
     PULL,
@@ -113,7 +113,7 @@ def collect(
                 rare = rare or may_be_alike(
                     marks, n, from_row, tl.minimum(from_row + BLOCK_ROWS, n) - 1,
                     key, tl.minimum(key + BLOCK_KEYS, key_limit) - 1,
-                    BLOCK_ROWS // GRANULE + 1, (BLOCK_KEYS + GRANULE - 1) // GRANULE + 1,
+                    BLOCK_ROWS, BLOCK_KEYS,
                 )  # fmt: skip
         q, q_low, q_rest = load_pieces(query, stride_piece, row, stride_n, stride_d, n, D, BLOCK_D, WIDE, PIECES)
         scale = tl.load(weights + SCALE * plane + row)
