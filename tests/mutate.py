@@ -76,6 +76,8 @@ SAME = {  # of a change's kernel and text, why nobody could see it
         "rows and keys of a tile on the diagonal are the same, and their numbers are stored in one place"
     ),
     "statistics_of_tile: key < key_stop with <=": "no tile begins behind the last key",
+    "may_be_alike: found & 1 becomes found": "ids are compared in more tiles than need be, which is as right",
+    "may_be_alike: found & 1 becomes 1": "ids are compared in all tiles, which is as right",
     "load_part: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
 }
 
