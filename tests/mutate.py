@@ -78,6 +78,9 @@ SAME = {  # of a change's kernel and text, why nobody could see it
     "statistics_of_tile: key < key_stop with <=": "no tile begins behind the last key",
     "may_be_alike: found & 1 becomes found": "ids are compared in more tiles than need be, which is as right",
     "may_be_alike: found & 1 becomes 1": "ids are compared in all tiles, which is as right",
+    "visit: tl.minimum(row + BLOCK_ROWS, n) - 1 with +": "one mark more is looked at, which is as right",
+    "sigmoid: x < 0 with <=": "there both forms are right",
+    "softplus_over_sigmoid: x < 0 with <=": "there both forms are right",
     "load_part: rows < n with <=": "what a row beyond the last has is read, and nothing of that row is stored",
 }
 

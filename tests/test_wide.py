@@ -335,6 +335,7 @@ def test_chunks_of_statistics(
     monkeypatch.setattr(mutual, "PARTS", 1)
     every = ours_both(call, grad)
     monkeypatch.setattr(chunks, "steps", lambda n, k, *_: (min(n, 40), min(k, 70)))  # of several tiles each
+    monkeypatch.setattr(mutual, "WEIGHTS", mutual.WEIGHTS._replace(rows=32, keys=32))
     larger = ours_both(call, grad)
     monkeypatch.setattr(chunks, "steps", STEPS)
     single = ours_both(call, grad)
