@@ -1,4 +1,4 @@
-"""Arguments that a constructor does not take, by name or by position: an error that tells what was meant."""
+"""Arguments that a constructor or a call does not take: an error that tells what was meant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-Init = TypeVar("Init", bound=Callable[..., None])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What papers and other packages call our arguments; of several, the first that the class or its call has
 OTHER_NAMES = {
@@ -22,6 +22,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("d", "D", "width", "embed_dim", "embedding_dim", "feature_dim"), ("dim",)),
     **dict.fromkeys(("bank", "memory_bank", "memory", "queue", "negatives", "keys"), ("negative_keys",)),
     **dict.fromkeys(("ids", "labels"), ("query_ids", "store_ids")),
+    **dict.fromkeys(("q", "anchor", "embeddings"), ("query",)),
+    **dict.fromkeys(("positive", "positives", "key"), ("positive_key",)),
     "mask": ("negative_mask",),
     **dict.fromkeys(("bidirectional", "symmetrical"), ("symmetric",)),
     **dict.fromkeys(("l2_normalize", "cosine", "norm"), ("normalize",)),
@@ -34,21 +36,29 @@ OTHER_WAYS = {
 }
 TO_THE_CALL = "Embeddings go to the call: criterion = EqCoLoss(), then criterion(query, positive_key)."
 OF_A_CALL = ("query", "positive_key", "negative_keys", "query_ids", "negative_ids", "negative_mask")
+OF_A_LOSS = (
+    *("temperature", "inter_temperature", "alpha", "in_batch", "num_negatives", "sampling", "symmetric"),
+    *("normalize", "gather", "reduction", "backend"),
+)
+OWNERS = {"forward": "a loss's call", "with_metrics": "with_metrics", "chosen_backend": "chosen_backend"}
 
 
-def explains_names(init: Init) -> Init:
-    """The same constructor, signature and types included, which explains a keyword that it does not have."""
+def explains_names(function: Function) -> Function:
+    """The same function, signature and types included, which explains a keyword that it does not have."""
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    known = [name for name, each in inspect.signature(init).parameters.items() if each.kind in by_keyword][1:]
+    parameters = inspect.signature(function).parameters
+    known = [name for name, each in parameters.items() if each.kind in by_keyword and name != "self"]
+    owner, _, name_of = function.__qualname__.rpartition(".")
+    owner = owner if name_of == "__init__" else OWNERS.get(name_of, function.__qualname__)
 
-    @functools.wraps(init)
-    def explained(self: Any, *positional: Any, **keywords: Any) -> None:
+    @functools.wraps(function)
+    def explained(*positional: Any, **keywords: Any) -> Any:
         for name in keywords:
             if name not in known:
-                raise TypeError(explanation(init.__qualname__.split(".")[0], name, known))
-        init(self, *positional, **keywords)
+                raise TypeError(explanation(owner, name, known))
+        return function(*positional, **keywords)
 
-    return cast(Init, explained)
+    return cast(Function, explained)
 
 
 def check_positional(positional: tuple[object, ...]) -> None:
@@ -69,14 +79,23 @@ def check_positional(positional: tuple[object, ...]) -> None:
 def explanation(owner: str, name: str, known: list[str]) -> str:
     """What to write instead."""
     wrong = f"{name}: expected an argument of {owner} ({', '.join(known)}), got {name!r}."
-    callable_with = OF_A_CALL if "alpha" in known else ()
-    if name in OTHER_WAYS:
+    elsewhere, where = _elsewhere(known)
+    if name in OTHER_WAYS and name not in elsewhere:
         return f"{wrong} {OTHER_WAYS[name]}"
     meant = [*OTHER_NAMES.get(name, OTHER_NAMES.get(name.lower(), ())), name]
-    meant += difflib.get_close_matches(name.lower(), [*known, *callable_with], n=1)
+    meant += difflib.get_close_matches(name.lower(), [*known, *elsewhere], n=1)
     for each in meant:
         if each in known:
             return f"{wrong} Write {each}=."
-        if each in callable_with:
-            return f"{wrong} {each} belongs in the call: criterion(query, positive_key, {each}=...)."
-    return f"{wrong} help({owner}) tells what each does."
+        if each in elsewhere:
+            return f"{wrong} {each} belongs in {where.format(each)}."
+    return f"{wrong} help({owner}) tells what each does." if owner.isidentifier() else wrong
+
+
+def _elsewhere(known: list[str]) -> tuple[tuple[str, ...], str]:
+    """What a constructor's call takes, or a call's constructor, and how it is written there."""
+    if "positive_key" in known and "alpha" not in known:
+        return OF_A_LOSS, "the constructor: EqCoLoss({}=...)"
+    if "alpha" in known and "positive_key" not in known:
+        return OF_A_CALL, "the call: criterion(query, positive_key, {}=...)"
+    return (), ""

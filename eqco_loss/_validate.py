@@ -393,7 +393,7 @@ def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
             f"torch.tensor({name})."
         )
     if value.dtype not in INTEGERS:
-        raise TypeError(f"{name}: expected integers (int64 or narrower, signed), got {value.dtype}. Use {name}.long().")
+        raise TypeError(f"{name}: expected integers (int8 to int64, or uint8), got {value.dtype}. Use {name}.long().")
     if tuple(value.shape) not in shapes:
         raise ValueError(
             f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. One id for each embedding."

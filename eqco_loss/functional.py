@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _agree, negatives, ops
 from . import _validate as check
+from ._names import explains_names
 from .distributed import Gather, Ranks
 from .negatives import Direction
 from .ops import Metric, Row, RowLosses
@@ -56,6 +57,7 @@ class LossMetrics(NamedTuple):
     mean_log_weight: Tensor
 
 
+@explains_names
 def eqco_loss(
     query: Tensor,
     positive_key: Tensor,
@@ -104,6 +106,7 @@ def eqco_loss(
     return compute_loss(settings, inputs)
 
 
+@explains_names
 def dual_temp_infonce(
     query: Tensor,
     positive_key: Tensor,

@@ -57,6 +57,7 @@ class Criterion(HoldsGroup):
         ) -> Tensor:
             """The loss, as ``forward``."""
 
+    @explains_names
     def forward(
         self,
         query: Tensor,
@@ -72,6 +73,7 @@ class Criterion(HoldsGroup):
             self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
         )
 
+    @explains_names
     def with_metrics(
         self,
         query: Tensor,
@@ -87,6 +89,7 @@ class Criterion(HoldsGroup):
             self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
         )
 
+    @explains_names
     def chosen_backend(
         self,
         query: Tensor,

@@ -26,7 +26,7 @@ MOST_LINES = 450
 MAY_IMPORT = {
     "__init__": {"losses", "queue", "momentum", "functional"},
     "losses": {"functional", "_names", "_validate", "distributed", "settings"},
-    "functional": {"_agree", "_validate", "distributed", "negatives", "ops", "settings"},
+    "functional": {"_agree", "_names", "_validate", "distributed", "negatives", "ops", "settings"},
     "negatives": {"distributed", "ops", "queue", "settings"},
     "_agree": {"_validate", "distributed", "queue", "settings"},
     "_validate": {"_names", "distributed", "queue", "settings"},

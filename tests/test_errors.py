@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, momentum_update
-from eqco_loss._names import OF_A_CALL, OTHER_NAMES
-from eqco_loss.settings import Inputs
+from eqco_loss._names import OF_A_CALL, OF_A_LOSS, OTHER_NAMES
+from eqco_loss.settings import Inputs, Settings
 from tests import cases
 
 N, K, D = 4, 6, 3
@@ -795,15 +795,42 @@ def test_a_keyword_of_another_name_is_told_ours(make: Any, keywords: dict[str, A
     assert way_out in str(caught.value).removeprefix(start)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "way_out"),
+    [
+        ({"labels": IDS}, "Write query_ids=."),
+        ({"queue": KEYS}, "Write negative_keys=."),
+        ({"mask": IDS}, "Write negative_mask=."),
+        ({"tau": 0.1}, "temperature belongs in the constructor: EqCoLoss(temperature=...)."),
+        ({"K": 16}, "num_negatives belongs in the constructor: EqCoLoss(num_negatives=...)."),
+        ({"weight": Q}, 'give reduction="none", and weigh the loss of each.'),
+    ],
+    ids=str,
+)
+def test_a_call_tells_ours_too(keywords: dict[str, Any], way_out: str) -> None:
+    criterion: Any = EqCoLoss()
+    for call in (criterion, criterion.with_metrics, criterion.chosen_backend):
+        with pytest.raises(TypeError, match=f"^{next(iter(keywords))}: expected an argument of ") as caught:
+            call(Q, Q, **keywords)
+        assert str(caught.value).endswith(way_out)
+
+
+def test_a_function_tells_ours_too() -> None:
+    function: Any = functional.eqco_loss
+    with pytest.raises(TypeError, match=r"^tau: expected an argument of eqco_loss .* Write temperature=\.$"):
+        function(Q, Q, tau=0.1)
+
+
 def test_other_names_are_of_arguments_that_there_are() -> None:
     known = {name for make in (EqCoLoss, DualTempInfoNCE, MomentumQueue) for name in inspect.signature(make).parameters}
     assert {name for names in OTHER_NAMES.values() for name in names} <= known | set(OF_A_CALL)
     assert not known & OTHER_NAMES.keys()
     assert set(OF_A_CALL) == set(Inputs._fields)
+    assert set(OF_A_LOSS) == set(Settings._fields)
 
 
 def test_wrong_names_are_the_type_checkers_to_find_and_show_no_private_name() -> None:
-    """An ignored error that mypy does not find is an error. Calls are left to Python: a good one pays nothing."""
+    """An ignored error that mypy does not find is an error."""
     criterion = EqCoLoss()
     for wrong in (
         lambda: EqCoLoss(tau=0.07),  # type: ignore[call-arg]
