@@ -684,6 +684,19 @@ def test_many_programs_add_up_one_loss() -> None:
     torch.testing.assert_close(total[0], values.double().sum().float(), atol=0, rtol=1e-6)
 
 
+def test_splits_that_are_not_there_are_zeros() -> None:
+    """What lies beyond the last split, row and feature may be NaN, which a weight of 0 would not take out."""
+    from tests.sums import loaded_splits
+
+    memory = torch.full((4 * 4 * 16,), math.nan, device=DEVICE)
+    memory[: 3 * 3 * 12] = torch.arange(3 * 3 * 12, device=DEVICE) + 1.0
+    out = torch.empty(4, 4, 16, device=DEVICE)
+    loaded_splits[(1,)](memory, out, 3, 3, D=12, SPLITS=4, ROWS=4)
+    expected = torch.zeros(4, 4, 16, device=DEVICE)
+    expected[:3, :3, :12] = memory[: 3 * 3 * 12].view(3, 3, 12)
+    assert torch.equal(out, expected)
+
+
 def test_a_simo_step_is_three_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward with detached keys: in the operator our kernel and a sum, and then one multiplication."""
     launches: list[str] = []
