@@ -13,9 +13,9 @@ from torch import Tensor
 from ._names import TO_THE_CALL
 from .distributed import check_gather
 from .queue import FLOATS, INTEGERS, MomentumQueue
-from .settings import InBatch, Inputs, Reduction, Sampling, Settings
+from .settings import Backend, InBatch, Inputs, Reduction, Sampling, Settings
 
-BACKENDS = ("auto", "torch", "triton", "wide")
+BACKENDS, IN_BATCH, REDUCTIONS, SAMPLINGS = (get_args(each) for each in (Backend, InBatch, Reduction, Sampling))
 LARGEST = 1e38  # what float32 holds
 
 Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
@@ -48,9 +48,9 @@ def settings(chosen: Any) -> None:
             f"num_negatives: expected an integer >= 1 or None, got {k!r}. None takes every other key of the batch; 16 "
             f"is the SiMo paper's choice."
         )
-    one_of("sampling", chosen.sampling, get_args(Sampling))
+    one_of("sampling", chosen.sampling, SAMPLINGS)
     if chosen.in_batch is not None:
-        one_of("in_batch", chosen.in_batch, get_args(InBatch))
+        one_of("in_batch", chosen.in_batch, IN_BATCH)
     if not isinstance(chosen.symmetric, bool):
         raise TypeError(
             f"symmetric: expected True or False, got {chosen.symmetric!r}. True is the mean of both directions."
@@ -61,7 +61,7 @@ def settings(chosen: Any) -> None:
             f"normalize: expected True or False, got {chosen.normalize!r}. True is cosine similarity, False takes "
             f"embeddings as they are."
         )
-    one_of("reduction", chosen.reduction, get_args(Reduction))
+    one_of("reduction", chosen.reduction, REDUCTIONS)
     one_of("backend", chosen.backend, BACKENDS)
 
 

@@ -126,12 +126,15 @@ def what_is_kept_has_an_end(found: Launched) -> int:
     from eqco_loss.ops.triton.arguments import kernels
 
     x = torch.zeros(4, 32)
-    with mock.patch.object(launcher, "MOST_KEPT", 4), mock.patch.object(launcher, "_patterns", {}):
+    with mock.patch.object(launcher, "MOST_KEPT", 4), mock.patch.object(launcher, "_bound", {}):
         for stride in range(32, 52):
             launcher.launch(kernels().forward.prepare_rows, (1,), x, stride, 1, None, x, 4, **CONSTANTS)
-        (pattern,) = launcher._patterns.values()
-        assert pattern is not None
+        (one,) = launcher._bound.values()
+        (pattern,) = one.patterns.values()
         assert 0 < len(pattern.compiled) <= 4
+        for length in range(10):
+            launcher.bind(kernels().forward.prepare_rows, {**CONSTANTS, "BLOCK": length})
+            assert 0 < len(launcher._bound) <= 4
         return len(pattern.compiled)
 
 

@@ -172,11 +172,9 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        from eqco_loss.ops.wide import launches, mutual
-
         self.found: list[str] = []
         self.quiet = False  # while an interpreter or a CPU's conversions are at work
-        launch, multiply = launcher.launch, chunks.product
+        launch, multiply = launcher.Launch.__call__, chunks.product
 
         def noted(name: str, step: Any, *args: Any, **kwargs: Any) -> None:
             self.found.append(name)
@@ -184,14 +182,13 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             step(*args, **kwargs)
             self.quiet = False
 
-        def noted_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
-            noted(kernel.__name__, launch, kernel, *args, **kwargs)
+        def noted_launch(one: launcher.Launch, *args: Any) -> None:
+            noted(one.kernel.__name__, launch, one, *args)
 
         def noted_product(*args: Any, **kwargs: Any) -> None:
             noted("product", multiply, *args, **kwargs)
 
-        for module in (mutual, launches):
-            monkeypatch.setattr(module, "launch", noted_launch)
+        monkeypatch.setattr(launcher.Launch, "__call__", noted_launch)
         for module in (chunks, wide):
             monkeypatch.setattr(module, "product", noted_product)
 

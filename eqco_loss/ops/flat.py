@@ -48,16 +48,18 @@ def arguments(record: type[Any], prefix: str = "", optional: bool = False) -> It
 
 def flatten(record: type[Any], call: Any) -> list[Any]:
     """A record's values in the order of ``arguments``; of an absent record, as many times None."""
-    flat: list[Any] = []
-    for value, field in zip(call, _LAYOUTS[record], strict=True):
-        if field.nested is None:
-            flat.append(value)
-        else:
-            flat += _ABSENT[field.nested] if value is None else flatten(field.nested, value)
+    flat = list(call)
+    for place, nested in _NESTED_FROM_BEHIND[record]:
+        value = flat[place]
+        flat[place : place + 1] = _ABSENT[nested] if value is None else flatten(nested, value)
     return flat
 
 
 _ABSENT = {record: [None for _ in arguments(record)] for record in _NESTED}
+_NESTED_FROM_BEHIND = {  # so that the places before one stay as they are
+    record: [(place, field.nested) for place, field in reversed(list(enumerate(layout))) if field.nested]
+    for record, layout in _LAYOUTS.items()
+}
 
 
 def unflatten(record: type[Call], flat: Sequence[Any]) -> Call:

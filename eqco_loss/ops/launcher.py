@@ -8,67 +8,92 @@ kernel for, and later launches go straight to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import NoneType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 DIRECT = True  # False, for benchmarks and tests, takes Triton's own road at every launch
-MOST_KEPT = 1024  # compiled kernels of one pattern, so that strides which change at every step fill no memory
+MOST_KEPT = 1024  # of each kind, so that strides or constants which change at every step fill no memory
+
+_dtype_of = attrgetter("dtype")
 
 
 class _Pattern(NamedTuple):
-    """Launches of one kernel whose arguments have the same types and whose constants have the same names."""
+    """Launches whose arguments have the same types."""
 
     tensors: Callable[[Sequence[Any]], tuple[Tensor, ...]]  # picks them from the arguments
     specialised: Callable[[Sequence[Any]], tuple[Any, ...]]  # integers for whose value a kernel may be compiled
     others: Callable[[Sequence[Any]], tuple[int, ...]]  # integers of which only the width counts
-    last: tuple[str, ...]  # the constexprs' names, in the kernel's order
+    last: tuple[Any, ...]  # the constexprs, in the kernel's order
     compiled: dict[tuple[Any, ...], Any]
 
 
-_patterns: dict[tuple[Any, ...], _Pattern | None] = {}
+class Launch:
+    """One kernel with all its constexprs and Triton's options; a call gives the grid, a tensor and more.
+
+    A plan keeps it, because two dozen constants at each launch would have to be compared with those of the last one.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self.kernel, self.constants = kernel, constants
+        self.patterns: dict[tuple[type, ...], _Pattern] = {}
+        self.interpreted = getattr(kernel, "params", None) is None  # Triton's interpreter compiles nothing
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
+        if self.interpreted or not DIRECT:
+            self.kernel[grid](*arguments, **self.constants)
+            return
+        types = tuple(map(type, arguments))
+        pattern = self.patterns.get(types) or self._pattern(types)
+        tensors = pattern.tensors(arguments)
+        key = (
+            tensors[0].get_device(),
+            *map(_dtype_of, tensors),
+            *[address % 16 for address in map(Tensor.data_ptr, tensors)],
+            *pattern.specialised(arguments),
+        )
+        compiled = pattern.compiled.get(key)
+        if max(pattern.others(arguments), default=0) >= 2**31:
+            self.kernel[grid](*arguments, **self.constants)
+        elif compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *pattern.last)
+        else:
+            if len(pattern.compiled) >= MOST_KEPT:
+                pattern.compiled.clear()
+            compiled = self.kernel[grid](*arguments, **self.constants)
+            if compiled is not None:  # None where a hook of Triton's has taken the compilation over
+                pattern.compiled[key] = compiled
+
+    def _pattern(self, types: tuple[type, ...]) -> _Pattern:
+        parameters, places = self.kernel.params, range(len(types))
+        tensors = [place for place in places if issubclass(types[place], Tensor)]
+        others = [place for place in places if types[place] is int and parameters[place].do_not_specialize]
+        by_type = (Tensor, float, NoneType)  # None is compiled away, and no float has a kernel of its own
+        specialised = [place for place in places if place not in others and not issubclass(types[place], by_type)]
+        last = tuple(self.constants[name] for name in self.kernel.arg_names[len(types) :])
+        found = _Pattern(_picker(tensors), _picker(specialised), _picker(others), last, {})
+        return self.patterns.setdefault(types, found)
+
+
+_bound: dict[tuple[Any, ...], Launch] = {}
+
+
+def bind(kernel: Any, constants: dict[str, Any]) -> Launch:
+    """The one launch of a kernel with these constants: whoever asks for it finds what others have compiled."""
+    key = (id(kernel), *constants, *constants.values())
+    found = _bound.get(key)
+    if found is None:
+        if len(_bound) >= MOST_KEPT:
+            _bound.clear()
+        found = _bound.setdefault(key, Launch(kernel, constants))
+    return found
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``: a tensor and more, all constexprs, and Triton's options."""
-    kind = (id(kernel), *map(type, arguments), *constants)
-    pattern = _patterns[kind] if kind in _patterns else _patterns.setdefault(kind, _pattern(kernel, arguments))
-    if pattern is None or not DIRECT or max(pattern.others(arguments), default=0) >= 2**31:
-        kernel[grid](*arguments, **constants)
-        return
-    tensors = pattern.tensors(arguments)
-    key = (
-        tensors[0].get_device(),
-        *[x.dtype for x in tensors],
-        *[x.data_ptr() % 16 for x in tensors],
-        *pattern.specialised(arguments),
-        *constants.values(),
-    )
-    compiled = pattern.compiled.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in pattern.last])
-        return
-    if len(pattern.compiled) >= MOST_KEPT:
-        pattern.compiled.clear()
-    compiled = kernel[grid](*arguments, **constants)
-    if compiled is not None:  # None where a hook of Triton's has taken the compilation over
-        pattern.compiled[key] = compiled
-
-
-def _pattern(kernel: Any, arguments: Sequence[Any]) -> _Pattern | None:
-    """None for a kernel that Triton's interpreter runs, which compiles nothing."""
-    parameters = getattr(kernel, "params", None)
-    if parameters is None:
-        return None
-    places = range(len(arguments))
-    tensors = [place for place in places if isinstance(arguments[place], Tensor)]
-    others = [place for place in places if type(arguments[place]) is int and parameters[place].do_not_specialize]
-    by_type = (Tensor, float, NoneType)  # None is compiled away, and no float has a kernel of its own
-    specialised = [place for place in places if place not in others and not isinstance(arguments[place], by_type)]
-    last = tuple(kernel.arg_names[len(arguments) :])
-    return _Pattern(_picker(tensors), _picker(specialised), _picker(others), last, {})
+    """``kernel[grid](*arguments, **constants)``, of a kernel whose constants no plan keeps."""
+    bind(kernel, constants)(grid, *arguments)
 
 
 def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -78,11 +78,11 @@ class Operator(Generic[Call, Out]):
         self.differentiable = differentiable
 
         def flat(*inputs: Any) -> Any:
-            return _plain(self.run(unflatten(call, inputs)))
+            return tuple(self.run(unflatten(call, inputs)))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
-        returns = {Tensor: Tensor}.get(outputs) or tuple[(Tensor,) * len(outputs._fields)]  # type: ignore
+        returns = tuple[(Tensor,) * len(outputs._fields)]  # type: ignore
         flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
         self.registered = torch.library.custom_op(
             f"eqco_loss::{self.name}",
@@ -90,7 +90,7 @@ class Operator(Generic[Call, Out]):
             mutates_args=(),
             schema=torch.library.infer_schema(flat, mutates_args=()),
         )
-        self.registered.register_fake(lambda *inputs: _plain(fake(unflatten(call, inputs))))
+        self.registered.register_fake(lambda *inputs: tuple(fake(unflatten(call, inputs))))
         self.function: type[torch.autograd.Function] | None = None
         if backward is not None:
             self._register_autograd(name, backward)
@@ -103,14 +103,14 @@ class Operator(Generic[Call, Out]):
             _release(ctx)
             return [found.get(name) for name in self.differentiable]
 
-        def forward(ctx: Any, call: Call, flat: list[Any], *differentiable: Tensor | None) -> Any:
-            outputs = tuple(self.run(call))
+        def forward(ctx: Any, call: Call, flat: list[Any], others: list[Tensor], *differentiable: Tensor | None) -> Any:
+            loss, *others[:] = self.run(call)  # autograd sees the loss alone, because each output costs it
             tensors = [flat[place] for place in self.tensors]
-            _keep(ctx, call, tensors, outputs, self._needed(differentiable, ctx.needs_input_grad[2:]))
-            return outputs
+            _keep(ctx, call, tensors, others, self._needed(differentiable, ctx.needs_input_grad[3:]))
+            return loss
 
-        def function_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-            return (None, None, *gradients(ctx, *grads))
+        def function_backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (None, None, None, *gradients(ctx, grad))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(function_backward)}
         self.function = type(name, (torch.autograd.Function,), methods)
@@ -119,7 +119,8 @@ class Operator(Generic[Call, Out]):
             tensors = [inputs[place] for place in self.places]
             needed = self._needed(tensors, [ctx.needs_input_grad[place] for place in self.places])
             given = [inputs[place] for place in self.tensors]
-            _keep(ctx, unflatten(self.record, inputs), given, output, needed)
+            ctx.mark_non_differentiable(*output[1:])
+            _keep(ctx, unflatten(self.record, inputs), given, output[1:], needed)
             ctx.length = len(inputs)
 
         def registered_backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -130,10 +131,9 @@ class Operator(Generic[Call, Out]):
 
         self.registered.register_autograd(registered_backward, setup_context=setup_context)
 
-    def _needed(self, tensors: Sequence[Any], needs: Sequence[bool]) -> frozenset[str]:
-        return frozenset(
-            name for name, x, need in zip(self.differentiable, tensors, needs, strict=True) if need and x is not None
-        )
+    def _needed(self, tensors: Sequence[Any], needs: Sequence[bool]) -> list[str]:
+        found = zip(self.differentiable, tensors, needs, strict=True)
+        return [name for name, x, need in found if need and x is not None]
 
     def run(self, call: Call) -> Any:
         x: Tensor = call[0]
@@ -144,18 +144,14 @@ class Operator(Generic[Call, Out]):
 
     def __call__(self, call: Call) -> Out:
         flat = flatten(self.record, call)
-        batched = self.function is None and any(isinstance(x, Tensor) and _is_batched(x) for x in flat)
-        if _looked_on() or _without_memory(flat[0]) or batched or not _PLAIN.issuperset(map(type, flat)):
-            answer = self.registered(*flat)
-        elif self.function is None:
+        plain = not _looked_on() and not _without_memory(flat[0]) and _PLAIN.issuperset(map(type, flat))
+        if plain and self.function is not None:
+            others: list[Tensor] = []
+            loss = self.function.apply(call, flat, others, *[flat[place] for place in self.places])
+            return self.outputs(loss, *others)
+        if plain and not any(map(_is_batched, [flat[place] for place in self.tensors])):
             return self.run(call)  # type: ignore[no-any-return]
-        else:
-            answer = self.function.apply(call, flat, *[flat[place] for place in self.places])
-        return answer if self.outputs is Tensor else self.outputs(*answer)
-
-
-def _plain(outputs: Any) -> Any:
-    return outputs if isinstance(outputs, Tensor) else tuple(outputs)
+        return self.outputs(*self.registered(*flat))
 
 
 def _looked_on() -> bool:
@@ -177,24 +173,21 @@ def requires_grad(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad
 
 
-def _is_batched(x: Tensor) -> bool:
+def _is_batched(x: Tensor | None) -> bool:
     """Whether x is a batch of torch.autograd.grad(is_grads_batched=True), which torch keeps apart from torch.func."""
-    return torch._C._functorch.is_legacy_batchedtensor(x)
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 # ------------------------------------------------------------------------------------------- what backward needs, kept
 
 
-def _keep(
-    ctx: Any, call: Any, tensors: Sequence[Tensor | None], outputs: tuple[Tensor, ...], needed: frozenset[str]
-) -> None:
-    """Keep a call for its backward.
+def _keep(ctx: Any, call: Any, tensors: Sequence[Tensor | None], others: Sequence[Tensor], needed: list[str]) -> None:
+    """Keep a call for its backward, and its answers beside the loss.
 
     Inputs are not in ``save_for_backward``, because its version check would reject a queue that was enqueued to before
     backward, though backward does not need a queue's keys.
     """
-    ctx.mark_non_differentiable(*outputs[1:])
-    ctx.save_for_backward(*outputs[1:])
+    ctx.save_for_backward(*others)
     ctx.call, ctx.needed = call, needed
     ctx.versions = {id(x): x._version for x in tensors if x is not None and not x.is_inference()}
     ctx.set_materialize_grads(False)  # or autograd would make zeros for the outputs that are not differentiable
@@ -374,10 +367,11 @@ def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) ->
             backend=call.backend,
         )
     )
-    m = len(call.first)
-    found = {"first": gradients.views[:m], "second": gradients.views[m:]}
-    if not _looked_on() and not _is_batched(grad):  # who changes one gradient in place has not changed the other
-        found = {name: gradient.data for name, gradient in found.items()}
+    m, views = call.first.shape[0], gradients.views
+    if _looked_on() or _is_batched(grad):
+        found = {"first": views[:m], "second": views[m:]}
+    else:  # who changes one gradient in place has not changed the other, for autograd's count of changes
+        found = dict(zip(("first", "second"), views.unsafe_split(m), strict=True))
     if call.learned_temperature is not None:
         found["learned_temperature"] = gradients.temperature.to(call.learned_temperature.dtype)
     return found

@@ -113,6 +113,8 @@ def facts(one: KeySet) -> KeyFacts:
 def left_out(pairs: Pairs) -> tuple[Any, ...]:
     """Query ids, key ids with their strides, and mask with its strides; None and zeros where there are none."""
     query_ids, key_ids, mask = pairs.query_ids, pairs.key_ids, pairs.mask
+    if not pairs.by_pair:
+        return None, None, 0, 0, None, 0, 0
     if query_ids is None or key_ids is None:
         query_ids, key_ids = None, None
     elif query_ids.dtype != key_ids.dtype:  # Triton would compare int8's -1 as 255

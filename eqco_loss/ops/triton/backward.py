@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..calls import (
     SymmetricOutputs,
     gradient_eps,
 )
-from ..launcher import launch
+from ..launcher import Launch, bind, launch
 from ..scaled import with_others
 from . import arguments
 from .arguments import (
@@ -53,7 +53,7 @@ class _KeysPlan(NamedTuple):
     sizes: tuple[int, ...]  # the kernel's integers: the band's three, blocks per view, rows of a split
     whole: bool  # whether the kernel stores the gradient, and no shares of it
     marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
-    constants: dict[str, Any]
+    launch: Launch
 
 
 def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> KeysGradients:
@@ -66,7 +66,7 @@ def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> KeysGradients
 def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a sum over rows, (N, D), times grad, () or (N,)."""
     n, d = unit.shape
-    out = torch.empty_like(unit, dtype=dtype)
+    out = torch.empty(n, d, dtype=dtype, device=unit.device)
     launch(
         kernels().keys.multiply_rows, (blocks_of(n, 8),),
         unit, out, grad, grad.stride(0) if grad.dim() else 0, n, D=d, BLOCK_D=padded(d), BLOCK=8,
@@ -79,7 +79,7 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
     keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
     dtype = dot_dtype(query.dtype, keys.dtype, call.autocast)
     weights, prepared = _row_weights(call, call.normalize, dtype, True)
-    out = torch.empty(keys.shape, dtype=keys.dtype, device=device)
+    out = torch.empty(*keys.shape, dtype=keys.dtype, device=device)
     plan = _keys_plan(
         *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
         *(arguments.arch(query), arguments.parallel(query), arguments.wave),
@@ -87,14 +87,14 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
     left = left_out(pairs)
     marks = marked(left, n, len(keys)) if plan.marks else None
     whole = plan.whole and call.query_gradient is None and call.positive_gradient is None
-    parts = out if whole else torch.empty((plan.splits, *keys.shape), dtype=torch.float32, device=device)
-    launch(
-        kernels().keys.keys_gradient, (plan.blocks, plan.splits),
+    parts = out if whole else torch.empty(plan.splits, *keys.shape, dtype=torch.float32, device=device)
+    plan.launch(
+        (plan.blocks, plan.splits),
         prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
         None if call.grad.dim() else call.grad, *left, marks, pairs.filled, parts,
-        n, len(keys), *plan.sizes, **plan.constants,
+        n, keys.shape[0], *plan.sizes,
     )  # fmt: skip
-    of_query = torch.empty((0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)
+    of_query = torch.empty(*(0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)
     if not whole:
         others = (call.positive_gradient, call.query_gradient, of_query, call.grad)
         _merge_splits(parts, keys, out, one.normalize, found.clean, *others)
@@ -178,7 +178,7 @@ def _keys_plan(
     }
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     sizes = offset, width, modulus, blocks_per_view, per_split * tile.streamed
-    return _KeysPlan(blocks, splits, sizes, whole, marks, constants)
+    return _KeysPlan(blocks, splits, sizes, whole, marks, bind(kernels().keys.keys_gradient, constants))
 
 
 def _splits(columns: int, wave: int) -> tuple[int, int]:
@@ -284,32 +284,74 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
     return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1), views)
 
 
+class _SymmetricPlan(NamedTuple):
+    """How the gradient of both directions is computed."""
+
+    blocks: int  # of rows
+    splits: int  # of the others
+    chunk: int  # rows of a split
+    launch: Launch
+
+
 def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:
-    views, (n, d), t, across = call.kept, call.kept.shape, call.learned_temperature, call.across
-    dtype, new = views.dtype if call.autocast is None else call.autocast, torch.empty
+    views, (n, d), t = call.kept, call.kept.shape, call.learned_temperature
+    dtype = views.dtype if call.autocast is None else call.autocast
     weights, prepared = _row_weights(call, True, dtype, True)
-    tile = tile or symmetric_tile(dtype, padded(d), n, arguments.arch(views))
-    if arguments.arch(views) in LITTLE_SHARED_MEMORY:
-        tile = tile._replace(stages=1)
-    out = new((n, d), dtype=views.dtype, device=views.device)
-    blocks = 2 * blocks_of(n // 2, tile.resident) if across else blocks_of(n, tile.resident)
-    columns = (1 if across else 2) * blocks_of(n // 2 + tile.resident - 2, tile.streamed)
-    per_split, splits = _splits(columns, arguments.wave(tile, blocks, arguments.parallel(views)))
-    parts = out if splits == 1 else new((splits, n, d), dtype=torch.float32, device=views.device)
-    along = None if t is None else new((splits, n), dtype=torch.float32, device=views.device)
-    launch(
-        kernels().symmetric.symmetric_rows, (blocks, splits),
+    plan = _symmetric_plan(
+        *(n, d, dtype, call.across, t is None and call.temperature >= 0.05, needs_64_bits(prepared), tile),
+        *(arguments.arch(views), arguments.parallel(views), arguments.wave),
+    )
+    new, splits = functools.partial(torch.empty, dtype=torch.float32, device=views.device), plan.splits
+    out = new(n, d, dtype=views.dtype)
+    parts = out if splits == 1 else new(splits, n, d)
+    along = None if t is None else new(splits, n)
+    plan.launch(
+        (plan.blocks, splits),
         prepared, *strides_of(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
-        call.grad, t, parts, along, n, n // 2, per_split * tile.streamed, float(call.temperature),
-        gradient_eps(views.dtype),
-        D=d, BLOCK_ROWS=tile.resident, BLOCK_KEYS=tile.streamed, BLOCK_D=padded(d), ACROSS=across,
-        ONE_EXP=t is None and call.temperature >= 0.05, SMALL=n // 2 < tile.streamed, PIECES=pieces(dtype, True),
-        STAGES=tile.stages, WIDE=needs_64_bits(prepared), WHOLE_GRADIENT=splits == 1,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        call.grad, t, parts, along, n, n // 2, plan.chunk, float(call.temperature), gradient_eps(views.dtype),
     )  # fmt: skip
     if splits > 1:
         _merge_splits(parts, views, out, True, False)
     if t is None or along is None:
-        return SymmetricGradients(out, new(0, dtype=torch.float32, device=views.device))
+        return SymmetricGradients(out, new(0))
     of_positives = (weights[Row.PULL] * weights[Row.TOTAL] * call.rows[Row.POSITIVE]).sum()
     return SymmetricGradients(out, ((of_positives - along.sum() / 2) * (call.grad / t)).to(torch.float32))
+
+
+@functools.lru_cache(maxsize=1024)
+def _symmetric_plan(
+    n: int,
+    d: int,
+    dtype: torch.dtype,  # of the products
+    across: bool,
+    one_exp: bool,
+    wide: bool,  # whether offsets into the rows need 64 bits
+    tile: Tile | None,
+    arch: int,
+    multiprocessors: int,
+    wave: Callable[[Tile, int, int], int],
+) -> _SymmetricPlan:
+    tile = tile or symmetric_tile(dtype, padded(d), n, arch)
+    if arch in LITTLE_SHARED_MEMORY:
+        tile = tile._replace(stages=1)
+    blocks = 2 * blocks_of(n // 2, tile.resident) if across else blocks_of(n, tile.resident)
+    columns = (1 if across else 2) * blocks_of(n // 2 + tile.resident - 2, tile.streamed)
+    per_split, splits = _splits(columns, wave(tile, blocks, multiprocessors))
+    constants = {
+        "D": d,
+        "BLOCK_ROWS": tile.resident,
+        "BLOCK_KEYS": tile.streamed,
+        "BLOCK_D": padded(d),
+        "ACROSS": across,
+        "ONE_EXP": one_exp,
+        "SMALL": n // 2 < tile.streamed,
+        "PIECES": pieces(dtype, True),
+        "STAGES": tile.stages,
+        "WIDE": wide,
+        "WHOLE_GRADIENT": splits == 1,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
+    bound = bind(kernels().symmetric.symmetric_rows, constants)
+    return _SymmetricPlan(blocks, splits, per_split * tile.streamed, bound)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..calls import KeySet, LogSumExp, LogSumExpOutputs, Metric, Row, RowLosses, RowOutputs, gradient_eps, loss_of
-from ..launcher import launch
+from ..launcher import Launch, bind
 from . import arguments
 from .arguments import (
     KeyFacts,
@@ -57,7 +57,7 @@ class _Prepared(NamedTuple):
     shape: tuple[int, ...] | None  # of a copy; None where the keys themselves are streamed
     dtype: torch.dtype  # of the copy
     factor: bool  # whether products are to be multiplied by a factor for each key
-    constants: dict[str, Any]  # of ``prepare_rows``
+    launch: Launch  # of ``prepare_rows``
 
 
 class _Visit(NamedTuple):
@@ -67,17 +67,17 @@ class _Visit(NamedTuple):
     splits: int  # of all views
     rows: int  # blocks of rows
     sizes: tuple[int, ...]  # the kernel's integers: offset, width and modulus of a band, columns of a split, splits
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # all but whether this launch gives the answer
     prepared: _Prepared | None
     marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
 
 
 class _Plan(NamedTuple):
-    visits: list[_Visit]
+    visits: list[tuple[_Visit, Launch]]
     splits: int  # of all sets
     finish: bool  # whether a single launch gives the answer
-    combine: dict[str, Any]  # the constants of the launch that puts splits together
-    combine_rows: int  # of each of its programs
+    combine: Launch  # which puts splits together
+    combine_grid: tuple[int]
 
 
 def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowOutputs:
@@ -152,54 +152,43 @@ def _attend(
     added = options.reduced and not plan.finish  # by ``combine``
     loss = torch.empty(() if added else (n,), dtype=torch.float32, device=device)
     if added:
-        scratch = torch.empty((1 + blocks_of(n, plan.combine_rows),), dtype=torch.float32, device=device)
+        scratch = torch.empty(1 + plan.combine_grid[0], dtype=torch.float32, device=device)
     if not plan.finish:
-        parts = torch.empty((len(Part), plan.splits, n), dtype=torch.float32, device=device)
+        parts = torch.empty(len(Part), plan.splits, n, dtype=torch.float32, device=device)
         if options.query_gradient:
-            outs = torch.empty((plan.splits, n, d), dtype=torch.float32, device=device)
+            outs = torch.empty(plan.splits, n, d, dtype=torch.float32, device=device)
     queries = (query, *query.stride(), positive, *positive.stride())
     answers = (parts, outs, loss, scratch, *outputs)
     number = float(call.temperature)
     floats = (number, *numbers, gradient_eps(query.dtype), gradient_eps(positive.dtype))
     first_split = 0
-    for one, visit in zip(sets, plan.visits, strict=True):
+    for one, (visit, attend) in zip(sets, plan.visits, strict=True):
         keys, factor = (one.keys, None) if visit.prepared is None else _prepare(one.keys, visit.prepared)
         split = (first_split, plan.splits)
         if one.own:
             picked = one.pairs.picked
             strides = (*keys.stride(), None, 0, 0) if picked is None else (0, *keys.stride(), picked, *picked.stride())
-            launch(
-                visit.kernel, (n, 1),
-                *queries, keys, *strides, *left_out(one.pairs), t, *answers, n, half, *visit.sizes, *split, *floats,
-                **visit.constants,
-            )  # fmt: skip
+            left = left_out(one.pairs)
+            attend((n, 1), *queries, keys, *strides, *left, t, *answers, n, half, *visit.sizes, *split, *floats)
         else:
             left = left_out(one.pairs)
             marks = marked(left, n, keys.shape[-2]) if visit.marks else None
-            launch(
-                visit.kernel, (visit.rows, visit.splits),
+            attend(
+                (visit.rows, visit.splits),
                 *queries, keys, *strides_of(keys), factor, *left, marks, one.pairs.filled, t, *answers,
                 n, half, keys.shape[-2], *visit.sizes, *split, *floats,
-                **visit.constants,
             )  # fmt: skip
         first_split += visit.splits
     if not plan.finish:
-        launch(
-            kernels().forward.combine, (blocks_of(n, plan.combine_rows),),
-            *queries, t, *answers, n, half, plan.splits, *floats,
-            **plan.combine,
-        )  # fmt: skip
+        plan.combine(plan.combine_grid, *queries, t, *answers, n, half, plan.splits, *floats)
     return loss.sum() if options.reduced and not added else loss
 
 
 def _prepare(keys: Tensor, how: _Prepared) -> tuple[Tensor, Tensor | None]:
     """Shared keys as they are streamed, and the factors of their products."""
-    out = None if how.shape is None else torch.empty(how.shape, dtype=how.dtype, device=keys.device)
-    factor = torch.empty(len(keys), dtype=torch.float32, device=keys.device) if how.factor else None
-    launch(
-        kernels().forward.prepare_rows, (blocks_of(len(keys), 16),),
-        keys, *keys.stride(), out, factor, len(keys), **how.constants,
-    )  # fmt: skip
+    out = None if how.shape is None else torch.empty(*how.shape, dtype=how.dtype, device=keys.device)
+    factor = torch.empty(keys.shape[0], dtype=torch.float32, device=keys.device) if how.factor else None
+    how.launch((blocks_of(keys.shape[0], 16),), keys, *keys.stride(), out, factor, keys.shape[0])
     return (keys if out is None else out), factor
 
 
@@ -236,8 +225,7 @@ def _plan(
             visits.append(visit)
     splits = sum(visit.splits for visit in visits)
     finish = options.loss != "none" and len(visits) == 1 and splits == 1 and (sets[0].own or resident * d <= 8192)
-    for visit in visits:
-        visit.constants["FINISH"] = finish
+    bound = [(visit, bind(visit.kernel, visit.constants | {"FINISH": finish})) for visit in visits]
     block, at_once = combine_tile(splits, padded(d), options.query_gradient)
     combine = {
         "BLOCK_ROWS": block,
@@ -246,7 +234,7 @@ def _plan(
         "FEW": splits <= 8,
         "num_warps": 4,
     }
-    return _Plan(visits, splits, finish, combine | common, block)
+    return _Plan(bound, splits, finish, bind(kernels().forward.combine, combine | common), (blocks_of(n, block),))
 
 
 def _own_keys(n: int, d: int, one: KeyFacts, common: dict[str, Any]) -> _Visit:
@@ -357,7 +345,8 @@ def _prepared(
         "PIECES": count,
         "enable_fp_fusion": True,
     }
-    return _Prepared(shape, piece_dtype(dtype, count), factor, constants), "loaded" if factor else "none"
+    how = bind(kernels().forward.prepare_rows, constants)
+    return _Prepared(shape, piece_dtype(dtype, count), factor, how), "loaded" if factor else "none"
 
 
 def _lowest_bounded(dtype: torch.dtype, factor: str) -> float:

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from ..calls import Row, SymmetricGradients, SymmetricOutputs, gradient_eps, loss_of
-from ..launcher import launch
+from ..launcher import Launch, bind
 from . import chunks
 from .mutual_kernels import _BOUNDED, _EITHER, _FOLLOWED, _LEAST, statistics_kernel, weights_kernel
 from .pointwise import new_state
@@ -33,6 +33,7 @@ from .view_kernels import (
 )
 
 PARTS = 2**25  # bytes that the tiles' statistics may take
+BLOCK_ROWS = 32  # of the kernels that put statistics together
 
 
 class Tile(NamedTuple):
@@ -100,10 +101,9 @@ def symmetric_losses(call, products):
     if len(plan.chunks) > 1:
         state, stride = new_state(n, parts), n
     for chunk in plan.chunks:
-        launch(
-            statistics_kernel, chunk.grid,
+        plan.statistics(
+            chunk.grid,
             x, x.stride(0), scale, parts, chunk.of_keys, *temperatures, *chunk.places, n // 2, plan.steps,
-            **plan.statistics,
         )  # fmt: skip
         if state is not None:
             for part, tiles, of_rows in (
@@ -111,13 +111,13 @@ def symmetric_losses(call, products):
                 (parts[chunk.of_keys :], chunk.tiles_of_rows, state[:, chunk.apart :]),
             ):
                 count = of_rows.shape[1]
-                grid = (triton.cdiv(count, plan.fold["BLOCK_ROWS"]),)
-                launch(fold_kernel, grid, part, tiles, count, of_rows, stride, *temperatures, **plan.fold)
+                grid = (triton.cdiv(count, BLOCK_ROWS),)
+                plan.fold(grid, part, tiles, count, of_rows, stride, *temperatures)
     one = plan.chunks[0]
-    launch(
-        finish_views_kernel, plan.finish_grid,
+    plan.finish(
+        plan.finish_grid,
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
-        plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n, **plan.finish,
+        plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n,
     )  # fmt: skip
     shape, dtype = keeps(call, products)
     return SymmetricOutputs(loss, rows, x if len(shape) == 2 else new(shape, dtype=dtype))
@@ -137,8 +137,8 @@ def symmetric_gradient(call, products):
         largest = (rows[Row.PULL] * call.grad).abs().amax()
         largest = torch.where(largest > 0, largest, 1.0)
         factor = call.grad / largest
-    plan = _gradient_plan(n, x.shape[1], call.across, products, WEIGHTS, chunks.steps, parallel(x))
     form = _form(call.temperature, None, call.learned_temperature)
+    plan = _gradient_plan(n, x.shape[1], call.across, products, form, WEIGHTS, chunks.steps, parallel(x))
     out = torch.empty((n, d), dtype=call.first.dtype, device=device)
     sums = torch.empty((n if plan.whole else half, d), dtype=torch.float32, device=device)
     first_key = 0 if plan.whole else half  # of the rows that have sums
@@ -149,11 +149,11 @@ def symmetric_gradient(call, products):
     for some, columns, grid, stride in plan.chunks:
         r, c = some.stop - some.start, columns.stop - columns.start
         weights = workspace[: r * stride].view(r, stride)[:, :c]  # rows aligned, as a fast product asks
-        launch(
-            weights_kernel, grid,
+        plan.weights(
+            grid,
             x, x.stride(0), scale, rows, n, factor, weights, stride,
             float(call.temperature), call.learned_temperature,
-            some.start, some.stop, columns.start, columns.stop, half, plan.steps, FORM=form, **plan.weights,
+            some.start, some.stop, columns.start, columns.stop, half, plan.steps,
         )  # fmt: skip
         gradient = sums[some] if plan.whole else gradients[:r]
         first = (some.start == 0 or call.across) and columns.start == (half if call.across else some.start)
@@ -202,10 +202,9 @@ def _prepared(call, products, rows, scratch):
         scale = written = torch.empty(2 * half, dtype=torch.float32, device=here.device)
     elif plan.form == _COPY:
         scale = rows[Row.INVERSE]
-    launch(
-        prepare_kernel, plan.prepare_grid,
+    plan.prepare[scratch is not None](
+        plan.prepare_grid,
         here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, scratch, half,
-        MEASURE=scratch is not None, **plan.prepare,
     )  # fmt: skip
     return out, scale
 
@@ -214,12 +213,11 @@ def _through(call, products, of_here, of_there, out, given, some):
     """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
     here, there, (half, d), (scale, largest) = call.first, call.second, call.first.shape, given
     plan = _rows_plan(some.stop - some.start, d, d, here.dtype, products, ROWS)
-    launch(
-        through_views_kernel, plan.through_grid,
+    plan.through(
+        plan.through_grid,
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
         out[some], out[half + some.start :], d, call.rows, scale, call.grad, largest,
         some.start, some.stop, half, plan.least,
-        **plan.through,
     )  # fmt: skip
 
 
@@ -248,23 +246,23 @@ class _RowsPlan(NamedTuple):
     form: int  # of ``prepare_kernel``
     least: float  # 1 / the least length that a gradient is divided by
     prepare_grid: tuple[int, ...]
-    prepare: dict
+    prepare: dict[bool, Launch]  # True: it measures the rows as well
     through_grid: tuple[int, ...]
-    through: dict
+    through: Launch
 
 
 @functools.lru_cache(maxsize=1024)
 def _rows_plan(count, d, width, dtype, products, how):
     form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
-    prepare, through = how.constants(width), how.constants(d)
+    prepare, through = {"D": d, "WIDTH": width, "FORM": form} | how.constants(width), {"D": d} | how.constants(d)
     return _RowsPlan(
         width=width,
         form=form,
         least=1.0 / gradient_eps(dtype),
         prepare_grid=(triton.cdiv(count, prepare["BLOCK_ROWS"]),),
-        prepare={"D": d, "WIDTH": width, "FORM": form} | prepare,
+        prepare={measure: bind(prepare_kernel, {"MEASURE": measure} | prepare) for measure in (False, True)},
         through_grid=(triton.cdiv(count, through["BLOCK_ROWS"]),),
-        through={"D": d} | through,
+        through=bind(through_views_kernel, through),
     )
 
 
@@ -287,11 +285,11 @@ class _StatisticsPlan(NamedTuple):
     steps: int  # of features
     rows_end: int  # rows before this one are those whose parts come first
     known: float  # negatives of each row
-    statistics: dict
-    fold: dict
+    statistics: Launch
+    fold: Launch
     finish_grid: tuple[int, ...]
     scratch: int  # numbers
-    finish: dict
+    finish: Launch
 
 
 @functools.lru_cache(maxsize=1024)
@@ -311,9 +309,8 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         places = start, stop, key, n, apart
         grid = tile.grid(tiles_of_rows * tiles_of_keys, multiprocessors)
         found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
-    block_rows, sides = 32, 2 if across else 1
-    blocks = triton.cdiv(anchors, block_rows)
-    common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": block_rows, "num_warps": 4}
+    sides, blocks = 2 if across else 1, triton.cdiv(anchors, BLOCK_ROWS)
+    common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": BLOCK_ROWS, "num_warps": 4}
     statistics = {"TRIANGLE": not across, "FORM": form, "WEIGH": weigh, "DUAL": dual}
     return _StatisticsPlan(
         chunks=found,
@@ -321,11 +318,11 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         steps=width // tile.features,
         rows_end=anchors,
         known=max(1.0, (n // 2 - 1) * (1.0 if across else 2.0)),
-        statistics=statistics | tile.constants,
-        fold=common | {"DUAL": dual},
+        statistics=bind(statistics_kernel, statistics | tile.constants),
+        fold=bind(fold_kernel, common | {"DUAL": dual}),
         finish_grid=(blocks, sides),
         scratch=1 + blocks * sides,
-        finish=common | {"ALPHA": alpha, "LOSS": loss},
+        finish=bind(finish_views_kernel, common | {"ALPHA": alpha, "LOSS": loss}),
     )
 
 
@@ -334,11 +331,11 @@ class _GradientPlan(NamedTuple):
     whole: bool  # whether the sums of all rows are held until the end, or those of a chunk's rows only until its end
     workspace: int  # weights
     steps: int  # of features
-    weights: dict
+    weights: Launch
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_plan(n, width, across, products, tile, steps, multiprocessors):
+def _gradient_plan(n, width, across, products, form, tile, steps, multiprocessors):
     found = [
         (some, columns)
         for some, several in chunks.met_once(
@@ -356,5 +353,5 @@ def _gradient_plan(n, width, across, products, tile, steps, multiprocessors):
         whole=not across or all(some == found[0][0] for some, _ in found),
         workspace=max((some.stop - some.start) * stride for (some, _), stride in zip(found, strides, strict=True)),
         steps=width // tile.features,
-        weights=tile.constants,
+        weights=bind(weights_kernel, {"FORM": form} | tile.constants),
     )
