@@ -86,6 +86,13 @@ def by_few_negatives(dataset: str) -> list[Setting]:
     return settings
 
 
+def by_loss(dataset: str) -> list[Setting]:
+    """Four negatives with and without EqCo, in a network and a batch that two CPU cores train."""
+    common = {**QUICK, "arch": "small", "batch_size": 128, "warmup_epochs": 1, "num_negatives": 4}
+    eqco = Setting("simo", "EqCo, alpha = 256", 4, {**common, "alpha": 256})
+    return [eqco, Setting("simo", "InfoNCE", 4, {**common, "eqco": False})]
+
+
 def long_run(dataset: str) -> list[Setting]:
     """One SiMo with all that helps on 32 pixels: both directions, more negatives, a sharper temperature."""
     changes = {**QUICK, "symmetric": True, "batch_size": 256, "num_negatives": 128, "temperature": 0.1}
@@ -129,6 +136,7 @@ GRIDS = {
     "digits-k": Grid("Figures 3 and 4: the number of negatives", by_negatives, "digits", "K", seeds=3, epochs=40),
     "cifar10-k": Grid("Figures 3 and 4: the number of negatives", by_negatives, "cifar10", "K", epochs=100),
     "cifar10-quick": Grid("Figure 4: the number of negatives", by_few_negatives, "cifar10", "K", epochs=40),
+    "cifar10-small": Grid("Four negatives, a small network", by_loss, "cifar10", "K", seeds=3, epochs=10),
     "cifar10-long": Grid("SiMo for 200 epochs", long_run, "cifar10", "K", epochs=200),
     "cifar100-quick": Grid(
         "Dual temperature, 40 epochs", partial(by_batch_dual, sizes=(256,)), "cifar100", "N", 1, 40, False, "CIFAR-100"

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Args:
-    # digits-k, cifar10-k, cifar10-quick, cifar10-long, cifar100-dual, cifar100-quick, alpha, batch, momentum, norm
+    # digits-k, alpha, batch, momentum, norm, cifar10-small, -quick, -long, -k, cifar100-quick, -dual
     grid: str = "digits-k"
     dataset: Dataset | None = None  # None: the grid's own
     data_dir: Path | None = None  # torchvision's files, or DIR/{train,test}/<class>/*. None: data/
@@ -98,7 +98,7 @@ def job_of(args: Args, grid: Grid, dataset: Dataset, setting: Setting, seed: int
     changes |= {"dataset": dataset, "data_dir": args.data_dir, "seed": seed, "limit": args.limit, "device": args.device}
     changes |= {} if dataset == "digits" else {"augment": "device", "precision": "bf16-mixed" if gpu else "32-true"}
     changes |= {"epochs": args.epochs or (grid.epochs if dataset == grid.dataset else None) or own.epochs}
-    changes |= {"arch": args.arch or own.arch}
+    changes |= {"arch": args.arch or changes.get("arch", own.arch)}
     run_args = replace(own, **changes)
     job = Job(setting.method, run_args, Path(), ())
     varied = [f"{name}{value}" for name, value in job.key.items() if value and name not in ("method", "dataset")]
