@@ -98,6 +98,27 @@ class Script:
         return output
 
 
+class Started:
+    """What the grids' ``subprocess.Popen`` is for, from the server."""
+
+    def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
+        script = Script(log.parent, str(Path(words[1]).relative_to(EXAMPLES)), cwd=Path.cwd())
+        self.process = script.start(*words[2:])
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
+    def wait(self) -> None:
+        self.process.join(60)
+
+
 def picture_width(path: Path) -> int:
     with Image.open(path) as picture:
         return picture.size[0]

@@ -18,7 +18,7 @@ import torchvision  # type: ignore[import-untyped]
 
 from eqco_loss import EqCoLoss, MomentumQueue
 
-from .scripts import EXAMPLES, Script, make_images
+from .scripts import EXAMPLES, Started, make_images
 
 sys.path.insert(0, str(EXAMPLES))
 sys.path.insert(0, str(EXAMPLES / "papers"))
@@ -34,27 +34,6 @@ from pretrain.run import write_rows
 from sweeps import pool
 from sweeps.grids import DEFAULTS, GRIDS, NAMES, Grid, Setting
 from sweeps.jobs import Args, Job, jobs_of, words_of
-
-
-class Started:
-    """subprocess.Popen, from a server that has imported everything."""
-
-    def __init__(self, words: list[str], log: Path, environment: dict[str, str]) -> None:
-        script = Script(log.parent, str(Path(words[1]).relative_to(EXAMPLES)))
-        self.process = script.start(*words[2:])
-
-    @property
-    def returncode(self) -> int | None:
-        return self.process.exitcode
-
-    def poll(self) -> int | None:
-        return self.process.exitcode
-
-    def terminate(self) -> None:
-        self.process.terminate()
-
-    def wait(self) -> None:
-        self.process.join(60)
 
 
 def refuse(*arguments: Any, **more: Any) -> None:
@@ -121,6 +100,11 @@ def test_the_quick_grids_are_of_minutes() -> None:
     assert len(quick) == 6
     alike = {(job.method, job.args.dataset, job.args.epochs, job.args.seed) for job in quick}
     assert alike == {("simo", "cifar10", 40, 0)}
+    small = all_jobs(Args(grid="cifar10-small"))
+    assert {(job.key["k"], job.key["alpha"], job.args.arch, job.args.epochs) for job in small} == {
+        ("4", alpha, "small", 10) for alpha in ("4", "256")
+    }
+    assert [job.args.seed for job in small] == [0, 1, 2] * 2
     dual = all_jobs(Args(grid="cifar100-quick"))
     assert [job.method for job in dual] == ["simco", "simmoco", "moco"]
     assert {(job.args.dataset, job.args.batch_size, job.args.epochs) for job in dual} == {("cifar100", 256, 40)}

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training 
 import torch
 import tyro
 from pretrain import augment
+from pretrain.choices import Recipe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,6 +43,7 @@ class Args:
     size: int = 32  # of the images and of the views, pixels
     batch_size: int = 512
     repeats: int = 7  # of the CPU time, of which the median is printed
+    recipe: Recipe | None = None  # None: all of them
     against: str | None = None  # a commit whose augment.py is timed, too
 
 
@@ -55,7 +57,7 @@ def main(args: Args) -> None:
         other = module_of(args.against)
         versions[args.against] = lambda name: run(other, name, images, samples)
     print(f"{args.batch_size} images of {args.size} pixels, two views; {torch.get_num_threads()} threads")
-    for name in augment.RECIPES:
+    for name in [args.recipe] if args.recipe else augment.RECIPES:
         calls = {version: make(name) for version, make in versions.items()}
         compiled = launches(augment.RECIPES[name], args.size, args.batch_size)
         listed = ", ".join(f"{count} {kind}" for kind, count in compiled.items())

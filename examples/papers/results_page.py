@@ -17,6 +17,7 @@ from sweeps.grids import GRIDS
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {  # two cores, or where nothing was run yet what is expected of one H200
+    "cifar10-small": "25 minutes, two cores",
     "cifar10-quick": "a quarter of an hour, H200",
     "cifar100-quick": "10 minutes, H200",
     "cifar10-long": "half an hour, H200",
@@ -29,6 +30,7 @@ EXPECTED = {  # two cores, or where nothing was run yet what is expected of one 
     "norm": "4 minutes, two cores",
 }
 GOALS = {
+    "cifar10-small": "All 50,000 images, 10 epochs, a network of six convolutions: what two CPU cores can do.",
     "cifar10-quick": "The paper's figure is of ImageNet: without EqCo the accuracy falls with K, with it hardly. "
     "The runs' curves over the epochs: `python examples/after/plot_runs.py runs/sweep/cifar10/*epochs40*`.",
     "cifar10-long": "The goal is a kNN of 84.8 %, the level of lightly's SimCLR and MoCo after 200 epochs.",

@@ -1,6 +1,7 @@
 """The papers' figures and tables: a grid of runs, what they give in one CSV, and ours beside the papers'.
 
     python examples/papers/sweep.py --grid digits-k --jobs 2               # Figures 3 and 4 on digits, two CPU cores
+    python examples/papers/sweep.py --grid cifar10-small --jobs 2          # K = 4 on CIFAR-10, two CPU cores
     python examples/papers/sweep.py --grid cifar10-k --data-dir DIR        # the same on CIFAR-10, one GPU
     python examples/papers/sweep.py --grid cifar100-dual --data-dir DIR    # the dual-temperature paper's table, one GPU
     python examples/papers/sweep.py --grid cifar10-quick --time-limit 10   # Figure 4 in minutes of a GPU

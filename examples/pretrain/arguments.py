@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import tyro
 
-from .choices import Arch, LoggerName, Norm, Schedule
+from .choices import Arch, LoggerName, Norm, Recipe, Schedule
 from .choices import KeyMomentumSchedule as KeyMomentumSchedule
 from .console import fail, print_any_name
 from .loggers import check_logger
@@ -39,7 +39,7 @@ class Common:
     )
     image_size: int | None = None  # side in pixels. None: 32 for digits, else that of the first image, from 32 to 224
     limit: int | None = None  # use no more than so many training images, and test images
-    recipe: Literal["mocov1", "mocov2", "simclr", "simco"] = "mocov2"  # augmentation; digits are placed at random
+    recipe: Recipe = "mocov2"  # augmentation; digits are placed at random
     augment: Literal["workers", "device"] = "workers"  # device: images of one size, kept and augmented in its memory
     workers: int = min(8, os.cpu_count() or 1)  # processes of each rank that load images
 

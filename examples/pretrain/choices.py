@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 Arch = Literal["small", "resnet18", "resnet34", "resnet50", "resnet50x2", "resnet50x4"]
+Recipe = Literal["mocov1", "mocov2", "simclr", "simco"]
 Norm = Literal["batch", "sync", "shuffle", "split", "group"]
 Schedule = Literal["simo", "cosine", "cosine-by-epoch", "drops"]
 KeyMomentumSchedule = Literal["constant", "cosine"]
