@@ -33,7 +33,7 @@ class Age(Enum):
 
 
 NOTES = {
-    Age.OLDER: f"† measured before the last change of {KERNELS}.",
+    Age.OLDER: f"† of an older {KERNELS} than this one.",
     Age.UNKNOWN: f"‡ unknown whether {KERNELS} has changed since: this tree's git does not have that commit.",
 }
 

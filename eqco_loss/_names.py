@@ -15,6 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 # What papers and other packages call our arguments; of several, the first that the class or its call has
 OTHER_NAMES = {
     **dict.fromkeys(("t", "tau", "temp", "moco_t", "softmax_temperature"), ("temperature",)),
+    **dict.fromkeys(("intra_temperature", "temp_intra", "tau_intra"), ("temperature",)),
     "T": ("inter_temperature", "temperature"),
     **dict.fromkeys(("temperature2", "tau2", "tau_inter", "temp_inter"), ("inter_temperature",)),
     **dict.fromkeys(("k", "K", "n_negatives", "num_neg", "num_keys"), ("num_negatives", "size")),
@@ -29,12 +30,23 @@ OTHER_NAMES = {
     **dict.fromkeys(("l2_normalize", "cosine", "norm"), ("normalize",)),
     **dict.fromkeys(("gather_distributed", "distributed", "group", "process_group"), ("gather",)),
     **dict.fromkeys(("reduce", "size_average"), ("reduction",)),
+    **dict.fromkeys(("m", "ema", "decay", "ema_decay"), ("momentum",)),
+    **dict.fromkeys(("encoder_q", "model", "student", "online"), ("query_encoder",)),
+    **dict.fromkeys(("encoder_k", "ema_model", "teacher"), ("key_encoder",)),
+    "target": ("key_encoder", "query_ids"),
 }
 OTHER_WAYS = {
     **dict.fromkeys(("weight", "weights"), 'To weigh the queries give reduction="none", and weigh the loss of each.'),
     "inter_temperature": "DualTempInfoNCE has two temperatures.",
+    **dict.fromkeys(
+        ("logit_scale", "scale"), "A learned log(1 / t) goes to eqco_loss.functional: temperature=(-scale).exp()."
+    ),
 }
 TO_THE_CALL = "Embeddings go to the call: criterion = EqCoLoss(), then criterion(query, positive_key)."
+ONE_BATCH = (
+    "positive_key: expected the second view of the batch, got none. Both views in one batch, (2N, D), are "
+    "query, positive_key = embeddings.chunk(2); (N, 2, D) is embeddings.unbind(1)."
+)
 OF_A_CALL = ("query", "positive_key", "negative_keys", "query_ids", "negative_ids", "negative_mask")
 OF_A_LOSS = (
     *("temperature", "inter_temperature", "alpha", "in_batch", "num_negatives", "sampling", "symmetric"),
@@ -51,11 +63,15 @@ def explains_names(function: Function) -> Function:
     owner, _, name_of = function.__qualname__.rpartition(".")
     owner = owner if name_of == "__init__" else OWNERS.get(name_of, function.__qualname__)
 
+    needed = sum(each.default is each.empty for each in parameters.values() if each.kind == each.POSITIONAL_OR_KEYWORD)
+
     @functools.wraps(function)
     def explained(*positional: Any, **keywords: Any) -> Any:
         for name in keywords:
             if name not in known:
                 raise TypeError(explanation(owner, name, known))
+        if len(positional) == needed - 1 and known[1:2] == ["positive_key"] and "positive_key" not in keywords:
+            raise TypeError(ONE_BATCH)
         return function(*positional, **keywords)
 
     return cast(Function, explained)

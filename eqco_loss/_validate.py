@@ -109,7 +109,7 @@ def temperature(value: Any) -> None:
     ):
         raise ValueError(
             f"temperature: expected a finite value > 0, got a tensor of {float(value.detach())!r}. {advice} "
-            "A learned one stays positive as log_scale.exp()."
+            "A learned one stays positive as log_t.exp(), of CLIP's scale, log(1 / t), as (-scale).exp()."
         )
 
 
@@ -389,8 +389,8 @@ def _mask(name: str, value: Any, shapes: Shapes, query: Tensor, keys: str) -> No
 def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected an integer tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap it: "
-            f"torch.tensor({name})."
+            f"{name}: expected an integer tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap numbers: "
+            f"torch.tensor({name}); give names numbers: [names.index(name) for name in {name}]."
         )
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers (int8 to int64, or uint8), got {value.dtype}. Use {name}.long().")

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._names import explains_names
 
+
+@explains_names
 @torch.no_grad()
 def momentum_update(
     query_encoder: nn.Module, key_encoder: nn.Module, momentum: float = 0.999, *, buffers: str = "none"
@@ -35,8 +38,8 @@ def momentum_update(
 
     Raises:
         ValueError: names or shapes that differ, ``momentum`` outside [0, 1], an unknown ``buffers``, encoders that
-            share parameters or whose parameters a sharder has emptied, or a key encoder in half precision that cannot
-            represent the step (bfloat16 at 0.999 would never move).
+            are exchanged, share parameters or whose parameters a sharder has emptied, or a key encoder in half
+            precision that cannot represent the step (bfloat16 at 0.999 would never move).
 
     Shape:
         Every parameter keeps its own; they must agree pairwise.
@@ -66,6 +69,12 @@ def momentum_update(
             "key_encoder: expected another module than query_encoder, got the same one, which would never lag behind. "
             "Make it with copy.deepcopy(query_encoder)."
         )
+    if not _learns(query_encoder) and _learns(key_encoder):
+        raise ValueError(
+            "query_encoder: expected the encoder that gradients train, got one that is frozen, beside a key_encoder "
+            "that is not. Exchange them, momentum_update(query_encoder, key_encoder), or, if they are meant so, freeze "
+            "the second: key_encoder.requires_grad_(False)."
+        )
     momentum = float(momentum)
     _check_apart(query_encoder, key_encoder)
     parameters = _pair(_named(query_encoder.named_parameters()), _named(key_encoder.named_parameters()), "parameter")
@@ -84,6 +93,10 @@ def momentum_update(
     if averaged:
         same = [q.to(device=k.device, dtype=k.dtype) for q, k in averaged]
         torch._foreach_lerp_([k for _, k in averaged], same, 1 - momentum)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(x.requires_grad for x in module.parameters())
 
 
 def _unwrap(module: nn.Module) -> nn.Module:

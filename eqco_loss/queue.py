@@ -99,7 +99,7 @@ class MomentumQueue(HoldsGroup):
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in FLOATS:
             raise TypeError(
-                f"dtype: expected a floating dtype, float16, bfloat16, float32 or float64, got {dtype}. float32 is "
+                f"dtype: expected a floating dtype, float16, bfloat16, float32 or float64, got {dtype!r}. float32 is "
                 "exact, bfloat16 halves the memory."
             )
         self.register_buffer("contents", torch.zeros(size, dim, dtype=dtype, device=device))
@@ -263,8 +263,8 @@ class MomentumQueue(HoldsGroup):
         if (ids is None) != (self.slot_ids is None):
             expected = "ids (N,), since the queue stores them" if ids is None else "None, since the queue stores no ids"
             raise ValueError(
-                f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. store_ids in the constructor "
-                f"decides."
+                f"ids: expected {expected}, got {'None' if ids is None else 'ids'}. Give ids to a queue that is "
+                "constructed with store_ids=True, and to no other."
             )
         if ids is not None:
             if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:

@@ -22,7 +22,7 @@ from pretrain.console import enough_memory
 @dataclass(frozen=True)
 class Args(Common):
     # Method
-    version: Literal["v1", "v2"] = "v2"  # v2: an MLP head, blur, a cosine, t = 0.2
+    version: Literal["v1", "v2"] = "v2"  # v2: an MLP head, blur, a cosine
     # Of the key encoder's moving average: slow, or the queue's stale keys give away the fresh one
     key_momentum: float = 0.99
     key_momentum_schedule: KeyMomentumSchedule = "constant"  # cosine: rises to 1 over the run (BYOL, MoCo v3)

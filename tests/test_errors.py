@@ -780,6 +780,10 @@ def test_choices_are_typed() -> None:
         (MomentumQueue, {"size": 5, "feature_dim": D}, "Write dim=."),
         (MomentumQueue, {"size": 5, "dim": D, "ids": True}, "Write store_ids=."),
         (MomentumQueue, {"size": 5, "dim": D, "momentum": 0.999}, "help(MomentumQueue) tells what each does."),
+        (DualTempInfoNCE, {"intra_temperature": 0.1}, "Write temperature=."),
+        (EqCoLoss, {"logit_scale": 2.66}, "goes to eqco_loss.functional: temperature=(-scale).exp()."),
+        (momentum_update, {"encoder_q": Q, "encoder_k": Q}, "Write query_encoder=."),
+        (momentum_update, {"m": 0.99}, "Write momentum=."),
     ],
     ids=str,
 )
@@ -799,6 +803,7 @@ def test_a_keyword_of_another_name_is_told_ours(make: Any, keywords: dict[str, A
     ("keywords", "way_out"),
     [
         ({"labels": IDS}, "Write query_ids=."),
+        ({"target": IDS}, "Write query_ids=."),
         ({"queue": KEYS}, "Write negative_keys=."),
         ({"mask": IDS}, "Write negative_mask=."),
         ({"tau": 0.1}, "temperature belongs in the constructor: EqCoLoss(temperature=...)."),
@@ -815,6 +820,16 @@ def test_a_call_tells_ours_too(keywords: dict[str, Any], way_out: str) -> None:
         assert str(caught.value).endswith(way_out)
 
 
+def test_both_views_in_one_batch_are_told_apart() -> None:
+    criterion: Any = EqCoLoss()
+    function: Any = functional.eqco_loss
+    for call in (criterion, criterion.with_metrics, criterion.chosen_backend, function):
+        with pytest.raises(TypeError, match=r"^positive_key: expected the second view .* embeddings\.chunk\(2\);"):
+            call(torch.cat([Q, Q]))
+        query, positive_key = torch.cat([Q, KEYS[: len(Q)]]).chunk(2)
+        call(query, positive_key)
+
+
 def test_a_function_tells_ours_too() -> None:
     function: Any = functional.eqco_loss
     with pytest.raises(TypeError, match=r"^tau: expected an argument of eqco_loss .* Write temperature=\.$"):
@@ -822,7 +837,8 @@ def test_a_function_tells_ours_too() -> None:
 
 
 def test_other_names_are_of_arguments_that_there_are() -> None:
-    known = {name for make in (EqCoLoss, DualTempInfoNCE, MomentumQueue) for name in inspect.signature(make).parameters}
+    makes = (EqCoLoss, DualTempInfoNCE, MomentumQueue, momentum_update)
+    known = {name for make in makes for name in inspect.signature(make).parameters}
     assert {name for names in OTHER_NAMES.values() for name in names} <= known | set(OF_A_CALL)
     assert not known & OTHER_NAMES.keys()
     assert set(OF_A_CALL) == set(Inputs._fields)

@@ -230,6 +230,16 @@ def test_momentum_may_be_numpys() -> None:
     assert found == functional.cosine_momentum(3, 1000, 0.5)
 
 
+def test_exchanged_encoders_are_an_error() -> None:
+    """The one that gradients train would be overwritten."""
+    query, key = encoder(0), encoder(1).requires_grad_(False)
+    before = copy.deepcopy(query.state_dict())
+    with pytest.raises(ValueError, match=r"^query_encoder: .* frozen, .* Exchange them"):
+        momentum_update(key, query)
+    assert all(torch.equal(x, before[name]) for name, x in query.state_dict().items())
+    momentum_update(key, query.requires_grad_(False))
+
+
 @pytest.mark.parametrize("share", ["copy", "head", "moved in"])
 def test_encoders_that_share_parameters_are_an_error(share: str) -> None:
     base, head = nn.Linear(3, 3), nn.Linear(3, 2)

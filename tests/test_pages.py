@@ -270,7 +270,7 @@ def test_the_readmes_losses_run() -> None:
     q, k, i, t = (torch.randn(n, d) for _ in range(4))
     queue = MomentumQueue(32, d)
     queue.enqueue(k)
-    names = {"q": q, "k": k, "i": i, "t": t, "queue": queue, "hard": torch.randn(n, 3, d), "scale": torch.tensor(2.0)}
+    names = {"q": q, "k": k, "image": i, "text": t, "queue": queue, "hard": torch.randn(n, 3, d), "scale": torch.tensor(2.0)}
     names |= {"EqCoLoss": EqCoLoss, "DualTempInfoNCE": DualTempInfoNCE, "functional": functional}
     for call in calls:
         found = eval(call, names)
@@ -345,6 +345,15 @@ def test_the_grids_tables_are_of_the_page_of_results() -> None:
         found = cells(grid, start)
         assert row.split("|")[2].split(":")[0].strip() == ", ".join(means(found, 4))
         assert row.split("|")[3].strip() == ", ".join(line[6] for line in found)
+
+
+def test_what_alpha_does_is_of_the_page_of_results() -> None:
+    """SiMo's least and most over alpha, of the paper and of ours."""
+    found = cells("alpha", "| SiMo |")
+    paper, knn = ([float(row[column].split(" ")[0]) for row in found] for column in (6, 4))
+    text = " ".join((ROOT / "docs" / "negatives.md").read_text().split())
+    assert f"from alpha = {found[0][2]} to {found[-1][2]} SiMo has {min(paper)} to {max(paper)} % on ImageNet" in text
+    assert f"on digits {max(knn)} to {min(knn)} % of kNN" in text
 
 
 def test_the_claim_is_of_the_page_of_results() -> None:

@@ -273,8 +273,8 @@ def no_negatives(row: int) -> ValueError:
     """What a backend raises on a CPU for a query that has nothing to be told apart from."""
     return ValueError(
         f"query {row} has no negatives left (effective K = 0): expected at least one key that neither ids nor mask "
-        "leave out. Leave them out, make ids finer, give more negatives, look whether the mask is True where a key is "
-        "a negative, or prime a queue that is empty yet: queue.enqueue(keys)."
+        "leave out. Leave such queries out, make ids finer, give more negatives (num_negatives=None: all), look "
+        "whether the mask is True where a key is a negative, or prime a queue that is empty yet: queue.enqueue(keys)."
     )
 
 
