@@ -270,7 +270,8 @@ def test_the_readmes_losses_run() -> None:
     q, k, i, t = (torch.randn(n, d) for _ in range(4))
     queue = MomentumQueue(32, d)
     queue.enqueue(k)
-    names = {"q": q, "k": k, "image": i, "text": t, "queue": queue, "hard": torch.randn(n, 3, d), "scale": torch.tensor(2.0)}
+    names: dict[str, object] = {"q": q, "k": k, "image": i, "text": t, "queue": queue}
+    names |= {"hard": torch.randn(n, 3, d), "scale": torch.tensor(2.0)}
     names |= {"EqCoLoss": EqCoLoss, "DualTempInfoNCE": DualTempInfoNCE, "functional": functional}
     for call in calls:
         found = eval(call, names)
