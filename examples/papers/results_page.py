@@ -17,7 +17,7 @@ from sweeps.grids import GRIDS
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = {  # two cores, or where nothing was run yet what is expected of one H200
-    "cifar10-small": "25 minutes, two cores",
+    "cifar10-small": "50 minutes, two cores",
     "cifar10-quick": "a quarter of an hour, H200",
     "cifar100-quick": "10 minutes, H200",
     "cifar10-long": "half an hour, H200",
