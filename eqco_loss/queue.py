@@ -141,10 +141,11 @@ class MomentumQueue(HoldsGroup):
         What the buffers say: they may have been copied into from elsewhere. A GPU is asked only as long as it may hold
         nothing, and not in a traced or captured graph; there an empty queue makes the loss NaN.
         """
-        if self.count.is_cpu and not torch.compiler.is_compiling():
-            return int(self.count) > 0
-        if not self._known_to_hold_keys and not cannot_wait(self.count) and not self.count.is_meta:
-            self._known_to_hold_keys = int(self.count) > 0
+        count = self.count
+        if count.is_cpu and not torch.compiler.is_compiling():
+            return int(count) > 0
+        if not self._known_to_hold_keys and not cannot_wait(count) and not count.is_meta:
+            self._known_to_hold_keys = int(count) > 0
             return self._known_to_hold_keys
         return True
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args
 
@@ -74,7 +75,7 @@ class Operator(Generic[Call, Out]):
         self.implementation = implementation
         fields = dict(arguments(call))
         self.places = [list(fields).index(name) for name in differentiable]
-        self.tensors = [place for place, hint in enumerate(fields.values()) if Tensor in (hint, *get_args(hint))]
+        self.tensors = itemgetter(*(n for n, hint in enumerate(fields.values()) if Tensor in (hint, *get_args(hint))))
         self.differentiable = differentiable
 
         def flat(*inputs: Any) -> Any:
@@ -105,7 +106,7 @@ class Operator(Generic[Call, Out]):
 
         def forward(ctx: Any, call: Call, flat: list[Any], others: list[Tensor], *differentiable: Tensor | None) -> Any:
             loss, *others[:] = self.run(call)  # autograd sees the loss alone, because each output costs it
-            tensors = [flat[place] for place in self.tensors]
+            tensors = self.tensors(flat)
             _keep(ctx, call, tensors, others, self._needed(differentiable, ctx.needs_input_grad[3:]))
             return loss
 
@@ -118,7 +119,7 @@ class Operator(Generic[Call, Out]):
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             tensors = [inputs[place] for place in self.places]
             needed = self._needed(tensors, [ctx.needs_input_grad[place] for place in self.places])
-            given = [inputs[place] for place in self.tensors]
+            given = self.tensors(inputs)
             ctx.mark_non_differentiable(*output[1:])
             _keep(ctx, unflatten(self.record, inputs), given, output[1:], needed)
             ctx.length = len(inputs)
@@ -149,7 +150,7 @@ class Operator(Generic[Call, Out]):
             others: list[Tensor] = []
             loss = self.function.apply(call, flat, others, *[flat[place] for place in self.places])
             return self.outputs(loss, *others)
-        if plain and not any(map(_is_batched, [flat[place] for place in self.tensors])):
+        if plain and not any(map(_is_batched, self.tensors(flat))):
             return self.run(call)  # type: ignore[no-any-return]
         return self.outputs(*self.registered(*flat))
 

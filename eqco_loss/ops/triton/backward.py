@@ -67,11 +67,13 @@ def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a sum over rows, (N, D), times grad, () or (N,)."""
     n, d = unit.shape
     out = torch.empty(n, d, dtype=dtype, device=unit.device)
-    launch(
-        kernels().keys.multiply_rows, (blocks_of(n, 8),),
-        unit, out, grad, grad.stride(0) if grad.dim() else 0, n, D=d, BLOCK_D=padded(d), BLOCK=8,
-    )  # fmt: skip
+    _multiply(d)((blocks_of(n, 8),), unit, out, grad, grad.stride(0) if grad.dim() else 0, n)
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiply(d: int) -> Launch:
+    return bind(kernels().keys.multiply_rows, {"D": d, "BLOCK_D": padded(d), "BLOCK": 8})
 
 
 def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradients:
