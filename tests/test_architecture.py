@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "settings": {"distributed", "queue"},
     "queue": {"_names", "distributed"},
     "_names": set(),
-    "momentum": set(),
+    "momentum": {"_names"},
     "distributed": set(),
     "ops": set(),
 }

@@ -785,7 +785,7 @@ def test_choices_are_typed() -> None:
         (momentum_update, {"encoder_q": Q, "encoder_k": Q}, "Write query_encoder=."),
         (momentum_update, {"m": 0.99}, "Write momentum=."),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None) or (value if isinstance(value, str) else ", ".join(value)),
 )
 def test_a_keyword_of_another_name_is_told_ours(make: Any, keywords: dict[str, Any], way_out: str) -> None:
     """The class, what it has, and what was meant."""
