@@ -226,6 +226,11 @@ def reverse_mode() -> None:
             "eqco_loss: expected reverse-mode differentiation, got forward mode (torch.func.jvp, forward_ad), which an "
             "operator cannot serve and would take for 0. Use torch.autograd.grad, with create_graph=True for more."
         )
+    if torch._C._is_tracing():  # torch.jit.trace
+        raise NotImplementedError(
+            "eqco_loss: expected a call outside torch.jit.trace, which would keep this batch's result as a constant. "
+            "Use torch.compile, or torch.export.export."
+        )
     innermost = torch._C._functorch.peek_interpreter_stack()
     if innermost is not None and innermost.key() == torch._C._functorch.TransformType.Grad:
         raise NotImplementedError(

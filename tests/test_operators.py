@@ -634,8 +634,20 @@ def test_a_loss_that_is_kept_lets_go_of_its_inputs_after_backward(lse: bool) -> 
     assert alive() is not None
     loss.backward()
     assert alive() is None
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(loss, query, create_graph=create_graph)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_trace_is_refused() -> None:
+    """It would have this batch's loss as a constant."""
+    given = torch.randn(4, 3), torch.randn(4, 3)
+    for function in (EqCoLoss(), lambda q, k: functional.negatives_logsumexp(q, k)):
+        with pytest.raises(
+            NotImplementedError, match=r"expected a call outside torch\.jit\.trace.* Use torch\.compile"
+        ):
+            torch.jit.trace(function, given)
 
 
 def test_nothing_is_kept_alive_after_the_loss_is_gone() -> None:

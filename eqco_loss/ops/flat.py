@@ -56,7 +56,7 @@ def flatten(record: type[Any], call: Any) -> list[Any]:
 
 
 _ABSENT = {record: [None for _ in arguments(record)] for record in _NESTED}
-_NESTED_FROM_BEHIND = {  # so that the places before one stay as they are
+_NESTED_FROM_BEHIND = {  # the last first, because a record's fields in its place move only what is behind it
     record: [(place, field.nested) for place, field in reversed(list(enumerate(layout))) if field.nested]
     for record, layout in _LAYOUTS.items()
 }

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 DIRECT = True  # False, for benchmarks and tests, takes Triton's own road at every launch
-MOST_KEPT = 1024  # of each kind, so that strides or constants which change at every step fill no memory
+# The most launches that are kept by their constants, and kernels that each launch keeps for one list of types: strides
+# or constants that change at every step would fill the memory. A full table is emptied.
+MOST_KEPT = 1024
 
 _dtype_of = attrgetter("dtype")
 
@@ -31,9 +33,10 @@ class _Pattern(NamedTuple):
 
 
 class Launch:
-    """One kernel with all its constexprs and Triton's options; a call gives the grid, a tensor and more.
+    """A kernel with its constexprs and Triton's options fixed.
 
-    A plan keeps it, because two dozen constants at each launch would have to be compared with those of the last one.
+    A call takes the grid and the other arguments, of which one at least is a tensor. Plans keep it, so that no launch
+    has to look two dozen constants up again.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
@@ -81,7 +84,7 @@ _bound: dict[tuple[Any, ...], Launch] = {}
 
 
 def bind(kernel: Any, constants: dict[str, Any]) -> Launch:
-    """The one launch of a kernel with these constants: whoever asks for it finds what others have compiled."""
+    """The launch that is kept for these constants, or a new one. Callers share what it has compiled."""
     key = (id(kernel), *constants, *constants.values())
     found = _bound.get(key)
     if found is None:
@@ -92,7 +95,7 @@ def bind(kernel: Any, constants: dict[str, Any]) -> Launch:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid](*arguments, **constants)``, of a kernel whose constants no plan keeps."""
+    """``kernel[grid](*arguments, **constants)``, for callers without a plan: each call looks the constants up."""
     bind(kernel, constants)(grid, *arguments)
 
 

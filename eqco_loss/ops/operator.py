@@ -100,12 +100,15 @@ class Operator(Generic[Call, Out]):
         def gradients(ctx: Any, grad: Tensor | None, *_: Any) -> list[Tensor | None]:
             if grad is None:
                 return [None] * len(self.differentiable)
+            if ctx.call is None:
+                tuple(ctx.saved_tensors)  # raises torch's error of a second backward
             found = backward(ctx, ctx.call, grad)
             _release(ctx)
             return [found.get(name) for name in self.differentiable]
 
         def forward(ctx: Any, call: Call, flat: list[Any], others: list[Tensor], *differentiable: Tensor | None) -> Any:
-            loss, *others[:] = self.run(call)  # autograd sees the loss alone, because each output costs it
+            # Only the loss is an output, as each more would cost time; the others go to the caller through the list.
+            loss, *others[:] = self.run(call)
             tensors = self.tensors(flat)
             _keep(ctx, call, tensors, others, self._needed(differentiable, ctx.needs_input_grad[3:]))
             return loss
@@ -183,7 +186,7 @@ def _is_batched(x: Tensor | None) -> bool:
 
 
 def _keep(ctx: Any, call: Any, tensors: Sequence[Tensor | None], others: Sequence[Tensor], needed: list[str]) -> None:
-    """Keep a call for its backward, and its answers beside the loss.
+    """Keep for backward the call and its outputs other than the loss.
 
     Inputs are not in ``save_for_backward``, because its version check would reject a queue that was enqueued to before
     backward, though backward does not need a queue's keys.
@@ -371,7 +374,7 @@ def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) ->
     m, views = call.first.shape[0], gradients.views
     if _looked_on() or _is_batched(grad):
         found = {"first": views[:m], "second": views[m:]}
-    else:  # who changes one gradient in place has not changed the other, for autograd's count of changes
+    else:  # each half has a count of changes of its own, so that changing one in place does not mark the other
         found = dict(zip(("first", "second"), views.unsafe_split(m), strict=True))
     if call.learned_temperature is not None:
         found["learned_temperature"] = gradients.temperature.to(call.learned_temperature.dtype)

@@ -290,8 +290,8 @@ class _SymmetricPlan(NamedTuple):
     """How the gradient of both directions is computed."""
 
     blocks: int  # of rows
-    splits: int  # of the others
-    chunk: int  # rows of a split
+    splits: int  # of the rows that a block meets
+    chunk: int  # how many of them a split has
     launch: Launch
 
 

@@ -67,7 +67,7 @@ class _Visit(NamedTuple):
     splits: int  # of all views
     rows: int  # blocks of rows
     sizes: tuple[int, ...]  # the kernel's integers: offset, width and modulus of a band, columns of a split, splits
-    constants: dict[str, Any]  # all but whether this launch gives the answer
+    constants: dict[str, Any]  # all but FINISH, which is known once all sets are planned
     prepared: _Prepared | None
     marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
 
