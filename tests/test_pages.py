@@ -3,6 +3,7 @@
 import ast
 import csv
 import importlib.util
+import math
 import re
 import shlex
 import shutil
@@ -277,6 +278,18 @@ def test_the_readmes_losses_run() -> None:
         found = eval(call, names)
         loss = found if isinstance(found, torch.Tensor) else found(q, k)
         assert loss.isfinite(), call
+
+
+def test_a_first_loss_is_what_the_readme_says() -> None:
+    """Of its block's random pairs, of pairs that tell nothing, and of positives among orthogonal negatives."""
+    said = re.search(r"# ([\d.]+): .* log\(1 \+ alpha\) = ([\d.]+), perfect ones ([\d.]+)", README.read_text())
+    assert said is not None
+    criterion = EqCoLoss(temperature=0.2, alpha=65536, num_negatives=16)
+    torch.manual_seed(0)
+    unrelated = [criterion(torch.randn(256, 128), torch.randn(256, 128)).item() for _ in range(20)]
+    perfect = criterion(torch.eye(256), torch.eye(256)).item()
+    found = sum(unrelated) / 20, math.log(1 + 65536), perfect
+    assert [f"{value:.1f}" for value in found] == list(said.groups())
 
 
 def test_the_first_run_is_what_was_measured() -> None:
