@@ -10,6 +10,7 @@ import importlib
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ CIFAR_RUN = f"python examples/train_simo.py --dataset cifar10 {SMALL} --run-dir 
 RESNET_RUN = f"python examples/train_moco.py --dataset cifar10 {IMAGES} --image-size 32 --run-dir runs/RUN"
 DRAWN = "--draw-only --out sweep"  # from the committed CSV, which the fixture copies there
 GRID = "--seeds 1 --epochs 1 --limit 128 --out out"
-FEW = "--seeds 1 --epochs 1 --arch small --data-dir many --out out"  # of a batch of images
-FIRST = f"{FEW} --time-limit 0.05"  # minutes, after which it stops its first run
+# Of a batch of images, and stopped after a second; those of digits run to their end
+FIRST = "--seeds 1 --epochs 1 --arch small --data-dir many --out out --time-limit 0.02"
 IMAGENET = (("imagenet", "images"), ("/shared/simo", "runs/shared"))
 NODE = Short(SMALL, IMAGENET)
 SYNC_NODE = Short(f"{SMALL} --norm shuffle", IMAGENET)  # their own norm, sync, needs CUDA
@@ -106,22 +107,22 @@ COMMANDS = {
     "python examples/papers/sweep.py --grid digits-k --jobs 2": Short(DRAWN),
     "python examples/papers/sweep.py --grid alpha --jobs 2": Short(DRAWN),
     "python examples/papers/sweep.py --grid batch --jobs 2": Short(DRAWN),
-    "python examples/papers/sweep.py --grid momentum --jobs 2": Short(GRID),
+    "python examples/papers/sweep.py --grid momentum --jobs 2": Short(DRAWN),
     "python examples/papers/sweep.py --grid norm --jobs 2": Short(GRID),
     "python examples/papers/sweep.py --grid cifar10-quick": Short(FIRST),
     "python examples/papers/sweep.py --grid cifar10-quick --time-limit 10": Short(FIRST),
     "python examples/papers/sweep.py --grid cifar100-quick": Short(FIRST),
     "python examples/papers/sweep.py --grid cifar100-quick --time-limit 10": Short(FIRST),
-    "python examples/papers/sweep.py --grid cifar10-small": Short(FEW),
-    "python examples/papers/sweep.py --grid cifar10-small --jobs 2": Short(FEW),
-    "python examples/papers/sweep.py --grid cifar10-long": Short(FEW),
-    "python examples/papers/sweep.py --grid cifar10-long --time-limit 10": Short(FEW),
+    "python examples/papers/sweep.py --grid cifar10-small": Short(FIRST),
+    "python examples/papers/sweep.py --grid cifar10-small --jobs 2": Short(FIRST),
+    "python examples/papers/sweep.py --grid cifar10-long": Short(FIRST),
+    "python examples/papers/sweep.py --grid cifar10-long --time-limit 10": Short(FIRST),
     "python examples/papers/sweep.py --grid cifar10-k": Short(FIRST),
     "python examples/papers/sweep.py --grid cifar100-dual": Short(FIRST),
     "python examples/measure/profile_step.py simo --dataset cifar10 --augment device --precision bf16-mixed": Short(
         f"{SMALL}"
     ),
-    "python examples/measure/augmentation_cost.py": Short("--recipe simco --batch-size 8 --repeats 1"),
+    "python examples/measure/augmentation_cost.py": Short("--recipe simco --batch-size 8 --repeats 1 --no-compiled"),
     "python examples/measure/start_time.py --data-dir DIR": Short("--workers 0 --batch-size 8", (("DIR", "images"),)),
 }
 
@@ -170,7 +171,8 @@ def run(command: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for path in (sorted(glob.glob(word, root_dir=scratch)) or [word] if "*" in word else [word])
     ]
     if command.startswith("torchrun "):
-        Script(scratch, script, cwd=scratch).run_ranks(2, *words)
+        new = tempfile.mkdtemp(dir=scratch)  # another command's run may have the same name
+        Script(scratch, script, cwd=scratch).run_ranks(2, *words, f"--run-dir={new}/run")
     elif script == "papers/sweep.py":
         monkeypatch.setattr(pool, "started", Started)
         monkeypatch.chdir(scratch)

@@ -341,8 +341,15 @@ IDS_OF = {  # n, negatives
 @pytest.mark.parametrize(
     ("where", "kind"),
     [
-        *((where, kind) for where in IDS_OF for kind in ("int64", "high bits")),
-        *(("given", "int32"), ("given", "NaN"), ("batch", "large tiles"), ("views", "large tiles")),
+        *((where, "int64") for where in IDS_OF),
+        *(
+            ("given", "high bits"),
+            ("batch", "high bits"),
+            ("given", "int32"),
+            ("given", "NaN"),
+            ("batch", "large tiles"),
+            ("views", "large tiles"),
+        ),
     ],
 )
 def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ class Args:
     batch_size: int = 512
     repeats: int = 7  # of the CPU time, of which the median is printed
     recipe: Recipe | None = None  # None: all of them
+    compiled: bool = True  # count the launches, which compiles each recipe for a GPU: half a minute
     against: str | None = None  # a commit whose augment.py is timed, too
 
 
@@ -59,9 +60,9 @@ def main(args: Args) -> None:
     print(f"{args.batch_size} images of {args.size} pixels, two views; {torch.get_num_threads()} threads")
     for name in [args.recipe] if args.recipe else augment.RECIPES:
         calls = {version: make(name) for version, make in versions.items()}
-        compiled = launches(augment.RECIPES[name], args.size, args.batch_size)
+        compiled = launches(augment.RECIPES[name], args.size, args.batch_size) if args.compiled else {}
         listed = ", ".join(f"{count} {kind}" for kind, count in compiled.items())
-        print(f"{name}: {sum(compiled.values())} launches compiled ({listed})")
+        print(f"{name}: {sum(compiled.values())} launches compiled ({listed})" if args.compiled else f"{name}:")
         for version, milliseconds in interleaved(calls, args.repeats).items():
             print(f"    {version}: {operators(calls[version])} operators, {milliseconds:.1f} ms on this CPU")
 
