@@ -49,7 +49,7 @@ CIFAR_RUN = f"python examples/train_simo.py --dataset cifar10 {SMALL} --run-dir 
 RESNET_RUN = f"python examples/train_moco.py --dataset cifar10 {IMAGES} --image-size 32 --run-dir runs/RUN"
 DRAWN = "--draw-only --out sweep"  # from the committed CSV, which the fixture copies there
 GRID = "--seeds 1 --epochs 1 --limit 128 --out out"
-# Of a batch of images, and stopped after a second; those of digits run to their end
+# Of a batch of images, and stopped after a second; of digits, norm runs to its end, and the others are drawn
 FIRST = "--seeds 1 --epochs 1 --arch small --data-dir many --out out --time-limit 0.02"
 IMAGENET = (("imagenet", "images"), ("/shared/simo", "runs/shared"))
 NODE = Short(SMALL, IMAGENET)
