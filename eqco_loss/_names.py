@@ -1,4 +1,4 @@
-"""Arguments that a constructor or a call does not take: an error that tells what was meant."""
+"""Arguments that a constructor or a function does not take, or is not given: an error that tells what was meant."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ OWNERS = {"forward": "a loss's call", "with_metrics": "with_metrics", "chosen_ba
 
 
 def explains_names(function: Function) -> Function:
-    """The same function, signature and types included, which explains a keyword that it does not have."""
+    """The same function, types included, which explains a keyword that it lacks, and views that came as one batch."""
     by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters
     known = [name for name, each in parameters.items() if each.kind in by_keyword and name != "self"]

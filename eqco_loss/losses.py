@@ -41,19 +41,7 @@ class Criterion(HoldsGroup):
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
-        return Settings(
-            temperature=self.temperature,
-            inter_temperature=self.inter_temperature,
-            alpha=self.alpha,
-            in_batch=self.in_batch,
-            num_negatives=self.num_negatives,
-            sampling=self.sampling,
-            symmetric=self.symmetric,
-            normalize=self.normalize,
-            gather=self.gather,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        return Settings(*(getattr(self, name) for name in Settings._fields))
 
     if TYPE_CHECKING:  # nn.Module's says nothing about arguments and returns Any
 
