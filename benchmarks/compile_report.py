@@ -314,7 +314,7 @@ def step_of(case: workloads.Case, dtype: torch.dtype, d: int) -> object:
     with (
         mock.patch.object(triton, "_refusal_of", return_value=None),
         mock.patch.object(functional, "_autocast_dtype", return_value=autocast),
-        mock.patch.object(operator, "_without_memory", return_value=False),
+        mock.patch.object(operator, "without_memory", return_value=False),
     ):
         return torch.autograd.grad(ours.prepare(problem)(), problem.leaves)
 

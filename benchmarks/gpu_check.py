@@ -53,6 +53,7 @@ from .workloads import DTYPES, WORKLOADS, Case, Problem, cases
 TESTS = (
     "tests/test_kernels.py",
     "tests/test_cuda.py",
+    "tests/test_repeats.py",
     "tests/test_world.py",
     "tests/test_wide.py",
     "tests/test_pages.py",

@@ -3,14 +3,19 @@
     python -m benchmarks.host
 
 Our step of M1, S1, S2, P1 and C1 beside the eager baseline's, on so few rows that torch's own arithmetic is over at
-once; ours also with Triton's own launcher, which ``eqco_loss/ops/launcher.py`` goes past. C1 is the wide engine's,
-under autocast, and a small product stands for each of the vendor's library. In none is the driver's time to launch a
-kernel, of which the baseline has more.
+once; ours also with Triton's own launcher, which ``eqco_loss/ops/launcher.py`` goes past, and with checks and records
+worked out at each call, which ``eqco_loss/repeats.py`` keeps. C1 is the wide engine's, under autocast, and a small
+product stands for each of the vendor's library. In none is the driver's time to launch a kernel, of which the baseline
+has more.
+
+A step that follows itself finds all that Python needs in the processor's caches. In a training loop there are encoders
+and an optimiser in between: the cold figures are of steps before which other work has filled these caches.
 """
 
 from __future__ import annotations
 
 import importlib
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +28,14 @@ import torch
 import tyro
 from torch import Tensor
 
+from eqco_loss import repeats
 from eqco_loss.ops import launcher, wide
 from eqco_loss.ops.backends import WIDE_ABOVE
 from eqco_loss.ops.triton import arguments
 from eqco_loss.ops.wide import chunks, pointwise
 
 from .compile_report import NoGpu
-from .measure import Timing
+from .measure import Step, Timing
 from .peers import PEERS
 from .registry import Peer
 from .runner import step_of
@@ -44,49 +50,94 @@ CASES = [  # as small as the kernels of the real sizes serve
 ]
 
 
+WAYS = ("ours", "anew", "Triton", "eager")
+
+
 @dataclass(frozen=True)
 class Args:
     target: int = 90  # compute capability x 10
-    rounds: int = 50  # of ten steps each, in turn
+    rounds: int = 50  # of ten steps each, in turn; and twice as many of a cold step
 
 
 def main(args: Args) -> None:
+    if args.rounds < 1:
+        raise SystemExit(f"error: rounds: expected 1 or more, got {args.rounds}.")
     torch.set_num_threads(1)
     launches: list[str] = []
     with no_launches(args.target, launches):
-        print(f"{'':4}{'ours, us':>12}{'Triton, us':>12}{'eager, us':>12}{'times faster':>14}   kernels of ours")
+        steps: dict[str, dict[str, Step]] = {}
+        kernels = {}
         for case in CASES:
             ours, eager = step(case, "eqco_loss"), step(tiny(case), WORKLOADS[case.workload].baseline)
+            steps[case.workload] = {"ours": ours, "anew": partial(anew, ours), "Triton": triton_s(ours), "eager": eager}
             launches.clear()
             ours()
-            kernels = list(launches)
-            timings = interleaved([(ours, True), (ours, False), (eager, True)], args.rounds)
-            ratio = timings[2].median / timings[0].median
-            figures = "".join(f"{1e6 * timing.median:12.0f}" for timing in timings)
-            print(f"{case.workload:4}{figures}{ratio:14.2f}   {', '.join(kernels)}")
+            kernels[case.workload] = ", ".join(launches)
+        print(f"{'':4}{''.join(f'{title}, us'.rjust(13) for title in WAYS)}  times faster   kernels of ours")
+        for name, warm in ((name, interleaved(of, args.rounds)) for name, of in steps.items()):
+            print(f"{name:4}{figures(warm)}   {kernels[name]}")
+        print("cold")
+        for name, cold in cold_steps(steps, 2 * args.rounds).items():
+            print(f"{name:4}{figures(cold)}")
+
+
+def figures(of: dict[str, Timing]) -> str:
+    times = "".join(f"{1e6 * of[way].median:13.0f}" for way in WAYS)
+    return f"{times}{of['eager'].median / of['ours'].median:14.2f}"
 
 
 def tiny(case: Case) -> Case:
     return replace(case, n=4, k=6 if case.workload == "S2" else 3, d=4, dtype="float32")
 
 
-def step(case: Case, name: str) -> Callable[[], object]:
+def step(case: Case, name: str) -> Step:
     one: Peer = next(x for x in PEERS if x.name == name and case.workload in x.workloads)
     problem = Problem(case, "cpu")
     return partial(step_of, problem, one.prepare(problem))
 
 
-def interleaved(steps: list[tuple[Callable[[], object], bool]], rounds: int) -> list[Timing]:
-    """Of each step, whose launches go directly to compiled kernels or not."""
-    seconds: list[list[float]] = [[] for _ in steps]
+def anew(one: Step) -> None:
+    """A step that no call before has prepared."""
+    repeats.forget()
+    one()
+
+
+def triton_s(one: Step) -> Step:
+    """A step whose launches go through Triton's own launcher."""
+
+    def step() -> None:
+        with mock.patch.object(launcher, "DIRECT", False):
+            one()
+
+    return step
+
+
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, Timing]:
+    """Each step ten times in a row, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
-        for place, (one, direct) in enumerate(steps):
-            with mock.patch.object(launcher, "DIRECT", direct):
-                start = time.perf_counter()
-                for _ in range(10):
-                    one()
-                seconds[place].append((time.perf_counter() - start) / 10)
-    return [Timing.of(x) for x in seconds]
+        for name, one in steps.items():
+            start = time.perf_counter()
+            for _ in range(10):
+                one()
+            seconds[name].append((time.perf_counter() - start) / 10)
+    return {name: Timing.of(x) for name, x in seconds.items()}
+
+
+def cold_steps(steps: dict[str, dict[str, Step]], rounds: int) -> dict[str, dict[str, Timing]]:
+    """One step at a time, in a random order, each after work that fills the caches with numbers and with objects."""
+    numbers, objects = torch.zeros(2**24), [[str(n)] * 8 for n in range(2**17)]
+    order = [(case, name) for case, of in steps.items() for name in of]
+    seconds: dict[tuple[str, str], list[float]] = {one: [] for one in order}
+    for _ in range(rounds):
+        random.shuffle(order)
+        for case, name in order:
+            numbers.add_(1)
+            sum(map(len, objects))
+            start = time.perf_counter()
+            steps[case][name]()
+            seconds[case, name].append(time.perf_counter() - start)
+    return {case: {name: Timing.of(seconds[case, name]) for name in of} for case, of in steps.items()}
 
 
 @contextmanager

@@ -170,14 +170,14 @@ def tried(
     """Each candidate that gives what the table's tile gives, as a step to time; of the others, why not."""
     expected = one(None)
     found: list[tuple[Any, float, Callable[[], Outputs] | str]] = []
-    fits = arguments.wave
+    plain = arguments.device
     for tile, wave in tqdm(list(itertools.product(candidates, waves)), desc="checking", leave=False):
 
-        def more(*of: object, wave: float = wave) -> int:
-            return max(1, int(wave * fits(*of)))  # type: ignore[arg-type]
+        def more(x: Tensor, wave: float = wave) -> arguments.Device:
+            return plain(x)._replace(warps=wave * plain(x).warps)
 
-        def step(tile: Any = tile, more: Callable[..., int] = more) -> Outputs:
-            with mock.patch.object(arguments, "wave", more):
+        def step(tile: Any = tile, more: Callable[[Tensor], arguments.Device] = more) -> Outputs:
+            with mock.patch.object(arguments, "device", more):
                 return one(tile)
 
         try:

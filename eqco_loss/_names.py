@@ -67,12 +67,15 @@ def explains_names(function: Function) -> Function:
 
     @functools.wraps(function)
     def explained(*positional: Any, **keywords: Any) -> Any:
-        for name in keywords:
-            if name not in known:
-                raise TypeError(explanation(owner, name, known))
-        if len(positional) == needed - 1 and known[1:2] == ["positive_key"] and "positive_key" not in keywords:
-            raise TypeError(ONE_BATCH)
-        return function(*positional, **keywords)
+        try:  # to look first would take time at every step
+            return function(*positional, **keywords)
+        except TypeError:
+            for name in keywords:
+                if name not in known:
+                    raise TypeError(explanation(owner, name, known)) from None
+            if len(positional) == needed - 1 and known[1:2] == ["positive_key"] and "positive_key" not in keywords:
+                raise TypeError(ONE_BATCH) from None
+            raise
 
     return cast(Function, explained)
 

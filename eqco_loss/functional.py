@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _agree, negatives, ops
+from . import _agree, negatives, ops, repeats
 from . import _validate as check
 from ._names import explains_names
 from .distributed import Gather, Ranks
@@ -169,16 +169,24 @@ def dual_temp_infonce(
 
 def compute_loss(settings: Settings, inputs: Inputs) -> Tensor:
     """The reduced loss."""
-    ranks = _agree.inputs(settings, inputs)
-    if ranks is None and _symmetric_serves(settings, inputs):
-        return _symmetric_loss(settings, inputs)
-    return _sum([out.loss for out in _row_losses(settings, inputs, ranks)])
+    kind = repeats.kind(settings, inputs)
+    losses = repeats.losses(kind, settings, inputs)
+    if losses is None:
+        ranks = _agree.inputs(settings, inputs)
+        asked: list[ops.Asked] = []
+        if ranks is None and _symmetric_serves(settings, inputs):
+            asked.append(ops.Asked(ops.symmetric_losses, _symmetric_call(settings, inputs)))
+        else:
+            asked += [ops.Asked(ops.row_losses, call) for call in _row_calls(settings, inputs, ranks)]
+        losses = [operator(call).loss for operator, call in asked]
+        repeats.keep(kind, settings, inputs, asked)
+    return _sum(losses)
 
 
 def compute_metrics(settings: Settings, inputs: Inputs) -> LossMetrics:
     """The reduced loss and what to log beside it."""
     ranks = _agree.inputs(settings, inputs)
-    outputs = _row_losses(settings, inputs, ranks, need_metrics=True)
+    outputs = [ops.row_losses(call) for call in _row_calls(settings, inputs, ranks, need_metrics=True)]
     metrics = torch.cat([out.metrics for out in outputs], 1)  # (len(Metric), N), or of both directions 2N
     positive = torch.cat([out.rows[Row.POSITIVE] for out in outputs])
     base = torch.cat([out.rows[Row.BASE] for out in outputs])
@@ -203,41 +211,39 @@ def compute_metrics(settings: Settings, inputs: Inputs) -> LossMetrics:
     return LossMetrics(_sum([out.loss for out in outputs]), *means.unbind())
 
 
-def _row_losses(
+def _row_calls(
     settings: Settings, inputs: Inputs, ranks: Ranks | None, *, need_metrics: bool = False
-) -> list[ops.RowOutputs]:
-    """The loss of each direction, with its gradients: one pass over its negatives."""
+) -> list[RowLosses]:
+    """What each direction asks for: its loss with the gradients, by one pass over its negatives."""
     grad, share = torch.is_grad_enabled(), _share(settings, inputs, ranks)
     learned = settings.temperature if isinstance(settings.temperature, Tensor) else None
     if learned is not None and ranks is not None:
         learned = ranks.shared(learned)
 
-    def outputs(one: Direction) -> ops.RowOutputs:
+    def call(one: Direction) -> RowLosses:
         others = [one.first.keys, None if one.second is None else one.second.keys]
-        return ops.row_losses(
-            RowLosses(
-                query=one.query,
-                positive=one.positive,
-                first=one.first,
-                second=one.second,
-                temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
-                learned_temperature=learned,
-                inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
-                alpha=None if settings.alpha is None else float(settings.alpha),
-                normalize=settings.normalize,
-                share=share,
-                reduced=settings.reduction != "none",
-                may_raise=settings.gather is False,  # or the other ranks would wait
-                need_query_gradient=grad and (ops.requires_grad(one.query) or ops.requires_grad(learned)),
-                need_positive_gradient=grad and ops.requires_grad(one.positive),
-                need_keys_gradient=grad and ops.requires_grad(one.first.keys),
-                need_metrics=need_metrics,
-                autocast=_autocast_dtype(one.query.device),
-                backend=ops.choose(settings.backend, one.query, *others)[0],
-            )
+        return RowLosses(
+            query=one.query,
+            positive=one.positive,
+            first=one.first,
+            second=one.second,
+            temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
+            learned_temperature=learned,
+            inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
+            alpha=None if settings.alpha is None else float(settings.alpha),
+            normalize=settings.normalize,
+            share=share,
+            reduced=settings.reduction != "none",
+            may_raise=settings.gather is False,  # or the other ranks would wait
+            need_query_gradient=grad and (ops.requires_grad(one.query) or ops.requires_grad(learned)),
+            need_positive_gradient=grad and ops.requires_grad(one.positive),
+            need_keys_gradient=grad and ops.requires_grad(one.first.keys),
+            need_metrics=need_metrics,
+            autocast=_autocast_dtype(one.query.device),
+            backend=ops.choose(settings.backend, one.query, *others)[0],
         )
 
-    return [outputs(one) for one in negatives.directions(settings, inputs, ranks)]
+    return [call(one) for one in negatives.directions(settings, inputs, ranks)]
 
 
 def _symmetric_serves(settings: Settings, inputs: Inputs) -> bool:
@@ -250,27 +256,25 @@ def _symmetric_serves(settings: Settings, inputs: Inputs) -> bool:
     return not torch.is_grad_enabled() or ops.requires_grad(query) == ops.requires_grad(key)
 
 
-def _symmetric_loss(settings: Settings, inputs: Inputs) -> Tensor:
+def _symmetric_call(settings: Settings, inputs: Inputs) -> ops.SymmetricLosses:
     first, second = inputs.query, inputs.positive_key
     if first.dtype != second.dtype:
         dtype = torch.promote_types(first.dtype, second.dtype)
         first, second = first.to(dtype), second.to(dtype)
-    return ops.symmetric_losses(
-        ops.SymmetricLosses(
-            first=first,
-            second=second,
-            across=negatives.batch_kind(settings, inputs) == "keys",
-            temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
-            learned_temperature=settings.temperature if isinstance(settings.temperature, Tensor) else None,
-            inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
-            alpha=None if settings.alpha is None else float(settings.alpha),
-            share=_share(settings, inputs, None),
-            need_gradient=torch.is_grad_enabled()
-            and any(ops.requires_grad(x) for x in (first, settings.temperature) if isinstance(x, Tensor)),
-            autocast=_autocast_dtype(first.device),
-            backend=ops.choose(settings.backend, first, second)[0],
-        )
-    ).loss
+    return ops.SymmetricLosses(
+        first=first,
+        second=second,
+        across=negatives.batch_kind(settings, inputs) == "keys",
+        temperature=1.0 if isinstance(settings.temperature, Tensor) else float(settings.temperature),
+        learned_temperature=settings.temperature if isinstance(settings.temperature, Tensor) else None,
+        inter_temperature=None if settings.inter_temperature is None else float(settings.inter_temperature),
+        alpha=None if settings.alpha is None else float(settings.alpha),
+        share=_share(settings, inputs, None),
+        need_gradient=torch.is_grad_enabled()
+        and any(ops.requires_grad(x) for x in (first, settings.temperature) if isinstance(x, Tensor)),
+        autocast=_autocast_dtype(first.device),
+        backend=ops.choose(settings.backend, first, second)[0],
+    )
 
 
 def _share(settings: Settings, inputs: Inputs, ranks: Ranks | None) -> list[int]:

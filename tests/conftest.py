@@ -47,7 +47,10 @@ def bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    from eqco_loss import repeats  # which imports Triton, whose interpreter must have been asked for
+
     torch.manual_seed(0)
+    repeats.forget()  # or a knob that a test turns would be one that calls of another test have read already
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ MOST_LINES = 450
 MAY_IMPORT = {
     "__init__": {"losses", "queue", "momentum", "functional"},
     "losses": {"functional", "_names", "_validate", "distributed", "settings"},
-    "functional": {"_agree", "_names", "_validate", "distributed", "negatives", "ops", "settings"},
+    "functional": {"_agree", "_names", "_validate", "distributed", "negatives", "ops", "repeats", "settings"},
+    "repeats": {"ops", "queue", "settings"},
     "negatives": {"distributed", "ops", "queue", "settings"},
     "_agree": {"_validate", "distributed", "queue", "settings"},
     "_validate": {"_names", "distributed", "queue", "settings"},
@@ -39,8 +40,10 @@ MAY_IMPORT = {
 }
 # The same inside of ops: backends know the records and not each other.
 INSIDE_OPS = {
-    "__init__": {"backends", "calls", "operator"},
-    "operator": {"backends", "calls", "definition", "flat"},
+    "__init__": {"backends", "calls", "observers", "operator", "operators"},
+    "operators": {"backends", "calls", "definition", "observers", "operator"},
+    "operator": {"calls", "flat", "observers"},
+    "observers": set(),
     "flat": {"calls"},
     "backends": {"tiles", "triton", "wide"},
     "wide": {"calls", "gap", "gap_kernels", "launcher", "scaled"},

@@ -2,12 +2,16 @@
 
 from .backends import choose
 from .calls import KeySet, LogSumExp, Metric, Pairs, Row, RowLosses, RowOutputs, SymmetricLosses
-from .operator import logsumexp, requires_grad, row_losses, symmetric_losses
+from .observers import requires_grad, unobserved
+from .operator import Asked, Operator
+from .operators import logsumexp, row_losses, symmetric_losses
 
 __all__ = [
+    "Asked",
     "KeySet",
     "LogSumExp",
     "Metric",
+    "Operator",
     "Pairs",
     "Row",
     "RowLosses",
@@ -18,4 +22,5 @@ __all__ = [
     "requires_grad",
     "row_losses",
     "symmetric_losses",
+    "unobserved",
 ]

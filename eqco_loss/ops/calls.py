@@ -116,6 +116,7 @@ class RowLosses(NamedTuple):
     need_metrics: bool
     autocast: torch.dtype | None  # what torch.autocast asks products to be multiplied in
     backend: str
+    kind: int = 0  # calls of one kind differ in their tensors' values alone, see ``once_a_kind``; 0: nobody knows
 
     @property
     def ratio(self) -> float:
@@ -149,6 +150,7 @@ class SymmetricLosses(NamedTuple):
     need_gradient: bool
     autocast: torch.dtype | None
     backend: str
+    kind: int = 0
 
     @property
     def ratio(self) -> float:
@@ -180,6 +182,7 @@ class SymmetricGradient(NamedTuple):
     learned_temperature: Tensor | None
     autocast: torch.dtype | None
     backend: str
+    kind: int = 0
 
 
 class SymmetricGradients(NamedTuple):
@@ -222,6 +225,7 @@ class KeysGradient(NamedTuple):
     backend: str
     query_gradient: Tensor | None = None  # (N, D): forward's, which is returned times ``grad``
     positive_gradient: Tensor | None = None  # (K, D): forward's, of positives that are these keys, N = K; it is added
+    kind: int = 0
 
 
 class KeysGradients(NamedTuple):
@@ -263,6 +267,28 @@ def plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
         return function(call)
 
     return plain
+
+
+MOST_KEPT = 1024  # kinds of calls; a full table is emptied
+Found = TypeVar("Found")
+
+
+def once_a_kind(work_out: Callable[..., Found]) -> Callable[..., Found]:
+    """``work_out(call, *others)``, which may look at all of a call but its tensors' values, once for each kind."""
+    found: dict[tuple[Any, ...], Found] = {}
+
+    @functools.wraps(work_out)
+    def kept(call: Any, *others: Any) -> Found:
+        if not call.kind:
+            return work_out(call, *others)
+        key = call.kind, *others
+        if key not in found:
+            if len(found) >= MOST_KEPT:
+                found.clear()
+            found[key] = work_out(call, *others)
+        return found[key]
+
+    return kept
 
 
 NORM_EPS = 1e-12  # the least length that a row is divided by

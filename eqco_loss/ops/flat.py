@@ -63,12 +63,13 @@ _NESTED_FROM_BEHIND = {  # the last first, because a record's fields in its plac
 
 
 def unflatten(record: type[Call], flat: Sequence[Any]) -> Call:
-    return _unflatten(record, iter(flat))  # type: ignore[no-any-return]
+    """The record of such values."""
+    return _unflatten(record, list(flat))  # type: ignore[no-any-return]
 
 
-def _unflatten(record: type[Any], flat: Iterator[Any]) -> Any:
-    values: list[Any] = []
-    for field in _LAYOUTS[record]:
-        value = next(flat) if field.nested is None else _unflatten(field.nested, flat)
-        values.append(None if field.nested is KeySet and field.optional and value.keys is None else value)
-    return record(*values)
+def _unflatten(record: type[Any], values: list[Any]) -> Any:
+    for place, nested in reversed(_NESTED_FROM_BEHIND[record]):
+        end = place + len(_ABSENT[nested])
+        absent = nested is KeySet and values[place] is None  # no set of keys is without keys
+        values[place:end] = [None if absent else _unflatten(nested, values[place:end])]
+    return record._make(values)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calls import KeySet, Pairs
 from ..launcher import launch
-from .tables import BITS, GRANULE, Tile, power_of_two
+from .tables import BITS, GRANULE, LITTLE_SHARED_MEMORY, Tile, power_of_two
 
 
 class Kernels(NamedTuple):
@@ -63,11 +63,6 @@ def unit_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def wave(tile: Tile, blocks: int, multiprocessors: int) -> int:
-    """How many splits of so many blocks give every multiprocessor eight warps."""
-    return max(1, 8 * multiprocessors // (tile.warps * blocks))
-
-
 class KeyFacts(NamedTuple):
     """What of a set of keys decides how it is visited."""
 
@@ -93,6 +88,27 @@ class KeyFacts(NamedTuple):
     @property
     def wide(self) -> bool:
         return _span(self.shape, self.strides) >= 2**31
+
+
+class Device(NamedTuple):
+    """What of a device decides how a kernel is cut."""
+
+    arch: int  # compute capability x 10
+    multiprocessors: int
+    warps: float = 8  # that a launch should give every multiprocessor, at the least
+
+    def fitting(self, tile: Tile, one: KeyFacts | None = None) -> Tile:
+        """The tile, without a pipeline where there is no room for one."""
+        by_pair = one is not None and 2 in (one.ids, one.masked)
+        return tile._replace(stages=1) if by_pair or self.arch in LITTLE_SHARED_MEMORY else tile
+
+    def wave(self, tile: Tile, blocks: int) -> int:
+        """How many splits of so many blocks give every multiprocessor so many warps."""
+        return max(1, int(self.warps * self.multiprocessors) // (tile.warps * blocks))
+
+
+def device(x: Tensor) -> Device:
+    return Device(arch(x), parallel(x))
 
 
 def facts(one: KeySet) -> KeyFacts:
@@ -179,3 +195,33 @@ def padded(d: int) -> int:
 
 def blocks_of(length: int, block: int) -> int:
     return -(-length // block)
+
+
+# ------------------------------------------------------------------------------- memory that launches leave as it was
+
+_OF_GRAPHS = 2**16  # numbers for the launches that captured graphs hold
+_left: dict[torch.device, Tensor] = {}  # of these, what no graph has taken
+
+
+def counting(programs: int, x: Tensor) -> Tensor:
+    """(1 + programs,) for ``gap_kernels.add_up``, whose first number is 0 before and after each launch.
+
+    Launches of one stream follow each other, and share it. A captured graph may run beside any stream, so that each
+    launch in it has one of its own, which no other graph gets; where none is left, the graph sets it to 0 itself.
+    """
+    if not x.is_cuda:
+        return torch.zeros(1 + programs)
+    if not torch.cuda.is_current_stream_capturing():
+        return _of_stream(x.device, torch.cuda.current_stream(x.device).cuda_stream, programs)
+    size, left = 1 + programs + -(1 + programs) % 4, _left.get(x.device)  # whose addresses are aligned
+    if left is None or len(left) < size:
+        return torch.zeros(1 + programs, device=x.device)
+    _left[x.device] = left[size:]
+    return left[: 1 + programs]
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_stream(device: torch.device, stream: int, programs: int) -> Tensor:
+    if device not in _left:  # outside of every graph, whose memory is written anew
+        _left[device] = torch.zeros(_OF_GRAPHS, device=device)
+    return torch.zeros(1 + programs, device=device)

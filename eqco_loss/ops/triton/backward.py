@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,11 +21,13 @@ from ..calls import (
     SymmetricLosses,
     SymmetricOutputs,
     gradient_eps,
+    once_a_kind,
 )
 from ..launcher import Launch, bind, launch
 from ..scaled import with_others
 from . import arguments
 from .arguments import (
+    Device,
     KeyFacts,
     blocks_of,
     dot_dtype,
@@ -40,7 +41,7 @@ from .arguments import (
     strides_of,
 )
 from .launch import row_losses
-from .tables import LITTLE_SHARED_MEMORY, Tile, keys_tile, pieces, power_of_two, symmetric_tile
+from .tables import Tile, keys_tile, pieces, power_of_two, symmetric_tile
 
 # ------------------------------------------------------------------------------------------------------ keys' gradient
 
@@ -54,6 +55,7 @@ class _KeysPlan(NamedTuple):
     whole: bool  # whether the kernel stores the gradient, and no shares of it
     marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
     launch: Launch
+    merge: Launch  # of the splits
 
 
 def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> KeysGradients:
@@ -78,14 +80,11 @@ def _multiply(d: int) -> Launch:
 
 def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradients:
     query, (n, d), one = call.query, call.query.shape, call.first
-    keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
+    keys, pairs, device = one.keys, one.pairs, call.query.device
     dtype = dot_dtype(query.dtype, keys.dtype, call.autocast)
     weights, prepared = _row_weights(call, call.normalize, dtype, True)
     out = torch.empty(*keys.shape, dtype=keys.dtype, device=device)
-    plan = _keys_plan(
-        *(n, found, dtype, call.normalize, call.grad.dim() == 0, needs_64_bits(prepared), tile),
-        *(arguments.arch(query), arguments.parallel(query), arguments.wave),
-    )
+    plan = _keys_planned(call, dtype, needs_64_bits(prepared), tile)
     left = left_out(pairs)
     marks = marked(left, n, len(keys)) if plan.marks else None
     whole = plan.whole and call.query_gradient is None and call.positive_gradient is None
@@ -98,8 +97,7 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
     )  # fmt: skip
     of_query = torch.empty(*(0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)
     if not whole:
-        others = (call.positive_gradient, call.query_gradient, of_query, call.grad)
-        _merge_splits(parts, keys, out, one.normalize, found.clean, *others)
+        _merge_splits(plan.merge, parts, keys, out, call.positive_gradient, call.query_gradient, of_query, call.grad)
     return KeysGradients(out, of_query)
 
 
@@ -131,6 +129,12 @@ def _own_keys_gradient(call: KeysGradient) -> Tensor:
     return out
 
 
+@once_a_kind
+def _keys_planned(call: KeysGradient, dtype: torch.dtype, wide: bool, tile: Tile | None) -> _KeysPlan:
+    of, scalar = facts(call.first), call.grad.dim() == 0
+    return _keys_plan(len(call.query), of, dtype, call.normalize, scalar, wide, tile, arguments.device(call.query))
+
+
 @functools.lru_cache(maxsize=1024)
 def _keys_plan(
     n: int,
@@ -140,24 +144,20 @@ def _keys_plan(
     scalar: bool,  # whether the loss's gradient is one number
     wide: bool,  # whether offsets into the rows need 64 bits
     tile: Tile | None,
-    arch: int,
-    multiprocessors: int,
-    wave: Callable[[Tile, int, int], int],
+    device: Device,
 ) -> _KeysPlan:
     (k, d), count = one.shape, pieces(dtype, normalize)
     offset, width, modulus = one.band or (0, 0, 1)
     per_view = modulus if one.band else k
     marks = one.ids == 1 and not one.masked and (not one.band or n == modulus)
-    tile = tile or keys_tile(dtype, padded(d), per_view, arch, count, marks)
-    if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
-        tile = tile._replace(stages=1)
+    tile = device.fitting(tile or keys_tile(dtype, padded(d), per_view, device.arch, count, marks), one)
     band = ""
     if one.band:
         band = "cyclic" if n == modulus or width + tile.resident < n else "any"
     blocks_per_view = blocks_of(per_view, tile.resident)
     blocks = blocks_per_view * (k // per_view)
     columns = blocks_of(width + tile.resident - 1 if band == "cyclic" else n, tile.streamed)
-    per_split, splits = _splits(columns, wave(tile, blocks, multiprocessors))
+    per_split, splits = _splits(columns, device.wave(tile, blocks))
     constants = {
         "D": d,
         "BLOCK_D": padded(d),
@@ -180,7 +180,8 @@ def _keys_plan(
     }
     whole = splits == 1 and not one.normalize  # the normalisation's gradient needs registers that are not there
     sizes = offset, width, modulus, blocks_per_view, per_split * tile.streamed
-    return _KeysPlan(blocks, splits, sizes, whole, marks, bind(kernels().keys.keys_gradient, constants))
+    merge = _merge(d, splits, one.normalize, one.clean)
+    return _KeysPlan(blocks, splits, sizes, whole, marks, bind(kernels().keys.keys_gradient, constants), merge)
 
 
 def _splits(columns: int, wave: int) -> tuple[int, int]:
@@ -205,14 +206,18 @@ def _row_weights(
         prepared = torch.empty((count, n, d), dtype=piece_dtype(dtype, count), device=x.device)
     elif scaled or x.dtype != dtype:
         prepared = torch.empty((n, d), dtype=dtype, device=x.device)
-    launch(
-        kernels().keys.row_weights, (blocks_of(n, 16),),
+    _weigh(d, normalize, scaled, count)(
+        (blocks_of(n, 16),),
         x, *x.stride(), *(grad, grad.stride(0)) if grad.dim() else (None, 0), rows, call.learned_temperature, weights,
         prepared, n, float(call.temperature),
-        D=d, BLOCK_D=padded(d), BLOCK=16, NORMALIZE=normalize, POWER=scaled, PIECES=count,
-        enable_fp_fusion=True,
     )  # fmt: skip
     return weights, x if prepared is None else prepared
+
+
+@functools.lru_cache(maxsize=1024)
+def _weigh(d: int, normalize: bool, power: bool, count: int) -> Launch:
+    constants = {"D": d, "BLOCK_D": padded(d), "BLOCK": 16, "NORMALIZE": normalize, "POWER": power, "PIECES": count}
+    return bind(kernels().keys.row_weights, constants | {"enable_fp_fusion": True})
 
 
 def _largest(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -220,12 +225,17 @@ def _largest(weights: Tensor, dtype: torch.dtype) -> Tensor | None:
     return weights[Row.STORED_PULL].abs().amax() if dtype == torch.float16 else None
 
 
+def _merge(d: int, splits: int, normalize: bool, clean: bool) -> Launch:
+    constants = {"D": d, "BLOCK_D": padded(d), "BLOCK": 8, "BLOCK_SPLITS": power_of_two(splits)}
+    constants |= {"NORMALIZE": normalize, "CLEAN": clean, "enable_fp_fusion": True}
+    return bind(kernels().keys.merge_splits, constants)
+
+
 def _merge_splits(
+    merge: Launch,
     parts: Tensor,
     raw: Tensor,
     out: Tensor,
-    normalize: bool,
-    clean: bool,
     positive_gradient: Tensor | None = None,
     query_gradient: Tensor | None = None,
     of_query: Tensor | None = None,
@@ -233,13 +243,10 @@ def _merge_splits(
 ) -> None:
     n = 0 if query_gradient is None else len(query_gradient)
     stride = grad.stride(0) if grad is not None and grad.dim() else 0
-    launch(
-        kernels().keys.merge_splits, (blocks_of(len(raw), 8) + blocks_of(n, 8),),
+    merge(
+        (blocks_of(len(raw), 8) + blocks_of(n, 8),),
         parts, raw, *raw.stride(), out, positive_gradient, query_gradient, of_query, grad, stride,
         len(raw), n, len(parts), gradient_eps(raw.dtype),
-        D=raw.shape[1], BLOCK_D=padded(raw.shape[1]), BLOCK=8, BLOCK_SPLITS=power_of_two(len(parts)),
-        NORMALIZE=normalize, CLEAN=clean,
-        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -273,6 +280,7 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
                 need_metrics=False,
                 autocast=call.autocast,
                 backend=call.backend,
+                kind=call.kind,
             ),
             tile,
             half,
@@ -293,16 +301,15 @@ class _SymmetricPlan(NamedTuple):
     splits: int  # of the rows that a block meets
     chunk: int  # how many of them a split has
     launch: Launch
+    merge: Launch  # of the splits
 
 
 def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:
     views, (n, d), t = call.kept, call.kept.shape, call.learned_temperature
     dtype = views.dtype if call.autocast is None else call.autocast
     weights, prepared = _row_weights(call, True, dtype, True)
-    plan = _symmetric_plan(
-        *(n, d, dtype, call.across, t is None and call.temperature >= 0.05, needs_64_bits(prepared), tile),
-        *(arguments.arch(views), arguments.parallel(views), arguments.wave),
-    )
+    one_exp, wide = t is None and call.temperature >= 0.05, needs_64_bits(prepared)
+    plan = _symmetric_plan(n, d, dtype, call.across, one_exp, wide, tile, arguments.device(views))
     new, splits = functools.partial(torch.empty, dtype=torch.float32, device=views.device), plan.splits
     out = new(n, d, dtype=views.dtype)
     parts = out if splits == 1 else new(splits, n, d)
@@ -313,7 +320,7 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
         call.grad, t, parts, along, n, n // 2, plan.chunk, float(call.temperature), gradient_eps(views.dtype),
     )  # fmt: skip
     if splits > 1:
-        _merge_splits(parts, views, out, True, False)
+        _merge_splits(plan.merge, parts, views, out)
     if t is None or along is None:
         return SymmetricGradients(out, new(0))
     of_positives = (weights[Row.PULL] * weights[Row.TOTAL] * call.rows[Row.POSITIVE]).sum()
@@ -329,16 +336,12 @@ def _symmetric_plan(
     one_exp: bool,
     wide: bool,  # whether offsets into the rows need 64 bits
     tile: Tile | None,
-    arch: int,
-    multiprocessors: int,
-    wave: Callable[[Tile, int, int], int],
+    device: Device,
 ) -> _SymmetricPlan:
-    tile = tile or symmetric_tile(dtype, padded(d), n, arch)
-    if arch in LITTLE_SHARED_MEMORY:
-        tile = tile._replace(stages=1)
+    tile = device.fitting(tile or symmetric_tile(dtype, padded(d), n, device.arch))
     blocks = 2 * blocks_of(n // 2, tile.resident) if across else blocks_of(n, tile.resident)
     columns = (1 if across else 2) * blocks_of(n // 2 + tile.resident - 2, tile.streamed)
-    per_split, splits = _splits(columns, wave(tile, blocks, multiprocessors))
+    per_split, splits = _splits(columns, device.wave(tile, blocks))
     constants = {
         "D": d,
         "BLOCK_ROWS": tile.resident,
@@ -356,4 +359,4 @@ def _symmetric_plan(
         "enable_fp_fusion": True,
     }
     bound = bind(kernels().symmetric.symmetric_rows, constants)
-    return _SymmetricPlan(blocks, splits, per_split * tile.streamed, bound)
+    return _SymmetricPlan(blocks, splits, per_split * tile.streamed, bound, _merge(d, splits, True, False))

@@ -293,7 +293,10 @@ def attend(
             query_gradient, positive_gradient, out_rows, metrics,
             n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
-        tl.store(loss + rows, losses, mask=rows < n)
+        if scratch is None:
+            tl.store(loss + rows, losses, mask=rows < n)
+        else:
+            add_up(tl.sum(tl.where(rows < n, losses, 0.0), 0), scratch, loss)
     else:
         if scratch is not None:  # for the count of combine's programs
             tl.store(scratch, 0.0)

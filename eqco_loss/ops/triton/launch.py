@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calls import KeySet, LogSumExp, LogSumExpOutputs, Metric, Row, RowLosses, RowOutputs, gradient_eps, loss_of
+from ..calls import (
+    KeySet,
+    LogSumExp,
+    LogSumExpOutputs,
+    Metric,
+    Row,
+    RowLosses,
+    RowOutputs,
+    gradient_eps,
+    loss_of,
+    once_a_kind,
+)
 from ..launcher import Launch, bind
 from . import arguments
 from .arguments import (
+    Device,
     KeyFacts,
     blocks_of,
+    counting,
     dot_dtype,
     facts,
     kernels,
@@ -31,7 +43,7 @@ from .arguments import (
     triton_dtype,
     unit_dtype,
 )
-from .tables import LITTLE_SHARED_MEMORY, Part, Tile, combine_tile, forward_tile, pieces, power_of_two, small_tile
+from .tables import Part, Tile, combine_tile, forward_tile, pieces, power_of_two, small_tile
 
 _CONVERSIONS = 16  # more blocks of rows than these do not convert the keys each for itself: a copy costs less
 _COLUMNS_AT_ONCE = 1024  # up to so many, a block of rows finishes on its own
@@ -45,7 +57,6 @@ class _Options(NamedTuple):
     normalize: bool
     query_gradient: bool
     metrics: bool
-    reduced: bool
     warm: float  # the largest of ``WARM`` that no temperature is below
     alpha: bool
     autocast: torch.dtype | None
@@ -77,7 +88,16 @@ class _Plan(NamedTuple):
     splits: int  # of all sets
     finish: bool  # whether a single launch gives the answer
     combine: Launch  # which puts splits together
-    combine_grid: tuple[int]
+    programs: int  # of the launch that gives the answer
+
+
+class _Asked(NamedTuple):
+    """What a call asks of the kernels, beside its tensors."""
+
+    plan: _Plan
+    floats: tuple[float, ...]  # the kernels' numbers: of integers, Triton would compile kernels of their own
+    query_gradient: bool
+    reduced: bool  # whether the losses are added up, by the last program of ``attend`` or of ``combine``
 
 
 def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowOutputs:
@@ -85,25 +105,14 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
 
     ``tile`` is for tests and benchmarks; None takes the table's.
     """
-    (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
+    (n, d), device = call.query.shape, call.query.device
+    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
     rows = new(len(Row), n)
     query_gradient = new(n, d, dtype=unit_dtype(call.query.dtype)) if call.need_query_gradient else None
     positive_gradient = new(n, d, dtype=unit_dtype(call.positive.dtype)) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
-    options = _Options(
-        loss=loss_of(call),
-        normalize=call.normalize,
-        query_gradient=call.need_query_gradient,
-        metrics=call.need_metrics,
-        reduced=call.reduced,
-        warm=_warm(call),
-        alpha=call.alpha is not None,
-        autocast=call.autocast,
-    )
-    # Of an integer, Triton would compile a kernel of its own.
-    numbers = float(call.inter_temperature or 1.0), float(call.alpha or 1.0), call.ratio
     outputs = query_gradient, positive_gradient, rows, metrics
-    loss = _attend(call, call.sets, options, tile, half, call.positive, numbers, outputs)
+    loss = _attend(call, call.sets, _asked(call, tile), half, call.positive, outputs)
     return RowOutputs(
         loss,
         new(0) if query_gradient is None else query_gradient,
@@ -114,6 +123,21 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     )
 
 
+@once_a_kind
+def _asked(call: RowLosses, tile: Tile | None) -> _Asked:
+    options = _Options(
+        loss=loss_of(call),
+        normalize=call.normalize,
+        query_gradient=call.need_query_gradient,
+        metrics=call.need_metrics,
+        warm=_warm(call),
+        alpha=call.alpha is not None,
+        autocast=call.autocast,
+    )
+    numbers = float(call.inter_temperature or 1.0), float(call.alpha or 1.0), call.ratio
+    return _planned(call, call.sets, options, tile, call.positive, numbers, call.reduced)
+
+
 def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     (n, d), new = call.query.shape, functools.partial(torch.empty, dtype=torch.float32, device=call.query.device)
     rows, mean_key = new(len(Row), n), new(n, d) if call.need_query_gradient else None
@@ -122,56 +146,60 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
         normalize=False,
         query_gradient=call.need_query_gradient,
         metrics=False,
-        reduced=False,
         warm=0.0,
         alpha=False,
         autocast=call.autocast,
     )
-    outputs = mean_key, None, rows, None
-    lse = _attend(call, [call.first], options, None, 0, call.query, (1.0, 1.0, 1.0), outputs)
+    asked = _planned(call, [call.first], options, None, call.query, (1.0, 1.0, 1.0))
+    lse = _attend(call, [call.first], asked, 0, call.query, (mean_key, None, rows, None))
     return LogSumExpOutputs(lse, new(0) if mean_key is None else mean_key, rows)
+
+
+def _planned(
+    call: RowLosses | LogSumExp,
+    sets: list[KeySet],
+    options: _Options,
+    tile: Tile | None,
+    positive: Tensor,
+    numbers: tuple[float, ...],
+    reduced: bool = False,
+) -> _Asked:
+    query, device = call.query, arguments.device(call.query)
+    plan = _plan(*query.shape, query.dtype, options, tile, tuple(map(facts, sets)), device)
+    floats = (float(call.temperature), *numbers, gradient_eps(query.dtype), gradient_eps(positive.dtype))
+    return _Asked(plan, floats, options.query_gradient, reduced)
 
 
 def _attend(
     call: RowLosses | LogSumExp,
     sets: list[KeySet],
-    options: _Options,
-    tile: Tile | None,
+    asked: _Asked,
     half: int,
     positive: Tensor,
-    numbers: tuple[float, ...],
     outputs: tuple[Tensor | None, ...],
 ) -> Tensor:
     """The losses, their sum, or the log-sum-exps."""
-    query, (n, d), device, t = call.query, call.query.shape, call.query.device, call.learned_temperature
-    plan = _plan(
-        *(n, d, query.dtype, options, tile, tuple(map(facts, sets))),
-        *(arguments.arch(query), arguments.parallel(query), arguments.wave),
-    )
+    query, (n, d), t, plan, floats = call.query, call.query.shape, call.learned_temperature, asked.plan, asked.floats
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     parts, outs, scratch = None, None, None
-    added = options.reduced and not plan.finish  # by ``combine``
-    loss = torch.empty(() if added else (n,), dtype=torch.float32, device=device)
-    if added:
-        scratch = torch.empty(1 + plan.combine_grid[0], dtype=torch.float32, device=device)
+    loss = new(() if asked.reduced else (n,))
+    if asked.reduced:
+        scratch = counting(plan.programs, query) if plan.finish else new(1 + plan.programs)
     if not plan.finish:
-        parts = torch.empty(len(Part), plan.splits, n, dtype=torch.float32, device=device)
-        if options.query_gradient:
-            outs = torch.empty(plan.splits, n, d, dtype=torch.float32, device=device)
+        parts = new(len(Part), plan.splits, n)
+        if asked.query_gradient:
+            outs = new(plan.splits, n, d)
     queries = (query, *query.stride(), positive, *positive.stride())
     answers = (parts, outs, loss, scratch, *outputs)
-    number = float(call.temperature)
-    floats = (number, *numbers, gradient_eps(query.dtype), gradient_eps(positive.dtype))
     first_split = 0
     for one, (visit, attend) in zip(sets, plan.visits, strict=True):
         keys, factor = (one.keys, None) if visit.prepared is None else _prepare(one.keys, visit.prepared)
-        split = (first_split, plan.splits)
+        split, left = (first_split, plan.splits), left_out(one.pairs)
         if one.own:
             picked = one.pairs.picked
             strides = (*keys.stride(), None, 0, 0) if picked is None else (0, *keys.stride(), picked, *picked.stride())
-            left = left_out(one.pairs)
             attend((n, 1), *queries, keys, *strides, *left, t, *answers, n, half, *visit.sizes, *split, *floats)
         else:
-            left = left_out(one.pairs)
             marks = marked(left, n, keys.shape[-2]) if visit.marks else None
             attend(
                 (visit.rows, visit.splits),
@@ -180,8 +208,8 @@ def _attend(
             )  # fmt: skip
         first_split += visit.splits
     if not plan.finish:
-        plan.combine(plan.combine_grid, *queries, t, *answers, n, half, plan.splits, *floats)
-    return loss.sum() if options.reduced and not added else loss
+        plan.combine((plan.programs,), *queries, t, *answers, n, half, plan.splits, *floats)
+    return loss
 
 
 def _prepare(keys: Tensor, how: _Prepared) -> tuple[Tensor, Tensor | None]:
@@ -203,9 +231,7 @@ def _plan(
     options: _Options,
     tile: Tile | None,
     sets: tuple[KeyFacts, ...],
-    arch: int,
-    multiprocessors: int,
-    wave: Callable[[Tile, int, int], int],
+    device: Device,
 ) -> _Plan:
     common = {
         "D": d,
@@ -221,7 +247,7 @@ def _plan(
         if one.own:
             visits.append(_own_keys(n, d, one, more))
         else:
-            visit, resident = _shared_keys(n, d, dtype, options, tile, one, arch, multiprocessors, wave, more)
+            visit, resident = _shared_keys(n, d, dtype, options, tile, one, device, more)
             visits.append(visit)
     splits = sum(visit.splits for visit in visits)
     finish = options.loss != "none" and len(visits) == 1 and splits == 1 and (sets[0].own or resident * d <= 8192)
@@ -234,7 +260,8 @@ def _plan(
         "FEW": splits <= 8,
         "num_warps": 4,
     }
-    return _Plan(bound, splits, finish, bind(kernels().forward.combine, combine | common), (blocks_of(n, block),))
+    programs = visits[0].rows if finish else blocks_of(n, block)
+    return _Plan(bound, splits, finish, bind(kernels().forward.combine, combine | common), programs)
 
 
 def _own_keys(n: int, d: int, one: KeyFacts, common: dict[str, Any]) -> _Visit:
@@ -255,13 +282,11 @@ def _shared_keys(
     options: _Options,
     tile: Tile | None,
     one: KeyFacts,
-    arch: int,
-    multiprocessors: int,
-    wave: Callable[[Tile, int, int], int],
+    device: Device,
     common: dict[str, Any],
 ) -> tuple[_Visit, int]:
     """Also how many rows a program keeps."""
-    dtype = dot_dtype(query_dtype, one.dtype, options.autocast)
+    arch, dtype = device.arch, dot_dtype(query_dtype, one.dtype, options.autocast)
     (k, _), count = one.shape, pieces(dtype, options.normalize)
     offset, width, modulus = one.band or (0, k, 1)
     views = k // modulus if one.band else 1
@@ -284,12 +309,11 @@ def _shared_keys(
             marks=marks,
             count=count,
         )
-    if arch in LITTLE_SHARED_MEMORY or 2 in (one.ids, one.masked):
-        tile = tile._replace(stages=1)
+    tile = device.fitting(tile, one)
     rows = blocks_of(n, tile.resident)
     columns = width + (tile.resident - 1 if one.band else 0)
     waves = 1 if options.query_gradient else 2  # a split's share is (N, D) numbers, or only (N,)
-    wanted = 1 if small else wave(tile, rows * views, multiprocessors) * waves
+    wanted = 1 if small else device.wave(tile, rows * views) * waves
     chunk = max(blocks_of(blocks_of(columns, tile.streamed), wanted), 1 if small else 2) * tile.streamed
     splits_per_view = blocks_of(columns, chunk)
     prepared, how = _prepared(one, dtype, count, rows, tile)

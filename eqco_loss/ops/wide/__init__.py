@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from ..calls import (
     SymmetricLosses,
     SymmetricOutputs,
     no_negatives,
+    once_a_kind,
     plainly,
     rounded_log_sum,
     temperature_of,
@@ -73,8 +75,7 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
 
 def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of what forward keeps for the gradient of both directions."""
-    products = product_dtype(call.autocast, call.first)
-    mutual = pointwise.mutual(products, arithmetic(call.first))
+    products, mutual = _multiplied(call)
     return kept_views(call) if mutual is None else mutual.keeps(call, products)
 
 
@@ -208,11 +209,10 @@ def _checked(state: Tensor, may_raise: bool) -> Tensor:
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Every similarity is computed once, and serves both of its rows."""
-    like, products = arithmetic(call.first), product_dtype(call.autocast, call.first)
-    mutual = pointwise.mutual(products, like)
+    products, mutual = _multiplied(call)
     if mutual is not None:
         return mutual.symmetric_losses(call, products)  # type: ignore[no-any-return]
-    t, both = temperature_of(call), call.views
+    t, both, like = temperature_of(call), call.views, arithmetic(call.first)
     n = len(both)
     views, half = prepare(both, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
@@ -237,11 +237,10 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     With P the softmax, a = grad * weight * share / t and p a row's other view, it is for unit rows
     ``sum_j (a_i P_ij + a_j P_ji) z_j - (a_i + a_p) z_p``. Every tile's weights serve its rows, and turned its keys.
     """
-    like, products = arithmetic(call.first), product_dtype(call.autocast, call.first)
-    mutual = pointwise.mutual(products, like)
+    products, mutual = _multiplied(call)
     if mutual is not None:
         return mutual.symmetric_gradient(call, products)  # type: ignore[no-any-return]
-    t, (n, d) = temperature_of(call), call.kept.shape
+    t, (n, d), like = temperature_of(call), call.kept.shape, arithmetic(call.first)
     views, half = prepare(call.kept, True, products, like), n // 2
     others = Pairs(band=[0, half - 1, half])  # every row but the two of its own image
     logit_scale, workspace = views.scale * (LOG2E / t), Workspace(like, products)
@@ -279,6 +278,13 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     if call.learned_temperature is not None:
         of_temperature = call.rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
     return SymmetricGradients(out, of_temperature)
+
+
+@once_a_kind
+def _multiplied(call: SymmetricLosses | SymmetricGradient) -> tuple[torch.dtype, Any]:
+    """In which dtype, and the module whose kernels do so, or None."""
+    products = product_dtype(call.autocast, call.first)
+    return products, pointwise.mutual(products, arithmetic(call.first))
 
 
 def _mutual(n: int, across: bool, products: torch.dtype, like: Tensor) -> Iterator[tuple[slice, Iterator[slice]]]:

@@ -110,18 +110,17 @@ def _cut(pairs: Pairs, rows: slice, columns: slice) -> Pairs:
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """a @ b, of matrices or of batches of them, into ``out`` or added to it, in its dtype and without rounding."""
-    aten = torch.ops.aten
     batch, half = a.dim() == 3, a.dtype != out.dtype
-    if half and not (a.is_cuda and hasattr(aten.mm, "dtype_out")):  # from torch 2.8 on
+    if half and not a.is_cuda:
         a, b, half = a.to(out.dtype), b.to(out.dtype), False
     if not half:
         (out.baddbmm_ if batch else out.addmm_)(a, b, beta=int(add))
     elif not add:
-        (aten.bmm if batch else aten.mm).dtype_out(a, b, out.dtype, out=out)
+        (torch.bmm if batch else torch.mm)(a, b, out.dtype, out=out)
     elif batch or not _adds_in_float32(a.device.index):
-        out += (aten.bmm if batch else aten.mm).dtype(a, b, out.dtype)
+        out += (torch.bmm if batch else torch.mm)(a, b, out.dtype)
     else:
-        aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        torch.addmm(out, a, b, out.dtype, out=out)
 
 
 @functools.cache
@@ -130,7 +129,7 @@ def _adds_in_float32(index: int | None) -> bool:
     like = torch.zeros((1, 1), device=f"cuda:{index}")
     half = like.bfloat16()
     try:
-        torch.ops.aten.addmm.dtype_out(like, half, half, like.dtype, out=like)
+        torch.addmm(like, half, half, like.dtype, out=like)
     except RuntimeError:
         return False
     return True

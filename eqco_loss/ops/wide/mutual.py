@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..calls import Row, SymmetricGradients, SymmetricOutputs, gradient_eps, loss_of
+from ..calls import Row, SymmetricGradients, SymmetricOutputs, gradient_eps, loss_of, once_a_kind
 from ..launcher import Launch, bind
 from . import chunks
 from .mutual_kernels import _BOUNDED, _EITHER, _FOLLOWED, _LEAST, statistics_kernel, weights_kernel
@@ -85,16 +85,10 @@ ROWS = Rows(1024, 4)
 
 
 def symmetric_losses(call, products):
-    first, n = call.first, 2 * len(call.first)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=first.device)
-    rows = new((len(Row), n))
-    form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
-    weigh = call.learned_temperature is not None
-    tile = STATISTICS if call.across else SQUARE
-    plan = _statistics_plan(
-        n, _width(first), call.across, form, weigh, loss_of(call), call.alpha is not None, tile, PARTS, parallel(first)
-    )
-    loss, scratch, parts = new(()), new(plan.scratch), new(plan.parts)
+    n = 2 * len(call.first)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=call.first.device)
+    plan, (shape, dtype) = _statistics(call, products)
+    rows, loss, scratch, parts = new((len(Row), n)), new(()), new(plan.scratch), new(plan.parts)
     x, scale = _prepared(call, products, rows, scratch)
     temperatures = float(call.temperature), call.learned_temperature, float(call.inter_temperature or 1.0)
     state, stride = None, 0
@@ -119,8 +113,18 @@ def symmetric_losses(call, products):
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n,
     )  # fmt: skip
-    shape, dtype = keeps(call, products)
     return SymmetricOutputs(loss, rows, x if len(shape) == 2 else new(shape, dtype=dtype))
+
+
+@once_a_kind
+def _statistics(call, products):
+    """The plan, and what is kept."""
+    form = _form(call.temperature, call.inter_temperature, call.learned_temperature)
+    weigh, tile = call.learned_temperature is not None, STATISTICS if call.across else SQUARE
+    shape = 2 * len(call.first), _width(call.first)
+    of_loss = loss_of(call), call.alpha is not None
+    plan = _statistics_plan(*shape, call.across, form, weigh, *of_loss, tile, PARTS, parallel(call.first))
+    return plan, keeps(call, products)
 
 
 def symmetric_gradient(call, products):
@@ -137,8 +141,7 @@ def symmetric_gradient(call, products):
         largest = (rows[Row.PULL] * call.grad).abs().amax()
         largest = torch.where(largest > 0, largest, 1.0)
         factor = call.grad / largest
-    form = _form(call.temperature, None, call.learned_temperature)
-    plan = _gradient_plan(n, x.shape[1], call.across, products, form, WEIGHTS, chunks.steps, parallel(x))
+    plan = _weights(call, products, x.shape[1])
     out = torch.empty((n, d), dtype=call.first.dtype, device=device)
     sums = torch.empty((n if plan.whole else half, d), dtype=torch.float32, device=device)
     first_key = 0 if plan.whole else half  # of the rows that have sums
@@ -170,6 +173,12 @@ def symmetric_gradient(call, products):
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
     return SymmetricGradients(out, of_temperature)
+
+
+@once_a_kind
+def _weights(call, products, width):
+    form, n = _form(call.temperature, None, call.learned_temperature), 2 * len(call.first)
+    return _gradient_plan(n, width, call.across, products, form, WEIGHTS, chunks.steps, parallel(call.first))
 
 
 # ---------------------------------------------------------------------------------------------------------- small steps

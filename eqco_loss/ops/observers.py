@@ -1,0 +1,45 @@
+"""Who looks on at a call: compilers, modes, transforms, tracers. Where nobody does, a call passes the dispatcher by.
+
+Private names of torch that are used here:
+
+- ``torch._C._len_torch_dispatch_stack``, ``torch._C._functorch.peek_interpreter_stack``: whether a mode or a transform
+  looks on. The dispatcher's wrappers cost 0.1 to 0.3 ms.
+- ``torch.autograd.forward_ad._current_level``, ``torch._C._is_tracing``: forward differentiation, torch.jit.trace.
+- ``torch._C._functorch.is_batchedtensor``, ``get_unwrapped``, ``is_legacy_batchedtensor``: what ``vmap`` hides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unobserved() -> bool:
+    """Whether no compiler, mode, transform, tracer or forward differentiation looks on."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return not looked_on() and not torch._C._is_tracing()
+
+
+def looked_on() -> bool:
+    """Whether a compiler, a mode or a transform of torch.func must see the operator itself."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def without_memory(x: Tensor) -> bool:
+    return x.is_meta
+
+
+def requires_grad(x: Tensor | None) -> bool:
+    """Whether x requires a gradient, also where torch.func.vmap hides it."""
+    if x is not None and not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return x is not None and x.requires_grad
+
+
+def is_batched(x: Tensor | None) -> bool:
+    """Whether x is a batch of torch.autograd.grad(is_grads_batched=True), which torch keeps apart from torch.func."""
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
