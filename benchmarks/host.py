@@ -18,7 +18,7 @@ import importlib
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -50,7 +50,12 @@ CASES = [  # as small as the kernels of the real sizes serve
 ]
 
 
-WAYS = ("ours", "anew", "Triton", "eager")
+WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "ours": nullcontext,
+    "anew": partial(mock.patch.object, repeats, "kind", return_value=None),
+    "Triton": partial(mock.patch.object, launcher, "DIRECT", False),
+    "eager": nullcontext,
+}
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,19 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     launches: list[str] = []
     with no_launches(args.target, launches):
-        steps: dict[str, dict[str, Step]] = {}
-        kernels = {}
+        ours, eager, kernels = {}, {}, {}
         for case in CASES:
-            ours, eager = step(case, "eqco_loss"), step(tiny(case), WORKLOADS[case.workload].baseline)
-            steps[case.workload] = {"ours": ours, "anew": partial(anew, ours), "Triton": triton_s(ours), "eager": eager}
+            ours[case.workload] = step(case, "eqco_loss")
+            eager[case.workload] = step(tiny(case), WORKLOADS[case.workload].baseline)
             launches.clear()
-            ours()
+            ours[case.workload]()
             kernels[case.workload] = ", ".join(launches)
-        print(f"{'':4}{''.join(f'{title}, us'.rjust(13) for title in WAYS)}  times faster   kernels of ours")
-        for name, warm in ((name, interleaved(of, args.rounds)) for name, of in steps.items()):
-            print(f"{name:4}{figures(warm)}   {kernels[name]}")
-        print("cold")
-        for name, cold in cold_steps(steps, 2 * args.rounds).items():
-            print(f"{name:4}{figures(cold)}")
+        steps = {name: (eager if name == "eager" else ours) for name in WAYS}
+        print(f"{'':6}{''.join(f'{title}, us'.rjust(13) for title in WAYS)}  times faster   kernels of ours")
+        for name, warm in timed(steps, args.rounds, cold=False).items():
+            print(f"{name:6}{figures(warm)}   {kernels[name]}")
+        for name, cold in timed(steps, 2 * args.rounds, cold=True).items():
+            print(f"{name + ' cold':8}{figures(cold)[2:]}")
 
 
 def figures(of: dict[str, Timing]) -> str:
@@ -96,48 +100,26 @@ def step(case: Case, name: str) -> Step:
     return partial(step_of, problem, one.prepare(problem))
 
 
-def anew(one: Step) -> None:
-    """A step that no call before has prepared."""
-    repeats.forget()
-    one()
-
-
-def triton_s(one: Step) -> Step:
-    """A step whose launches go through Triton's own launcher."""
-
-    def step() -> None:
-        with mock.patch.object(launcher, "DIRECT", False):
-            one()
-
-    return step
-
-
-def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, Timing]:
-    """Each step ten times in a row, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, one in steps.items():
-            start = time.perf_counter()
-            for _ in range(10):
-                one()
-            seconds[name].append((time.perf_counter() - start) / 10)
-    return {name: Timing.of(x) for name, x in seconds.items()}
-
-
-def cold_steps(steps: dict[str, dict[str, Step]], rounds: int) -> dict[str, dict[str, Timing]]:
-    """One step at a time, in a random order, each after work that fills the caches with numbers and with objects."""
-    numbers, objects = torch.zeros(2**24), [[str(n)] * 8 for n in range(2**17)]
-    order = [(case, name) for case, of in steps.items() for name in of]
+def timed(steps: dict[str, dict[str, Step]], rounds: int, cold: bool) -> dict[str, dict[str, Timing]]:
+    """Of each workload and way, in a random order: ten steps in a row, or one after other work."""
+    order = [(way, case) for way, of in steps.items() for case in of]
     seconds: dict[tuple[str, str], list[float]] = {one: [] for one in order}
+    numbers, objects = torch.zeros(2**24), [[str(n)] * 8 for n in range(2**15)]
+    count = 1 if cold else 10
     for _ in range(rounds):
         random.shuffle(order)
-        for case, name in order:
-            numbers.add_(1)
-            sum(map(len, objects))
-            start = time.perf_counter()
-            steps[case][name]()
-            seconds[case, name].append(time.perf_counter() - start)
-    return {case: {name: Timing.of(seconds[case, name]) for name in of} for case, of in steps.items()}
+        for way, case in order:
+            one = steps[way][case]
+            with WAYS[way]():
+                one()
+                if cold:  # more numbers and objects than the processor's caches hold
+                    numbers.add_(1)
+                    sum(map(len, objects))
+                start = time.perf_counter()
+                for _ in range(count):
+                    one()
+                seconds[way, case].append((time.perf_counter() - start) / count)
+    return {case: {way: Timing.of(seconds[way, case]) for way in steps} for case in steps["ours"]}
 
 
 @contextmanager

@@ -30,13 +30,15 @@ def step(
 @pytest.mark.parametrize("leaves", ["qk", "q", "k", ""])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [None, 65536.0])
-def test_is_what_tiles_give(alpha: float | None, dtype: torch.dtype, leaves: str) -> None:
+@pytest.mark.parametrize("negatives", [None, 1, 16])  # of 50 others; with few, all of them
+def test_is_what_tiles_give(negatives: int | None, alpha: float | None, dtype: torch.dtype, leaves: str) -> None:
+    settings = {"alpha": alpha, "num_negatives": negatives}
     for n in (2, 3, 50):
-        got, short = step(n, dtype, leaves, alpha=alpha)
+        got, short = step(n, dtype, leaves, **settings)
         assert short
         with mock.patch.object(square, "serves", return_value=False):
-            expected, short = step(n, dtype, leaves, alpha=alpha)
-            truth, _ = step(n, dtype, leaves, exactly=True, alpha=alpha)
+            expected, short = step(n, dtype, leaves, **settings)
+            truth, _ = step(n, dtype, leaves, exactly=True, **settings)
         assert not short
         for ours, by_tiles, exact in zip(got, expected, truth, strict=True):
             assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
@@ -47,7 +49,7 @@ def test_is_what_tiles_give(alpha: float | None, dtype: torch.dtype, leaves: str
     [
         {"temperature": 0.02},
         {"reduction": "none"},
-        {"num_negatives": 4},
+        {"num_negatives": 4, "sampling": "random"},
         {"in_batch": "views"},
         {"normalize": False},
         {"temperature": torch.tensor(0.2)},
@@ -59,6 +61,12 @@ def test_other_calls_go_tile_by_tile(settings: dict[str, Any]) -> None:
     with mock.patch.object(square, "row_losses", wraps=square.row_losses) as taken:
         EqCoLoss(**settings)(query, key)
     assert not taken.called
+
+
+def test_a_narrow_band_of_a_large_batch_goes_block_by_block() -> None:
+    """One product of all rows with all keys would have 150 times the similarities that are asked for."""
+    for n, expected in ((512, True), (600, False)):
+        assert step(n, torch.float32, "qk", num_negatives=4)[1] is expected
 
 
 def test_a_gradient_of_the_keys_alone_is_whole() -> None:

@@ -182,7 +182,7 @@ def blocks(
         for rows in slices(n, step):
             places = (pairs.picked[rows, columns] for columns in slices(c, width))
             yield Block(rows, (_own_tile(ready, keys[place], place, rows, place) for place in places), width >= c)
-    elif pairs.band and cpu and _is_narrow(pairs, n * len(keys)):  # only its columns
+    elif pairs.band and cpu and is_narrow(pairs, n * len(keys)):  # only its columns
         yield from _band_blocks(n, ready)
     else:
         yield from _shared_blocks(n, ready, row_hint)
@@ -273,7 +273,7 @@ def _band_blocks(n: int, ready: Ready) -> Iterator[Block]:
         yield Block(rows, iter([Tile(unit, place, drop, poison=poison)]), True)
 
 
-def _is_narrow(pairs: Pairs, similarities: int) -> bool:
+def is_narrow(pairs: Pairs, similarities: int) -> bool:
     """Whether a band's own columns are worth several tiles instead of few with all of them."""
     return similarities > SMALL_ELEMENTS and pairs.band[1] + _band_step(pairs) < pairs.band[2]
 

@@ -1,4 +1,4 @@
-"""Queries that meet all other keys of their batch, so few that one tile has them all: ``tiles`` in half the calls.
+"""Queries that meet other keys of their batch, so few that one tile has them all: ``tiles`` in half the calls.
 
 At N = 256 a step spends more time on its way to torch's kernels than in them.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 
 from . import gap
-from .blocks import TILE_ELEMENTS, through_unit, unit_rows
+from .blocks import TILE_ELEMENTS, is_narrow, through_unit, unit_rows
 from .calls import LOG2E, Row, RowLosses, RowOutputs, compute_dtype, loss_of
 from .running import small
 
@@ -20,7 +20,8 @@ def serves(call: RowLosses) -> bool:
     n, pairs = len(call.query), call.first.pairs
     return (
         call.positive is call.first.keys
-        and pairs.band == [0, n - 1, n]
+        and pairs.band[::2] == [0, n]
+        and not is_narrow(pairs, n * n)
         and not pairs.by_pair
         and n * n <= TILE_ELEMENTS
         and call.second is None
@@ -39,17 +40,20 @@ def row_losses(call: RowLosses) -> RowOutputs:
     dtype, n, t = compute_dtype(call.query), len(call.query), call.temperature
     (q, q_norm), (k, k_norm) = (unit_rows(x, True, dtype) for x in (call.query, call.positive))
     x = q.new_empty((n, n)).addmm_(q, k.T, beta=0, alpha=LOG2E / t)
-    diagonal = x.diagonal()
-    positive_logit = diagonal.clone()
-    diagonal.fill_(-math.inf)
-    total = x.exp2_().sum(1)
-    values = gap.values("eqco", gap.Seen(positive_logit, total), None, n - 1, call.alpha)
+    positive_logit, width = x.diagonal().clone(), call.first.pairs.band[1]
+    if width == n - 1:
+        x.diagonal().fill_(-math.inf)
+        x.exp2_()
+    else:  # a band, which has a second corner because it is cyclic
+        x = x.exp2_().triu(1).tril_(width).add_(x.tril_(width - n))
+    total = x.sum(1)
+    values = gap.values("eqco", gap.Seen(positive_logit, total), None, width, call.alpha)
     factor = values.weight * (call.ratio / t)
     rows = q.new_zeros((len(Row), n))
     query_gradient, positive_gradient, keys_gradient, metrics = (q.new_empty(0) for _ in range(4))
     if call.need_query_gradient or call.need_keys_gradient:
         x *= (factor / total)[:, None]
-        diagonal.copy_(-factor)  # x is now the derivative of the loss by the similarities
+        x.diagonal().copy_(-factor)  # x is now the derivative of the loss by the similarities
     if call.need_query_gradient:
         query_gradient = torch.mm(x, k)
         through_unit(query_gradient, q, q_norm)
