@@ -32,7 +32,7 @@ def step(
 @pytest.mark.parametrize("alpha", [None, 65536.0])
 @pytest.mark.parametrize("negatives", [None, 1, 16])  # of 50 others; with few, all of them
 def test_is_what_tiles_give(negatives: int | None, alpha: float | None, dtype: torch.dtype, leaves: str) -> None:
-    settings = {"alpha": alpha, "num_negatives": negatives}
+    settings: dict[str, Any] = {"alpha": alpha, "num_negatives": negatives}
     for n in (2, 3, 50):
         got, short = step(n, dtype, leaves, **settings)
         assert short
