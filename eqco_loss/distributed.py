@@ -153,15 +153,24 @@ def _gather_into(out: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
     (dist.all_gather_into_tensor if newer is None else newer)(out, x, group=group)
 
 
+def joined(rows: list[Tensor]) -> Tensor:
+    """Rows one after the other, out of autocast's sight, whose torch.cat refuses the half dtype that is not its own."""
+    device = rows[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return torch.cat(rows)
+    with torch.autocast(device, enabled=False):
+        return torch.cat(rows)
+
+
 def _all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     longest = max(ranks.sizes)
     if len(x) < longest:  # collectives want equal shapes
-        x = torch.cat([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
+        x = joined([x, x.new_zeros((longest - len(x), *x.shape[1:]))])
     out = x.new_empty((len(ranks.sizes) * longest, *x.shape[1:]))
     _gather_into(out, x.contiguous(), ranks.group)
     if min(ranks.sizes) == longest:
         return out
-    return torch.cat([out[r * longest : r * longest + size] for r, size in enumerate(ranks.sizes)])
+    return joined([out[r * longest : r * longest + size] for r, size in enumerate(ranks.sizes)])
 
 
 class _GatherRows(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import Ranks
+from .distributed import Ranks, joined
 from .ops.calls import KeySet, Pairs
 from .queue import MomentumQueue
 from .settings import Inputs, Settings
@@ -35,7 +35,7 @@ def directions(settings: Settings, inputs: Inputs, ranks: Ranks | None) -> list[
     views = in_batch == "views"
     keys = everyone(positive)
     queries = everyone(query) if views or settings.symmetric else query
-    both = torch.cat([queries, keys]) if views else keys
+    both = joined([queries, keys]) if views else keys
     key_ids = None if inputs.query_ids is None else everyone(inputs.query_ids.to(torch.int64))
     key_ids = key_ids.repeat(2) if views and key_ids is not None else key_ids
 

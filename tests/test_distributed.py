@@ -118,6 +118,14 @@ def everything_else(rank: int, world: int) -> list[str]:
         random = EqCoLoss(0.3, gather=True, in_batch=in_batch, num_negatives=2, sampling="random")
         assert random(data.query[mine], data.key[mine]).isfinite()
 
+    # rows of one half dtype under autocast of the other, whose torch.cat refuses them
+    for in_batch in ("keys", "views"):
+        half = [x[mine].half() for x in (data.query, data.key)]
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = EqCoLoss(0.3, gather=True, in_batch=in_batch, reduction="none")(*half)
+        whole = EqCoLoss(0.3, in_batch=in_batch, reduction="none")(data.query, data.key)[mine]
+        torch.testing.assert_close(mixed.double(), whole, rtol=2e-2, atol=0.0)
+
     # the queue: identical on all ranks, whatever they enqueue, also inside DDP with buffers broadcast
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -526,6 +526,27 @@ def test_autocast_after_a_half_encoder(dtype: torch.dtype) -> None:
     assert bool(encoder.weight.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"num_negatives": 4}, {"sampling": "random"}], ids=str)
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+def test_autocast_of_another_dtype(
+    in_batch: Any, settings: dict[str, Any], dtype: torch.dtype, autocast: torch.dtype
+) -> None:
+    """torch.cat under autocast refuses the half dtype that is not its own."""
+    leaves = [torch.randn(8, 6).to(dtype).requires_grad_() for _ in range(2)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    criterion = EqCoLoss(in_batch=in_batch, **settings)
+    with torch.autocast("cpu", dtype=autocast):
+        loss, metrics = criterion(*leaves), criterion.with_metrics(*leaves)
+    torch.testing.assert_close(loss.double(), criterion(*exact), rtol=2e-2, atol=0.0)
+    torch.testing.assert_close(metrics.loss, loss)
+    for got, expected in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(criterion(*exact), exact), strict=True
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=0.0, atol=0.05 * float(expected.abs().max()))
+
+
 # ------------------------------------------------------------------------------- what changes between loss and backward
 
 
@@ -638,6 +659,27 @@ def test_a_loss_that_is_kept_lets_go_of_its_inputs_after_backward(lse: bool) -> 
     for create_graph in (False, True):
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             torch.autograd.grad(loss, query, create_graph=create_graph)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_negatives": 4}, {"symmetric": True}, {"in_batch": "views"}, {"backend": "wide"}], ids=str
+)
+def test_compiled_autograd(settings: dict[str, Any], reduction: Any, fresh_compiler: None) -> None:
+    """It takes a gradient on each edge that needs one, also of keys that are the positives."""
+    query, key = torch.randn(12, 6, requires_grad=True), torch.randn(12, 6, requires_grad=True)
+    losses = EqCoLoss(reduction=reduction, **settings)(query, key)
+    expected = torch.autograd.grad(losses.sum(), (query, key), retain_graph=True)
+
+    def backward() -> None:
+        torch.autograd.backward(losses.sum())
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(backward, backend="eager")()
+    for leaf, gradient in zip((query, key), expected, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, gradient)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")

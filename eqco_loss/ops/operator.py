@@ -37,7 +37,10 @@ _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list,
 
 
 class Operator(Generic[Call, Out]):
-    """One operator. ``differentiable`` names the flat arguments that its backward gives gradients of."""
+    """One operator. ``differentiable`` names the flat arguments that its backward gives gradients of.
+
+    Of the first of ``twins`` the gradient comes with the second's, where both are one tensor.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Operator(Generic[Call, Out]):
         implementation: Callable[[Call], Any],
         fake: Callable[[Call], Any],
         differentiable: Sequence[str] = (),
+        twins: Sequence[str] = (),
         backward: Callable[[Any, Call, Tensor], Gradients] | None = None,
     ) -> None:
         self.name, self.record, self.outputs = f"{name}_{LAYOUT}", call, outputs
@@ -54,7 +58,7 @@ class Operator(Generic[Call, Out]):
         fields = dict(arguments(call))
         self.places = [list(fields).index(name) for name in differentiable]
         self.tensors = itemgetter(*(n for n, hint in enumerate(fields.values()) if Tensor in (hint, *get_args(hint))))
-        self.differentiable = differentiable
+        self.differentiable, self.twins = differentiable, [list(differentiable).index(name) for name in twins]
 
         def flat(*inputs: Any) -> Any:
             return tuple(self.run(unflatten(call, inputs)))
@@ -130,7 +134,7 @@ class Operator(Generic[Call, Out]):
         plain = not looked_on() and not without_memory(flat[0]) and _PLAIN.issuperset(map(type, flat))
         if plain and self.function is not None:
             others: list[Tensor] = []
-            loss = self.function.apply(call, flat, others, *[flat[place] for place in self.places])
+            loss = self.function.apply(call, flat, others, *self._leaves(flat))
             return self.outputs(loss, *others)
         if plain and not any(map(is_batched, self.tensors(flat))):
             return self.run(call)  # type: ignore[no-any-return]
@@ -148,8 +152,14 @@ class Operator(Generic[Call, Out]):
 
     def again(self, flat: list[Any]) -> Tensor:
         """The loss of a call like one before, whose arguments are plain, where nobody looks on (``unobserved``)."""
-        differentiable = [flat[place] for place in self.places]
-        return self.function.apply(unflatten(self.record, flat), flat, [], *differentiable)  # type: ignore
+        return self.function.apply(unflatten(self.record, flat), flat, [], *self._leaves(flat))  # type: ignore
+
+    def _leaves(self, flat: list[Any]) -> list[Tensor | None]:
+        """What autograd gets: one edge of a tensor in two roles, as compiled autograd wants a gradient on each edge."""
+        leaves = [flat[place] for place in self.places]
+        if self.twins and leaves[self.twins[0]] is leaves[self.twins[1]]:
+            leaves[self.twins[0]] = None
+        return leaves
 
 
 class Asked(NamedTuple):
@@ -197,13 +207,19 @@ def dense_gradients(
     """Gradients that can be differentiated again, at eager's cost in memory."""
     flat = flatten(operator.record, ctx.call)
     check_unchanged(ctx, *(x for x in flat if isinstance(x, Tensor)))
+    twin, other = operator.twins or (0, 0)
+    together = (
+        operator.differentiable[twin] not in ctx.needed and flat[operator.places[twin]] is flat[operator.places[other]]
+    )
     with torch.enable_grad():
         views = {}
         for name, place in zip(operator.differentiable, operator.places, strict=True):
-            if flat[place] is not None:  # a view, because one tensor may serve as positive and as keys
+            if flat[place] is not None:  # a view, because one tensor may serve in several roles
                 flat[place] = view = flat[place].view_as(flat[place])
                 if name in ctx.needed:
                     views[name] = view
+        if together:
+            flat[operator.places[twin]] = flat[operator.places[other]]
         loss = formula(unflatten(operator.record, flat))
         gradients = torch.autograd.grad(loss, list(views.values()), grad, create_graph=True)
     return dict(zip(views, gradients, strict=True))

@@ -101,11 +101,12 @@ def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
     units = {"query": (query_gradient, call.query), "positive": (positive_gradient, call.positive)}
     if keys_gradient_.dim() == call.first.keys.dim():
         units["first_keys"] = keys_gradient_, call.first.keys
-    units = {name: unit for name, unit in units.items() if name in ctx.needed}
+    together = "first_keys" in ctx.needed and call.positive is call.first.keys
+    needed = {*ctx.needed, "positive"} if together else ctx.needed
+    units = {name: unit for name, unit in units.items() if name in needed}
     if "first_keys" in ctx.needed and "first_keys" not in units:
         query, _ = units.pop("query", (None, None))
-        # Of positives that are the keys, the gradients belong to one tensor, and autograd need not add them.
-        positive, _ = units.pop("positive", (None, None)) if call.positive is call.first.keys else (None, None)
+        positive, _ = units.pop("positive", (None, None)) if together else (None, None)
         of_keys = _of_keys(ctx, call, call.first, grad, rows, call.normalize, query, positive)
         found["first_keys"] = of_keys.keys
         if query is not None:
@@ -114,6 +115,8 @@ def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
         found["second_keys"] = _of_keys(ctx, call, call.second, grad, rows, call.normalize).keys
     for name, (unit, x) in units.items():
         found[name] = _times(call, unit, grad, x.dtype)
+    if together and "positive" in found:
+        found["first_keys"] = found["first_keys"] + found.pop("positive")
     if "learned_temperature" in ctx.needed and call.learned_temperature is not None:
         of_rows = rows[Row.TEMPERATURE_GRADIENT]
         found["learned_temperature"] = (grad * of_rows).sum().to(call.learned_temperature.dtype)
@@ -127,6 +130,7 @@ row_losses = Operator(
     lambda call: BACKENDS[call.backend].row_losses(call),
     _row_losses_fake,
     ("query", "positive", "first_keys", "second_keys", "learned_temperature"),
+    ("positive", "first_keys"),
     _row_losses_backward,
 )
 
@@ -192,7 +196,7 @@ symmetric_losses = Operator(
     lambda call: BACKENDS[call.backend].symmetric_losses(call),
     _symmetric_losses_fake,
     ("first", "second", "learned_temperature"),
-    _symmetric_losses_backward,
+    backward=_symmetric_losses_backward,
 )
 
 symmetric_gradient = Operator(
@@ -241,5 +245,5 @@ logsumexp = Operator(
     lambda call: BACKENDS[call.backend].logsumexp(call),
     _logsumexp_fake,
     ("query", "first_keys", "learned_temperature"),
-    _logsumexp_backward,
+    backward=_logsumexp_backward,
 )
