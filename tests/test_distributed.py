@@ -119,11 +119,12 @@ def everything_else(rank: int, world: int) -> list[str]:
         assert random(data.query[mine], data.key[mine]).isfinite()
 
     # rows of one half dtype under autocast of the other, whose torch.cat refuses them
-    for in_batch in ("keys", "views"):
-        half = [x[mine].half() for x in (data.query, data.key)]
+    half = [x[mine].half() for x in (data.query, data.key)]
+    settings: dict[str, Any] = {"reduction": "none"}
+    for settings["in_batch"] in ("keys", "views"):
         with torch.autocast("cpu", torch.bfloat16):
-            mixed = EqCoLoss(0.3, gather=True, in_batch=in_batch, reduction="none")(*half)
-        whole = EqCoLoss(0.3, in_batch=in_batch, reduction="none")(data.query, data.key)[mine]
+            mixed = EqCoLoss(0.3, gather=True, **settings)(*half)
+        whole = EqCoLoss(0.3, **settings)(data.query, data.key)[mine]
         torch.testing.assert_close(mixed.double(), whole, rtol=2e-2, atol=0.0)
 
     # the queue: identical on all ranks, whatever they enqueue, also inside DDP with buffers broadcast

@@ -124,7 +124,7 @@ class Operator(Generic[Call, Out]):
 
     def run(self, call: Call) -> Any:
         x: Tensor = call[0]
-        if not x.is_cuda:
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
             return self.implementation(call)
         with torch.cuda.device_of(x):
             return self.implementation(call)
