@@ -1,9 +1,9 @@
 """Calls like one before, as a training loop makes them: they need neither checks nor records worked out again.
 
 What the checks look at and what the operators' records hold beside tensors follow from the settings, from the tensors'
-shapes, dtypes and devices, and from torch's modes, which together are a call's *kind*. Of the first call of a kind the
-records are kept without their tensors, and later calls only put theirs in. It saves a fifth of the time that Python
-takes of a step, for which a GPU may wait (``python -m benchmarks.host``).
+shapes, strides, dtypes and devices, and from torch's modes, which together are a call's *kind*. At the second call of a
+kind its records are kept without their tensors, and later calls only put theirs in. It saves a fifth of the time that
+Python takes of a step, for which a GPU may wait (``python -m benchmarks.host``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -21,7 +22,8 @@ from .queue import MomentumQueue
 from .settings import Inputs, Settings
 
 Kind = tuple[Any, ...]
-MOST_KEPT = 1024  # kinds; a full table is emptied, because settings that change at every step would fill the memory
+# The most kinds in each table; a full one is emptied. Settings that change at every step would else fill the memory.
+MOST_KEPT = 1024
 
 
 class _Record(NamedTuple):
@@ -29,28 +31,26 @@ class _Record(NamedTuple):
 
     operator: ops.Operator[Any, Any]
     flat: list[Any]  # None where a tensor goes; last the kind's number, by which backends keep what they work out
-    wires: list[tuple[int, int]]  # the places of its tensors, here and in ``_tensors``
+    wires: list[tuple[int, int]]  # for each tensor its index in ``flat``, and in the list that ``_tensors`` gives
 
 
-class _Repeated(NamedTuple):
-    records: list[_Record]  # of each direction
-    settings: Settings  # whose values must live as long as the kind, which knows them by their addresses
-
-
+_VALUES = frozenset({NoneType, bool, int, float, str})  # settings of other types may change within
 _numbers = itertools.count(1)
-_kept: dict[Kind, _Repeated | None] = {}  # None: its records hold tensors that are made anew at each call
+_seen: dict[Kind, None] = {}  # once so far: settings that change at every step are not worth keeping
+_records: dict[Kind, list[_Record]] = {}  # of each direction; an empty list where a call cannot be repeated
 
 
 def kind(settings: Settings, inputs: Inputs) -> Kind | None:
     """What a call shares with others like it; None if it must go the whole way."""
     t, *others = settings
-    if settings.gather is not False or not ops.unobserved():
+    types = [*map(type, others)]
+    if settings.gather is not False or not _VALUES.issuperset(types) or not ops.unobserved():
         return None
-    found: list[Any] = [torch.is_grad_enabled(), *map(id, others)]
-    if isinstance(t, float | int) and not isinstance(t, bool):
+    found: list[Any] = [torch.is_grad_enabled(), *types, *others]  # the types, because True == 1 == 1.0
+    if type(t) is float:
         found.append(t)
-    elif _is_plain(t) and (not t.is_cpu or 0 < float(t.detach()) < math.inf):  # a CPU's value is checked each time
-        found.append(_kind_of(t))
+    elif _is_plain(t) and t.dim() == 0 and t.is_floating_point() and (not t.is_cpu or 0 < float(t.detach()) < math.inf):
+        found.append(_kind_of(t))  # a value on a CPU is checked at every call
     else:
         return None
     for x in inputs:
@@ -58,7 +58,7 @@ def kind(settings: Settings, inputs: Inputs) -> Kind | None:
             found.append(None)
         elif _is_plain(x):
             found.append(_kind_of(x))
-        elif type(x) is MomentumQueue and x.primed:
+        elif type(x) is MomentumQueue and x.primed and _is_plain(x.contents):
             found.append((_kind_of(x.contents), None if x.slot_ids is None else _kind_of(x.slot_ids)))
         else:
             return None
@@ -70,12 +70,12 @@ def kind(settings: Settings, inputs: Inputs) -> Kind | None:
 
 
 def losses(kind: Kind | None, settings: Settings, inputs: Inputs) -> list[Tensor] | None:
-    """The loss of each direction, if a call of this kind has been kept."""
-    known = None if kind is None else _kept.get(kind)
-    if known is None:
+    """The loss of each direction, if the records of this kind are kept."""
+    records = None if kind is None else _records.get(kind)
+    if not records:
         return None
     tensors, found = _tensors(settings, inputs), []
-    for record in known.records:
+    for record in records:
         flat = record.flat.copy()
         for place, source in record.wires:
             flat[place] = tensors[source]
@@ -84,34 +84,50 @@ def losses(kind: Kind | None, settings: Settings, inputs: Inputs) -> list[Tensor
 
 
 def keep(kind: Kind | None, settings: Settings, inputs: Inputs, calls: Sequence[ops.Asked]) -> None:
-    """Keep what a call's records are beside their tensors, where every one of these is the caller's own."""
-    if kind is None or kind in _kept:
+    """Keep a call's records without their tensors, at the second call of its kind, if these are all the caller's own.
+
+    Others are made anew at each call: views put together, negatives drawn at random, ids of another dtype.
+    """
+    if kind is None or kind in _records:
         return
-    tensors = [x for x in _tensors(settings, inputs) if x is not None]
-    if len(set(map(id, tensors))) < len(tensors):  # which of two that are the same one a record has, nobody can tell
+    if kind not in _seen:
+        _make_room(_seen)
+        _seen[kind] = None
         return
-    if len(_kept) >= MOST_KEPT:
-        forget()
-    _kept[kind] = None
-    places = {id(x): place for place, x in enumerate(_tensors(settings, inputs))}
-    records = []
+    tensors = [None if x is None else id(x) for x in _tensors(settings, inputs)]
+    given = [x for x in tensors if x is not None]
+    if len(set(given)) < len(given):  # which role of a tensor that has two is meant in a record, nobody can tell
+        return
+    records: list[_Record] = []
     for asked in calls:
         flat = asked.operator.flat(asked.call._replace(kind=next(_numbers)))
-        wires = [(place, places.get(id(x), -1)) for place, x in enumerate(flat) if isinstance(x, Tensor)]
-        if any(source < 0 for _, source in wires):
-            return
+        own = [(place, id(x)) for place, x in enumerate(flat) if isinstance(x, Tensor)]
+        if any(address not in given for _, address in own):
+            records = []
+            break
+        wires = [(place, tensors.index(address)) for place, address in own]
         records.append(_Record(asked.operator, [None if isinstance(x, Tensor) else x for x in flat], wires))
-    _kept[kind] = _Repeated(records, settings._replace(temperature=0.0))
+    _make_room(_records)
+    _records[kind] = records
+
+
+def _make_room(table: dict[Kind, Any]) -> None:
+    if len(table) >= MOST_KEPT:
+        table.clear()
 
 
 def forget() -> None:
-    """Let every call go the whole way again, as after a change of what the package looks at beside its arguments."""
-    _kept.clear()
+    """Let every call go the whole way again.
+
+    For tests, which change what the package looks at beside its arguments: a tile, or who serves which device.
+    """
+    _seen.clear()
+    _records.clear()
 
 
 def _is_plain(x: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor, and none of a subclass that might do anything."""
-    return type(x) is Tensor or type(x) is nn.Parameter
+    """Whether it is a tensor with strides, and none of a subclass that might do anything."""
+    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

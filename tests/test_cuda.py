@@ -152,29 +152,6 @@ def test_cuda_graph(in_batch: Any) -> None:
     assert torch.equal(gradient, expected[1])
 
 
-def test_graphs_beside_each_other() -> None:
-    """A loss that one launch finishes counts its programs in memory that no other graph or stream counts in."""
-    criterion = EqCoLoss(num_negatives=16)
-    inputs = [(rows(256, seed=2 * i).requires_grad_(), rows(256, seed=2 * i + 1)) for i in range(3)]
-    streams = [torch.cuda.Stream() for _ in inputs]
-    graphs, losses = [], []
-    expected = [step(criterion, q, k)[0].detach().clone() for q, k in inputs]
-    for q, k in inputs[:2]:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            losses.append(step(criterion, q, k)[0].detach())
-        graphs.append(graph)
-    for _ in range(200):
-        for graph, stream in zip(graphs, streams, strict=False):
-            with torch.cuda.stream(stream):
-                graph.replay()
-        with torch.cuda.stream(streams[2]):
-            losses[2:] = [step(criterion, *inputs[2])[0].detach()]
-        torch.cuda.synchronize()
-        assert [float(loss) for loss in losses] == [float(loss) for loss in expected]
-
-
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_whole_and_once(fresh_compiler: None) -> None:
     counter = CompileCounterWithBackend("inductor")

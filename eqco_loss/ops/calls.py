@@ -116,7 +116,7 @@ class RowLosses(NamedTuple):
     need_metrics: bool
     autocast: torch.dtype | None  # what torch.autocast asks products to be multiplied in
     backend: str
-    kind: int = 0  # calls of one kind differ in their tensors' values alone, see ``once_a_kind``; 0: nobody knows
+    kind: int = 0  # calls with the same number have the same fields and layouts, see ``once_a_kind``; 0: look at all
 
     @property
     def ratio(self) -> float:
@@ -283,21 +283,25 @@ Found = TypeVar("Found")
 
 
 def once_a_kind(work_out: Callable[..., Found]) -> Callable[..., Found]:
-    """``work_out(call, *others)``, which may look at all of a call but its tensors' values, once for each kind."""
-    found: dict[tuple[Any, ...], Found] = {}
+    """``work_out(call, *others)``, once for each kind. Of a call it may look at all but its tensors' values.
+
+    It must return something. Threads may empty the table while others read it.
+    """
+    table: dict[tuple[Any, ...], Found] = {}
 
     @functools.wraps(work_out)
-    def kept(call: Any, *others: Any) -> Found:
+    def looked_up(call: Any, *others: Any) -> Found:
         if not call.kind:
             return work_out(call, *others)
         key = call.kind, *others
-        if key not in found:
-            if len(found) >= MOST_KEPT:
-                found.clear()
-            found[key] = work_out(call, *others)
-        return found[key]
+        found = table.get(key)
+        if found is None:
+            if len(table) >= MOST_KEPT:
+                table.clear()
+            found = table[key] = work_out(call, *others)
+        return found
 
-    return kept
+    return looked_up
 
 
 NORM_EPS = 1e-12  # the least length that a row is divided by

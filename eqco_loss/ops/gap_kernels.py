@@ -72,8 +72,7 @@ def values(above, total, inter_above, inter_total, shift, LOSS: tl.constexpr):
 def add_up(value, scratch, total):
     """``total`` (): the sum of all programs' values, in a fixed order, by the program that comes last.
 
-    ``scratch`` (1 + programs,) counts at its first place, which must be 0 and is so again at the end, how many programs
-    have left their values.
+    ``scratch`` (1 + programs,) counts at its first place, which must be 0, how many programs have left their values.
     """
     programs = tl.num_programs(0) * tl.num_programs(1)
     tl.store(scratch + 1 + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), value)
@@ -85,4 +84,3 @@ def add_up(value, scratch, total):
             one = start + at
             sums += tl.load(scratch + 1 + one, mask=one < programs, other=0.0, cache_modifier=".cg")  # not in L1
         tl.store(total, tl.sum(sums, 0))
-        tl.store(scratch, 0.0)

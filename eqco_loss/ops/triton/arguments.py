@@ -195,33 +195,3 @@ def padded(d: int) -> int:
 
 def blocks_of(length: int, block: int) -> int:
     return -(-length // block)
-
-
-# ------------------------------------------------------------------------------- memory that launches leave as it was
-
-_OF_GRAPHS = 2**16  # numbers for the launches that captured graphs hold
-_left: dict[torch.device, Tensor] = {}  # of these, what no graph has taken
-
-
-def counting(programs: int, x: Tensor) -> Tensor:
-    """(1 + programs,) for ``gap_kernels.add_up``, whose first number is 0 before and after each launch.
-
-    Launches of one stream follow each other, and share it. A captured graph may run beside any stream, so that each
-    launch in it has one of its own, which no other graph gets; where none is left, the graph sets it to 0 itself.
-    """
-    if not x.is_cuda:
-        return torch.zeros(1 + programs)
-    if not torch.cuda.is_current_stream_capturing():
-        return _of_stream(x.device, torch.cuda.current_stream(x.device).cuda_stream, programs)
-    size, left = 1 + programs + -(1 + programs) % 4, _left.get(x.device)  # whose addresses are aligned
-    if left is None or len(left) < size:
-        return torch.zeros(1 + programs, device=x.device)
-    _left[x.device] = left[size:]
-    return left[: 1 + programs]
-
-
-@functools.lru_cache(maxsize=1024)
-def _of_stream(device: torch.device, stream: int, programs: int) -> Tensor:
-    if device not in _left:  # outside of every graph, whose memory is written anew
-        _left[device] = torch.zeros(_OF_GRAPHS, device=device)
-    return torch.zeros(1 + programs, device=device)

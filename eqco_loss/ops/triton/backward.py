@@ -258,7 +258,7 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
 
     m, views = len(call.first), call.views
 
-    def outputs(query: Tensor, positive: Tensor, keys: Tensor, half: int = 0) -> RowOutputs:
+    def outputs(query: Tensor, positive: Tensor, keys: Tensor, kind: int, half: int = 0) -> RowOutputs:
         one = KeySet(keys, Pairs(band=[0, m - 1, m]), normalize=True)
         return row_losses(
             RowLosses(
@@ -280,17 +280,17 @@ def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> Symmetr
                 need_metrics=False,
                 autocast=call.autocast,
                 backend=call.backend,
-                kind=call.kind,
+                kind=kind,
             ),
             tile,
             half,
         )
 
     if not call.across:
-        out = outputs(views, views, views, m)
+        out = outputs(views, views, views, call.kind, m)
         return SymmetricOutputs(out.loss, out.rows, views)
-    there = outputs(call.first, call.second, call.second)
-    back = outputs(call.second, call.first, call.first)
+    there = outputs(call.first, call.second, call.second, call.kind)
+    back = outputs(call.second, call.first, call.first, -call.kind)  # views may lie differently: a kind of its own
     return SymmetricOutputs(there.loss + back.loss, torch.cat([there.rows, back.rows], 1), views)
 
 

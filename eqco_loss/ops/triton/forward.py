@@ -293,10 +293,7 @@ def attend(
             query_gradient, positive_gradient, out_rows, metrics,
             n, t, inter_t, alpha, share, query_eps, positive_eps, D, BLOCK_D, NORMALIZE, ALPHA, LOSS,
         )  # fmt: skip
-        if scratch is None:
-            tl.store(loss + rows, losses, mask=rows < n)
-        else:
-            add_up(tl.sum(tl.where(rows < n, losses, 0.0), 0), scratch, loss)
+        tl.store(loss + rows, losses, mask=rows < n)
     else:
         if scratch is not None:  # for the count of combine's programs
             tl.store(scratch, 0.0)

@@ -31,7 +31,6 @@ from .arguments import (
     Device,
     KeyFacts,
     blocks_of,
-    counting,
     dot_dtype,
     facts,
     kernels,
@@ -88,16 +87,16 @@ class _Plan(NamedTuple):
     splits: int  # of all sets
     finish: bool  # whether a single launch gives the answer
     combine: Launch  # which puts splits together
-    programs: int  # of the launch that gives the answer
+    programs: int  # of that launch
 
 
-class _Asked(NamedTuple):
-    """What a call asks of the kernels, beside its tensors."""
+class _Job(NamedTuple):
+    """What a call wants of the kernels, beside its tensors."""
 
     plan: _Plan
     floats: tuple[float, ...]  # the kernels' numbers: of integers, Triton would compile kernels of their own
     query_gradient: bool
-    reduced: bool  # whether the losses are added up, by the last program of ``attend`` or of ``combine``
+    reduced: bool  # whether the losses are added up: by ``combine``, or by torch where a single launch gives them
 
 
 def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowOutputs:
@@ -112,7 +111,7 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     positive_gradient = new(n, d, dtype=unit_dtype(call.positive.dtype)) if call.need_positive_gradient else None
     metrics = new(len(Metric), n) if call.need_metrics else None
     outputs = query_gradient, positive_gradient, rows, metrics
-    loss = _attend(call, call.sets, _asked(call, tile), half, call.positive, outputs)
+    loss = _attend(call, call.sets, _job(call, tile), half, call.positive, outputs)
     return RowOutputs(
         loss,
         new(0) if query_gradient is None else query_gradient,
@@ -124,7 +123,7 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
 
 
 @once_a_kind
-def _asked(call: RowLosses, tile: Tile | None) -> _Asked:
+def _job(call: RowLosses, tile: Tile | None) -> _Job:
     options = _Options(
         loss=loss_of(call),
         normalize=call.normalize,
@@ -150,8 +149,8 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
         alpha=False,
         autocast=call.autocast,
     )
-    asked = _planned(call, [call.first], options, None, call.query, (1.0, 1.0, 1.0))
-    lse = _attend(call, [call.first], asked, 0, call.query, (mean_key, None, rows, None))
+    job = _planned(call, [call.first], options, None, call.query, (1.0, 1.0, 1.0))
+    lse = _attend(call, [call.first], job, 0, call.query, (mean_key, None, rows, None))
     return LogSumExpOutputs(lse, new(0) if mean_key is None else mean_key, rows)
 
 
@@ -163,31 +162,32 @@ def _planned(
     positive: Tensor,
     numbers: tuple[float, ...],
     reduced: bool = False,
-) -> _Asked:
+) -> _Job:
     query, device = call.query, arguments.device(call.query)
     plan = _plan(*query.shape, query.dtype, options, tile, tuple(map(facts, sets)), device)
     floats = (float(call.temperature), *numbers, gradient_eps(query.dtype), gradient_eps(positive.dtype))
-    return _Asked(plan, floats, options.query_gradient, reduced)
+    return _Job(plan, floats, options.query_gradient, reduced)
 
 
 def _attend(
     call: RowLosses | LogSumExp,
     sets: list[KeySet],
-    asked: _Asked,
+    job: _Job,
     half: int,
     positive: Tensor,
     outputs: tuple[Tensor | None, ...],
 ) -> Tensor:
     """The losses, their sum, or the log-sum-exps."""
-    query, (n, d), t, plan, floats = call.query, call.query.shape, call.learned_temperature, asked.plan, asked.floats
+    query, (n, d), t, plan, floats = call.query, call.query.shape, call.learned_temperature, job.plan, job.floats
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     parts, outs, scratch = None, None, None
-    loss = new(() if asked.reduced else (n,))
-    if asked.reduced:
-        scratch = counting(plan.programs, query) if plan.finish else new(1 + plan.programs)
+    added = job.reduced and not plan.finish  # by ``combine``
+    loss = new(() if added else (n,))
+    if added:
+        scratch = new(1 + plan.programs)
     if not plan.finish:
         parts = new(len(Part), plan.splits, n)
-        if asked.query_gradient:
+        if job.query_gradient:
             outs = new(plan.splits, n, d)
     queries = (query, *query.stride(), positive, *positive.stride())
     answers = (parts, outs, loss, scratch, *outputs)
@@ -209,7 +209,7 @@ def _attend(
         first_split += visit.splits
     if not plan.finish:
         plan.combine((plan.programs,), *queries, t, *answers, n, half, plan.splits, *floats)
-    return loss
+    return loss.sum() if job.reduced and not added else loss
 
 
 def _prepare(keys: Tensor, how: _Prepared) -> tuple[Tensor, Tensor | None]:
@@ -260,8 +260,7 @@ def _plan(
         "FEW": splits <= 8,
         "num_warps": 4,
     }
-    programs = visits[0].rows if finish else blocks_of(n, block)
-    return _Plan(bound, splits, finish, bind(kernels().forward.combine, combine | common), programs)
+    return _Plan(bound, splits, finish, bind(kernels().forward.combine, combine | common), blocks_of(n, block))
 
 
 def _own_keys(n: int, d: int, one: KeyFacts, common: dict[str, Any]) -> _Visit:
