@@ -40,7 +40,7 @@ NOTES = {
 
 @functools.cache
 def age(commit: str) -> Age:
-    """Whether the kernels of this tree are those of a commit, but for comments."""
+    """Whether the kernels of this tree are those of a commit, but for comments and docstrings."""
     if git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
         return Age.UNKNOWN  # also where there is no git, and of a tree with changes that no commit has
     changed = (git("diff", "--name-only", "--no-renames", commit, "--", KERNELS) or "").splitlines()
@@ -48,11 +48,20 @@ def age(commit: str) -> Age:
 
 
 def same_code(commit: str, name: str) -> bool:
-    """Whether a file differs from a commit's in nothing but comments and white space."""
+    """Whether a file differs from a commit's in nothing but comments, docstrings and white space."""
     then, now = git("show", f"{commit}:{name}"), ROOT / name
     if then is None or not now.exists() or not name.endswith(".py"):
         return False
-    return ast.dump(ast.parse(then)) == ast.dump(ast.parse(now.read_text()))
+    return code_of(then) == code_of(now.read_text())
+
+
+def code_of(source: str) -> str:
+    """What of it runs."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+    return ast.dump(tree)
 
 
 def git(*arguments: str) -> str | None:

@@ -96,7 +96,9 @@ def keep(kind: Kind | None, settings: Settings, inputs: Inputs, calls: Sequence[
         return
     tensors = [None if x is None else id(x) for x in _tensors(settings, inputs)]
     given = [x for x in tensors if x is not None]
-    if len(set(given)) < len(given):  # which role of a tensor that has two is meant in a record, nobody can tell
+    if len(set(given)) < len(
+        given
+    ):  # of a tensor that came as two arguments, a record does not tell as which it is in it
         return
     records: list[_Record] = []
     for asked in calls:

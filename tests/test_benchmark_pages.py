@@ -97,7 +97,7 @@ def test_ages(repository: Path) -> None:
     (repository / "eqco_loss/ops/kernel.py").write_text("1")  # changed, and not committed
     assert [history.age(x) for x in commits] == [Age.CURRENT, Age.CURRENT, Age.OLDER]
     history.age.cache_clear()
-    (repository / "eqco_loss/ops/kernel.py").write_text("# a comment\n2  # and another\n")
+    (repository / "eqco_loss/ops/kernel.py").write_text('"""A docstring."""\n# a comment\n2  # and another\n')
     (repository / "eqco_loss/ops/other.py").write_text("3")
     assert [history.age(x) for x in commits] == [
         Age.OLDER,
@@ -107,6 +107,13 @@ def test_ages(repository: Path) -> None:
     call(repository, "add", "--all")
     history.age.cache_clear()
     assert {history.age(x) for x in commits} == {Age.OLDER}
+
+
+def test_what_runs_of_a_source() -> None:
+    before = 'class A:\n    """A."""\n\n    def f(self):\n        """What f does."""\n        return """text"""\n'
+    assert history.code_of(before) == history.code_of(before.replace("What f does", "f's answer").replace("A.", "B."))
+    assert history.code_of(before) != history.code_of(before.replace("text", "other text"))
+    assert history.code_of(before) != history.code_of(before.replace("f(self)", "g(self)"))
 
 
 def test_without_git_ages_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,8 @@ _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list,
 class Operator(Generic[Call, Out]):
     """One operator. ``differentiable`` names the flat arguments that its backward gives gradients of.
 
-    Of the first of ``twins`` the gradient comes with the second's, where both are one tensor.
+    ``twins`` names two of them, which may be one tensor: positives that are the keys. Autograd then gets the tensor
+    once, as the second, whose gradient has to be that of both.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Operator(Generic[Call, Out]):
         return self.function.apply(unflatten(self.record, flat), flat, [], *self._leaves(flat))  # type: ignore
 
     def _leaves(self, flat: list[Any]) -> list[Tensor | None]:
-        """What autograd gets: one edge of a tensor in two roles, as compiled autograd wants a gradient on each edge."""
+        """What autograd gets: None for the first of two twins, as compiled autograd wants a gradient of all it gets."""
         leaves = [flat[place] for place in self.places]
         if self.twins and leaves[self.twins[0]] is leaves[self.twins[1]]:
             leaves[self.twins[0]] = None

@@ -95,7 +95,7 @@ class Device(NamedTuple):
 
     arch: int  # compute capability x 10
     multiprocessors: int
-    warps: float = 8  # that a launch should give every multiprocessor, at the least
+    warps: float = 8  # that a launch should give every multiprocessor; ``benchmarks.tune`` tries others
 
     def fitting(self, tile: Tile, one: KeyFacts | None = None) -> Tile:
         """The tile, without a pipeline where there is no room for one."""
