@@ -96,9 +96,7 @@ def keep(kind: Kind | None, settings: Settings, inputs: Inputs, calls: Sequence[
         return
     tensors = [None if x is None else id(x) for x in _tensors(settings, inputs)]
     given = [x for x in tensors if x is not None]
-    if len(set(given)) < len(
-        given
-    ):  # of a tensor that came as two arguments, a record does not tell as which it is in it
+    if len(set(given)) < len(given):  # one tensor as two arguments: a record does not tell which of them it holds
         return
     records: list[_Record] = []
     for asked in calls:
