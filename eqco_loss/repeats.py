@@ -42,9 +42,11 @@ _records: dict[Kind, list[_Record]] = {}  # of each direction; an empty list whe
 
 def kind(settings: Settings, inputs: Inputs) -> Kind | None:
     """What a call shares with others like it; None if it must go the whole way."""
+    if not ops.unobserved():  # first, because a compiler need not understand the rest
+        return None
     t, *others = settings
     types = [*map(type, others)]
-    if settings.gather is not False or not _VALUES.issuperset(types) or not ops.unobserved():
+    if settings.gather is not False or not _VALUES.issuperset(types):
         return None
     found: list[Any] = [torch.is_grad_enabled(), *types, *others]  # the types, because True == 1 == 1.0
     if type(t) is float:
