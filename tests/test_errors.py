@@ -863,7 +863,7 @@ def test_wrong_names_are_the_type_checkers_to_find_and_show_no_private_name() ->
 
 
 @pytest.mark.parametrize("make", [EqCoLoss, DualTempInfoNCE])
-def test_a_negative_temperature_in_a_graph_is_seen(make: Any) -> None:
+def test_a_negative_temperature_in_a_graph_is_seen(make: Any, fresh_compiler: None) -> None:
     """Where nobody may ask for its value, as under torch.compile and on a GPU, loss and gradients are NaN."""
     temperature = nn.Parameter(torch.tensor(0.2))
     for settings in ({}, {"symmetric": True}, {"num_negatives": 2}, {"reduction": "none"}):

@@ -262,7 +262,7 @@ def test_modes_of_torch_are_seen() -> None:
         torch.jit.trace(criterion, (query, key))
 
 
-def test_compiled_after_eager_calls() -> None:
+def test_compiled_after_eager_calls(fresh_compiler: None) -> None:
     criterion, call = EqCoLoss(), CASES["batch"][1](0)
     expected = [answers(criterion, call) for _ in range(3)][-1]
     compiled = answers(torch.compile(criterion, backend="aot_eager", fullgraph=True), call)
