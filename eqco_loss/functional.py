@@ -187,7 +187,8 @@ def compute_metrics(settings: Settings, inputs: Inputs) -> LossMetrics:
     """The reduced loss and what to log beside it."""
     ranks = _agree.inputs(settings, inputs)
     outputs = [ops.row_losses(call) for call in _row_calls(settings, inputs, ranks, need_metrics=True)]
-    metrics = torch.cat([out.metrics for out in outputs], 1)  # (len(Metric), N), or of both directions 2N
+    # (len(Metric), N), or of both directions 2N
+    metrics = torch.cat([out.metrics for out in outputs if out.metrics is not None], 1)
     positive = torch.cat([out.rows[Row.POSITIVE] for out in outputs])
     base = torch.cat([out.rows[Row.BASE] for out in outputs])
     count = metrics[Metric.COUNT]

@@ -72,8 +72,10 @@ def test_rows_of_several_blocks(gradient: bool, dtype: torch.dtype, monkeypatch:
     grad = case.grad(3)
     eager, truth = dense(call, grad, None), dense(call, grad, torch.float64)
     found = {"loss": out.loss, "temperature": (grad * out.rows[Row.TEMPERATURE_GRADIENT]).sum()}
+    assert out.metrics is not None
+    assert gradient == (out.query_gradient is not None)
     found |= {f"metric {metric.name}": out.metrics[metric] for metric in (Metric.NEGATIVE, Metric.LOG_WEIGHT)}
-    if gradient:
+    if out.query_gradient is not None:
         found["query"] = (out.query_gradient * grad[:, None]).to(dtype)
     for name, x in found.items():
         assert_as_exact_as_eager(x.cpu(), eager[name].cpu(), truth[name].cpu(), name, temperature=0.2)

@@ -128,12 +128,14 @@ class RowLosses(NamedTuple):
 
 
 class RowOutputs(NamedTuple):
+    """Without a gradient where it is not needed. The dispatcher gets a tensor (0,) for each None."""
+
     loss: Tensor  # (), or (N,) unless ``reduced``
-    query_gradient: Tensor  # (N, D), of the sum over the rows of share * loss; (0,) where it is not needed
-    positive_gradient: Tensor  # (N, D) or (0,)
-    keys_gradient: Tensor  # the first set's, in its shape; (0,) where it is not needed or the pass does not give it
+    query_gradient: Tensor | None  # (N, D), of the sum over the rows of share * loss
+    positive_gradient: Tensor | None  # (N, D); None also where the keys' has it, because they are one tensor
+    keys_gradient: Tensor | None  # the first set's, in its shape; None also where the pass does not give it
     rows: Tensor  # (len(Row), N)
-    metrics: Tensor  # (len(Metric), N), or (0,) without need_metrics
+    metrics: Tensor | None  # (len(Metric), N)
 
 
 class SymmetricLosses(NamedTuple):
@@ -187,7 +189,7 @@ class SymmetricGradient(NamedTuple):
 
 class SymmetricGradients(NamedTuple):
     views: Tensor  # (2M, D), in the views' dtype
-    temperature: Tensor  # () in float32 or float64, or (0,) where it is not learned
+    temperature: Tensor | None  # () in float32 or float64, where it is learned
 
 
 class LogSumExp(NamedTuple):
@@ -204,7 +206,7 @@ class LogSumExp(NamedTuple):
 
 class LogSumExpOutputs(NamedTuple):
     lse: Tensor  # (N,)
-    mean_key: Tensor  # (N, D): the softmax-weighted mean of the keys, t times the query's gradient; (0,) if not needed
+    mean_key: Tensor | None  # (N, D): the softmax-weighted mean of the keys, t times the query's gradient
     rows: Tensor  # (len(Row), N); PULL is 1 / (t TOTAL), POSITIVE and TEMPERATURE_GRADIENT are 0
 
 
@@ -230,7 +232,7 @@ class KeysGradient(NamedTuple):
 
 class KeysGradients(NamedTuple):
     keys: Tensor  # in the shape and dtype of the keys
-    query: Tensor  # (N, D) in the query's dtype; (0,) where ``query_gradient`` was not given
+    query: Tensor | None  # (N, D) in the query's dtype, where ``query_gradient`` was given
 
 
 def loss_of(call: RowLosses | SymmetricLosses) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import gap
+from . import gap, square
 from .blocks import TILE_ELEMENTS, Scratch, Tile, mutual_tiles, through_unit, unit_rows
 from .calls import (
     LOG2E,
@@ -27,6 +27,8 @@ from .scaled import times
 @plainly
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     """Where all pairs are one tile, the gradient comes out of the same pass, and is what is kept."""
+    if square.serves_both(call) and _in_forward(call, True):
+        return square.symmetric_losses(call)
     t, kept = temperature_of(call), call.views
     unit, norm = unit_rows(kept, True, compute_dtype(kept))
     m, scale, rows = len(call.first), LOG2E / t, unit.new_zeros((len(Row), len(unit)))
@@ -64,7 +66,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     is_small = small(LOG2E / t, compute_dtype(call.first))
     if _in_forward(call, is_small):
         of_rows = rows[Row.TEMPERATURE_GRADIENT]
-        of_temperature = of_rows.sum() * call.grad if learned else rows.new_empty(0)
+        of_temperature = of_rows.sum() * call.grad if learned else None
         return SymmetricGradients(times(call.kept, call.grad, dtype), of_temperature)
     unit, norm = unit_rows(call.kept, True, compute_dtype(call.first))
     pull, base, out = rows[Row.PULL] * call.grad, rows[Row.BASE], torch.zeros_like(unit)
@@ -78,7 +80,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
             y += x.sub_(base[tile.place]).exp2_().mul_(pull[tile.place])
         _add(out, y, unit, some, tile, own)
     found = _finished(out, unit, norm, rows, pull, t, learned)
-    return SymmetricGradients(out.to(dtype), rows.new_empty(0) if found is None else found.sum())
+    return SymmetricGradients(out.to(dtype), None if found is None else found.sum())
 
 
 class _Pass:

@@ -13,12 +13,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from types import NoneType
-from typing import Any, Generic, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from .calls import KeysGradient, LogSumExp, Row, RowLosses, SymmetricGradient, SymmetricLosses
+from .calls import KeysGradient, LogSumExp, Row, RowLosses, SymmetricGradient, SymmetricLosses, compute_dtype
 from .flat import Call, arguments, flatten, unflatten
 from .observers import is_batched, looked_on, without_memory
 
@@ -40,7 +40,8 @@ class Operator(Generic[Call, Out]):
     """One operator. ``differentiable`` names the flat arguments that its backward gives gradients of.
 
     ``twins`` names two of them, which may be one tensor: positives that are the keys. Autograd then gets the tensor
-    once, as the second, whose gradient has to be that of both.
+    once, as the second, whose gradient has to be that of both. ``spelt_out`` turns an answer into one whose shapes
+    follow from the call alone, as compilers ask.
     """
 
     def __init__(
@@ -53,16 +54,19 @@ class Operator(Generic[Call, Out]):
         differentiable: Sequence[str] = (),
         twins: Sequence[str] = (),
         backward: Callable[[Any, Call, Tensor], Gradients] | None = None,
+        spelt_out: Callable[[Call, Any], Any] = lambda _, answer: answer,
     ) -> None:
         self.name, self.record, self.outputs = f"{name}_{LAYOUT}", call, outputs
         self.implementation = implementation
+        self.may_lack = [NoneType in get_args(hint) for hint in get_type_hints(outputs).values()]
         fields = dict(arguments(call))
         self.places = [list(fields).index(name) for name in differentiable]
         self.tensors = itemgetter(*(n for n, hint in enumerate(fields.values()) if Tensor in (hint, *get_args(hint))))
         self.differentiable, self.twins = differentiable, [list(differentiable).index(name) for name in twins]
 
         def flat(*inputs: Any) -> Any:
-            return tuple(self.run(unflatten(call, inputs)))
+            asked = unflatten(call, inputs)
+            return _filled(asked, spelt_out(asked, self.run(asked)))
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
@@ -74,7 +78,7 @@ class Operator(Generic[Call, Out]):
             mutates_args=(),
             schema=torch.library.infer_schema(flat, mutates_args=()),
         )
-        self.registered.register_fake(lambda *inputs: tuple(fake(unflatten(call, inputs))))
+        self.registered.register_fake(lambda *inputs: _filled(asked := unflatten(call, inputs), fake(asked)))
         self.function: type[torch.autograd.Function] | None = None
         if backward is not None:
             self._register_autograd(name, backward)
@@ -139,7 +143,8 @@ class Operator(Generic[Call, Out]):
             return self.outputs(loss, *others)
         if plain and not any(map(is_batched, self.tensors(flat))):
             return self.run(call)  # type: ignore[no-any-return]
-        return self.outputs(*self.registered(*flat))
+        answer = zip(self.registered(*flat), self.may_lack, strict=True)
+        return self.outputs(*(_given(field) if may_lack else field for field, may_lack in answer))
 
     def in_backward(self, ctx: Any, call: Call, grad: Tensor) -> Out:
         """The answer to a call whose tensors forward has seen, all but the gradient."""
@@ -163,6 +168,22 @@ class Operator(Generic[Call, Out]):
         return leaves
 
 
+def _filled(call: Any, answer: Any) -> tuple[Tensor, ...]:
+    """What the dispatcher gets, which knows no None: a vector without elements for each."""
+    x: Tensor = call[0]
+    return tuple(x.new_empty(0, dtype=compute_dtype(x)) if field is None else field for field in answer)
+
+
+def _given(field: Tensor | None) -> Tensor | None:
+    """Of an answer's field that may be None: what it was before ``_filled``."""
+    return None if field is not None and field.shape == (0,) else field
+
+
+def kept_answer(ctx: Any) -> list[Any]:
+    """The fields but for the loss, of which none is a vector: what ``_keep`` kept of them."""
+    return list(ctx.saved_tensors) if ctx.plain else [*map(_given, ctx.saved_tensors)]
+
+
 class Asked(NamedTuple):
     """What an operator is asked."""
 
@@ -173,7 +194,9 @@ class Asked(NamedTuple):
 # ------------------------------------------------------------------------------------------- what backward needs, kept
 
 
-def _keep(ctx: Any, call: Any, tensors: Sequence[Tensor | None], others: Sequence[Tensor], needed: list[str]) -> None:
+def _keep(
+    ctx: Any, call: Any, tensors: Sequence[Tensor | None], others: Sequence[Tensor | None], needed: list[str]
+) -> None:
     """Keep for backward the call and its outputs other than the loss.
 
     Inputs are not in ``save_for_backward``, because its version check would reject a queue that was enqueued to before

@@ -27,7 +27,7 @@ from .calls import (
     temperature_of,
 )
 from .observers import is_batched, looked_on
-from .operator import Gradients, Operator, check_unchanged, dense_gradients
+from .operator import Gradients, Operator, check_unchanged, dense_gradients, kept_answer
 
 
 def _times(call: RowLosses, unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,19 +45,19 @@ def _row_losses_fake(call: RowLosses) -> RowOutputs:
     n, dtype, backend = call.query.shape[0], compute_dtype(call.query), BACKENDS[call.backend]
     in_forward = call.need_keys_gradient and backend.gives_keys_gradient(call)
 
-    def new(*shape: int, wanted: bool = True, dtype: torch.dtype = dtype) -> Tensor:
-        return call.query.new_empty(shape if wanted else (0,), dtype=dtype)
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return call.query.new_empty(shape, dtype=dtype)
 
-    def unit(x: Tensor, wanted: bool) -> Tensor:
-        return new(*x.shape, dtype=backend.unit_dtype(x.dtype)) if wanted else new(0)
+    def unit(x: Tensor, wanted: bool) -> Tensor | None:
+        return new(*x.shape, dtype=backend.unit_dtype(x.dtype)) if wanted else None
 
     return RowOutputs(
         loss=new() if call.reduced else new(n),
         query_gradient=unit(call.query, call.need_query_gradient),
         positive_gradient=unit(call.positive, call.need_positive_gradient),
-        keys_gradient=new(*call.first.keys.shape, wanted=in_forward),
+        keys_gradient=new(*call.first.keys.shape) if in_forward else None,
         rows=new(len(Row), n),
-        metrics=new(len(Metric), n, wanted=call.need_metrics),
+        metrics=new(len(Metric), n) if call.need_metrics else None,
     )
 
 
@@ -72,7 +72,9 @@ def _of_keys(
     positive_gradient: Tensor | None = None,
 ) -> KeysGradients:
     """The gradient of a set's keys, which forward did not compute."""
-    check_unchanged(ctx, call.query, call.learned_temperature, one.keys, *one.pairs[:-1])
+    pairs = one.pairs
+    tensors = pairs.query_ids, pairs.key_ids, pairs.mask, pairs.filled, pairs.picked
+    check_unchanged(ctx, call.query, call.learned_temperature, one.keys, *tensors)
     return keys_gradient.in_backward(
         ctx,
         KeysGradient(
@@ -96,20 +98,22 @@ def _of_keys(
 def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
     if torch.is_grad_enabled():  # create_graph=True
         return dense_gradients(ctx, row_losses, definition.row_losses, grad)
-    query_gradient, positive_gradient, keys_gradient_, rows, _ = ctx.saved_tensors
+    query_gradient, positive_gradient, keys_gradient_, rows, _ = kept_answer(ctx)
     found: Gradients = {}
-    units = {"query": (query_gradient, call.query), "positive": (positive_gradient, call.positive)}
-    if keys_gradient_.dim() == call.first.keys.dim():
-        units["first_keys"] = keys_gradient_, call.first.keys
+    units = {"query": (query_gradient, call.query)}
     together = "first_keys" in ctx.needed and call.positive is call.first.keys
     needed = {*ctx.needed, "positive"} if together else ctx.needed
+    if positive_gradient is not None:
+        units["positive"] = positive_gradient, call.positive
+    if keys_gradient_ is not None:
+        units["first_keys"] = keys_gradient_, call.first.keys
     units = {name: unit for name, unit in units.items() if name in needed}
     if "first_keys" in ctx.needed and "first_keys" not in units:
         query, _ = units.pop("query", (None, None))
         positive, _ = units.pop("positive", (None, None)) if together else (None, None)
         of_keys = _of_keys(ctx, call, call.first, grad, rows, call.normalize, query, positive)
         found["first_keys"] = of_keys.keys
-        if query is not None:
+        if of_keys.query is not None:
             found["query"] = of_keys.query
     if "second_keys" in ctx.needed and call.second is not None:
         found["second_keys"] = _of_keys(ctx, call, call.second, grad, rows, call.normalize).keys
@@ -123,6 +127,13 @@ def _row_losses_backward(ctx: Any, call: RowLosses, grad: Tensor) -> Gradients:
     return found
 
 
+def _with_positive_gradient(call: RowLosses, out: RowOutputs) -> RowOutputs:
+    if out.positive_gradient is not None or not call.need_positive_gradient:
+        return out
+    dtype = BACKENDS[call.backend].unit_dtype(call.positive.dtype)
+    return out._replace(positive_gradient=call.positive.new_zeros(call.positive.shape, dtype=dtype))
+
+
 row_losses = Operator(
     "row_losses",
     RowLosses,
@@ -132,6 +143,7 @@ row_losses = Operator(
     ("query", "positive", "first_keys", "second_keys", "learned_temperature"),
     ("positive", "first_keys"),
     _row_losses_backward,
+    _with_positive_gradient,
 )
 
 keys_gradient = Operator(
@@ -141,7 +153,7 @@ keys_gradient = Operator(
     lambda call: BACKENDS[call.backend].keys_gradient(call),
     lambda call: KeysGradients(
         call.first.keys.new_empty(call.first.keys.shape),
-        call.query.new_empty(call.query.shape) if call.query_gradient is not None else call.rows.new_empty(0),
+        None if call.query_gradient is None else call.query.new_empty(call.query.shape),
     ),
 )
 
@@ -184,7 +196,7 @@ def _symmetric_losses_backward(ctx: Any, call: SymmetricLosses, grad: Tensor) ->
         found = {"first": views[:m], "second": views[m:]}
     else:  # each half has a count of changes of its own, so that changing one in place does not mark the other
         found = dict(zip(("first", "second"), views.unsafe_split(m), strict=True))
-    if call.learned_temperature is not None:
+    if call.learned_temperature is not None and gradients.temperature is not None:
         found["learned_temperature"] = gradients.temperature.to(call.learned_temperature.dtype)
     return found
 
@@ -206,7 +218,7 @@ symmetric_gradient = Operator(
     lambda call: BACKENDS[call.backend].symmetric_gradient(call),
     lambda call: SymmetricGradients(
         call.first.new_empty((2 * call.first.shape[0], call.first.shape[1])),
-        call.rows.new_empty((0,) if call.learned_temperature is None else ()),
+        None if call.learned_temperature is None else call.rows.new_empty(()),
     ),
 )
 
@@ -216,7 +228,7 @@ symmetric_gradient = Operator(
 
 def _logsumexp_fake(call: LogSumExp) -> LogSumExpOutputs:
     (n, d), dtype = call.query.shape, compute_dtype(call.query)
-    mean_key = call.query.new_empty((n, d) if call.need_query_gradient else (0,), dtype=dtype)
+    mean_key = call.query.new_empty((n, d), dtype=dtype) if call.need_query_gradient else None
     return LogSumExpOutputs(
         call.query.new_empty((n,), dtype=dtype), mean_key, call.query.new_empty((len(Row), n), dtype=dtype)
     )
@@ -225,7 +237,7 @@ def _logsumexp_fake(call: LogSumExp) -> LogSumExpOutputs:
 def _logsumexp_backward(ctx: Any, call: LogSumExp, grad: Tensor) -> Gradients:
     if torch.is_grad_enabled():
         return dense_gradients(ctx, logsumexp, definition.logsumexp, grad)
-    mean_key, rows = ctx.saved_tensors
+    mean_key, rows = kept_answer(ctx)
     check_unchanged(ctx, call.query, call.learned_temperature)
     t, found = temperature_of(call), {}
     if "query" in ctx.needed:

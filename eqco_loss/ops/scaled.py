@@ -26,5 +26,5 @@ def with_others(call: KeysGradient, keys: Tensor) -> KeysGradients:
         added = times(call.positive_gradient, call.grad, call.positive_gradient.dtype)
         keys = torch.add(keys, added, out=torch.empty_like(keys))
     if call.query_gradient is None:
-        return KeysGradients(keys, call.rows.new_empty(0))
+        return KeysGradients(keys, None)
     return KeysGradients(keys, times(call.query_gradient, call.grad, call.query.dtype))

@@ -68,11 +68,12 @@ def row_losses(call: RowLosses) -> RowOutputs:
     similarity = (q * p).sum(1)
     positive_logit = similarity * scale
     losses: list[Tensor] = []
-    query_gradient = q.new_empty((n, d) if call.need_query_gradient else (0,))
-    positive_gradient = q.new_empty((n, d) if call.need_positive_gradient else (0,))
     give_keys = call.need_keys_gradient and gives_keys_gradient(call)
-    keys_gradient_ = q.new_empty(call.first.keys.shape if give_keys else (0,))
-    row_stats, metrics = q.new_zeros((len(Row), n)), q.new_empty((len(Metric), n) if call.need_metrics else (0,))
+    together = give_keys and call.need_positive_gradient and call.positive is call.first.keys
+    query_gradient = q.new_empty((n, d)) if call.need_query_gradient else None
+    positive_gradient = q.new_empty((n, d)) if call.need_positive_gradient and not together else None
+    keys_gradient_ = q.new_empty(call.first.keys.shape) if give_keys else None
+    row_stats, metrics = q.new_zeros((len(Row), n)), q.new_empty((len(Metric), n)) if call.need_metrics else None
     ready = Ready(call.first, dtype, call.positive, p if call.normalize == call.first.normalize else None)
     wanted = _Wanted(
         mean_key=call.need_query_gradient,
@@ -94,7 +95,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
         losses.append(values.loss.sum() if call.reduced else values.loss)
         factor = values.weight * (ratio / t)  # the derivative of the row's share by the similarity of its negatives
         stats = [base, rest, factor / rest, s]  # as Row has them
-        if call.need_query_gradient:
+        if query_gradient is not None:
             gradient = torch.div(seen.weighted, seen.total[:, None], out=query_gradient[rows]).sub_(its)
             if call.normalize or learned:
                 # By how much the row is more like its negatives' mean than like its positive.
@@ -105,24 +106,28 @@ def row_losses(call: RowLosses) -> RowOutputs:
                     gradient.addcmul_(mine, excess[:, None], value=-1)
             gradient *= _per_length(factor, q_norm, rows)
         row_stats[: len(stats), rows] = torch.stack(stats)
-        if call.need_positive_gradient:
+        if positive_gradient is not None:
             pull = _per_length(factor, p_norm, rows)
             gradient = torch.mul(mine, -pull, out=positive_gradient[rows])
             if call.normalize:
                 gradient.addcmul_(its, pull * s[:, None])
-        if give_keys and only is not None:
+        if keys_gradient_ is not None and only is not None:
             weight = factor / seen.total if seen.shrink is None else factor / seen.total * seen.shrink
             only.tile.add_transposed(keys_gradient_, only.exponentials, mine * weight[:, None], not fused)
             fused = True
-        if call.need_metrics:
+        if metrics is not None:
             _write_metrics(metrics[:, rows], values, seen, scale)
     loss = (functools.reduce(torch.add, losses) if call.reduced else torch.cat(losses)) * ratio
-    if fused and ready.knows(call.first.keys):
-        through_unit(keys_gradient_, p, p_norm)
-    elif fused:
-        _keys_through_unit(keys_gradient_, ready)
-    elif give_keys:
-        keys_gradient_ = _keys_gradient(q, ready, row_stats[Row.BASE], row_stats[Row.PULL], scale, call.normalize)
+    if keys_gradient_ is not None:
+        base, pull = row_stats[Row.BASE], row_stats[Row.PULL]
+        if not fused:
+            _add_keys_gradient(keys_gradient_.zero_(), q, ready, base, pull, scale, call.normalize)
+        if together:
+            keys_gradient_.addcmul_(q, (pull * row_stats[Row.TOTAL])[:, None], value=-1)
+        if ready.knows(call.first.keys):
+            through_unit(keys_gradient_, p, p_norm)
+        else:
+            _keys_through_unit(keys_gradient_, ready)
     return RowOutputs(loss, query_gradient, positive_gradient, keys_gradient_, row_stats, metrics)
 
 
@@ -132,7 +137,9 @@ def keys_gradient(call: KeysGradient) -> KeysGradients:
     q = unit_rows(call.query, call.normalize, dtype)[0]
     pull = call.rows[Row.PULL] * call.grad
     ready, scale = Ready(call.first, dtype), LOG2E / temperature_of(call)
-    gradient = _keys_gradient(q, ready, call.rows[Row.BASE], pull, scale, call.normalize)
+    gradient = q.new_zeros(call.first.keys.shape)
+    _add_keys_gradient(gradient, q, ready, call.rows[Row.BASE], pull, scale, call.normalize)
+    _keys_through_unit(gradient, ready)
     return with_others(call, gradient.to(call.first.keys.dtype))
 
 
@@ -141,13 +148,13 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     t = temperature_of(call)
     q = call.query.to(compute_dtype(call.query))
     n = len(q)
-    mean_key, rows = q.new_empty(q.shape if call.need_query_gradient else (0,)), q.new_zeros((len(Row), n))
+    mean_key, rows = q.new_empty(q.shape) if call.need_query_gradient else None, q.new_zeros((len(Row), n))
     # Unit rows are not asked for, so a softmax that backward computes again needs its maximum and sum.
     wanted = _Wanted(mean_key=call.need_query_gradient, again=True)
     for some, seen, _ in _attend(q, LOG2E / t, Ready(call.first, q.dtype), wanted):
         maximum = _checked(seen, some.start, True)
         rows[Row.BASE, some], rows[Row.TOTAL, some] = rounded_log_sum(maximum, seen.total)
-        if call.need_query_gradient:
+        if mean_key is not None:
             torch.div(seen.weighted, seen.total[:, None], out=mean_key[some])
     rows[Row.PULL] = 1 / (rows[Row.TOTAL] * t)
     return LogSumExpOutputs((rows[Row.BASE] + rows[Row.TOTAL].log2()) * LN2, mean_key, rows)
@@ -319,9 +326,11 @@ def _checked(seen: _Seen, first: int, may_raise: bool) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- small pieces
 
 
-def _keys_gradient(q: Tensor, ready: Ready, base: Tensor, pull: Tensor, scale: float | Tensor, of_unit: bool) -> Tensor:
-    """The raw keys' gradient, in the dtype of the arithmetic, by one more pass."""
-    out, scratch = q.new_zeros(ready.keys.keys.shape), Scratch(q)
+def _add_keys_gradient(
+    out: Tensor, q: Tensor, ready: Ready, base: Tensor, pull: Tensor, scale: float | Tensor, of_unit: bool
+) -> None:
+    """Of the keys as they are multiplied, in the dtype of the arithmetic, by one more pass."""
+    scratch = Scratch(q)
     is_small = of_unit and ready.unit_length and small(scale, q.dtype)
     pull = pull / base.exp2() if is_small else pull
     for block in blocks(q, ready):
@@ -331,8 +340,6 @@ def _keys_gradient(q: Tensor, ready: Ready, base: Tensor, pull: Tensor, scale: f
             x = tile.logits(logits, scratch)  # (R, C)
             x = x if is_small else x.sub_(base[block.rows, None])
             tile.add_transposed(out, x.exp2_(), pulled)
-    _keys_through_unit(out, ready)
-    return out
 
 
 def _per_length(factor: Tensor, norm: Tensor | None, rows: slice) -> Tensor:

@@ -95,7 +95,7 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
         None if call.grad.dim() else call.grad, *left, marks, pairs.filled, parts,
         n, keys.shape[0], *plan.sizes,
     )  # fmt: skip
-    of_query = torch.empty(*(0,) if call.query_gradient is None else (n, d), dtype=query.dtype, device=device)
+    of_query = None if call.query_gradient is None else torch.empty(n, d, dtype=query.dtype, device=device)
     if not whole:
         _merge_splits(plan.merge, parts, keys, out, call.positive_gradient, call.query_gradient, of_query, call.grad)
     return KeysGradients(out, of_query)
@@ -322,7 +322,7 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
     if splits > 1:
         _merge_splits(plan.merge, parts, views, out)
     if t is None or along is None:
-        return SymmetricGradients(out, new(0))
+        return SymmetricGradients(out, None)
     of_positives = (weights[Row.PULL] * weights[Row.TOTAL] * call.rows[Row.POSITIVE]).sum()
     return SymmetricGradients(out, ((of_positives - along.sum() / 2) * (call.grad / t)).to(torch.float32))
 

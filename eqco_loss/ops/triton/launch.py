@@ -112,14 +112,7 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
     metrics = new(len(Metric), n) if call.need_metrics else None
     outputs = query_gradient, positive_gradient, rows, metrics
     loss = _attend(call, call.sets, _job(call, tile), half, call.positive, outputs)
-    return RowOutputs(
-        loss,
-        new(0) if query_gradient is None else query_gradient,
-        new(0) if positive_gradient is None else positive_gradient,
-        new(0),
-        rows,
-        new(0) if metrics is None else metrics,
-    )
+    return RowOutputs(loss, query_gradient, positive_gradient, None, rows, metrics)
 
 
 @once_a_kind
@@ -151,7 +144,7 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     )
     job = _planned(call, [call.first], options, None, call.query, (1.0, 1.0, 1.0))
     lse = _attend(call, [call.first], job, 0, call.query, (mean_key, None, rows, None))
-    return LogSumExpOutputs(lse, new(0) if mean_key is None else mean_key, rows)
+    return LogSumExpOutputs(lse, mean_key, rows)
 
 
 def _planned(

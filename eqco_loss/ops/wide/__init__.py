@@ -101,8 +101,8 @@ def row_losses(call: RowLosses) -> RowOutputs:
     passes, scale = Passes(query, call.sets, LOG2E / t, products, like), LOG2E / t
     known, learned = passes.known, call.learned_temperature is not None
     state = pointwise.first_state(n, like) if passes.sets else new_state(n, like)
-    query_gradient = like.new_empty((n, d) if call.need_query_gradient else (0,))
-    positive_gradient = like.new_empty((n, d) if call.need_positive_gradient else (0,))
+    query_gradient = like.new_empty((n, d)) if call.need_query_gradient else None
+    positive_gradient = like.new_empty((n, d)) if call.need_positive_gradient else None
     s = like.new_empty(n)
     pointwise.dots(query.raw, positive.raw, s)
     threshold = None
@@ -111,18 +111,18 @@ def row_losses(call: RowLosses) -> RowOutputs:
         threshold = positive_logit - TIE * positive_logit.abs()
     seek = Seek(_to_inter(call, like), threshold, not known, learned)
     for some in passes.rows:
-        passes.attend(some, state[:, some], seek.part(some), query_gradient[some] if call.need_query_gradient else None)
+        passes.attend(some, state[:, some], seek.part(some), None if query_gradient is None else query_gradient[some])
     if not known:
         state[Plane.MAXIMUM] = _checked(state, call.may_raise)
-    metrics = like.new_empty((len(Metric), n) if call.need_metrics else (0,))
-    done = pointwise.finish(call, s, state, known, metrics if call.need_metrics else None)
+    metrics = like.new_empty((len(Metric), n)) if call.need_metrics else None
+    done = pointwise.finish(call, s, state, known, metrics)
     losses, rows = done.losses, done.rows
-    if call.need_query_gradient:
+    if query_gradient is not None:
         pointwise.through_unit(query.raw, query_gradient, done.of_sums, positive.raw, done.factor, query_gradient)
-    if call.need_positive_gradient:
+    if positive_gradient is not None:
         pointwise.through_unit(positive.raw, None, None, query.raw, done.factor, positive_gradient)
     loss = losses.sum() if call.reduced else losses
-    return RowOutputs(loss, query_gradient, positive_gradient, like.new_empty(0), rows, metrics)
+    return RowOutputs(loss, query_gradient, positive_gradient, None, rows, metrics)
 
 
 @plainly
@@ -130,11 +130,11 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     t, like = temperature_of(call), arithmetic(call.query)
     products = product_dtype(call.autocast, call.query, call.first.keys)
     passes = Passes(prepare(call.query, False, products, like), [call.first], LOG2E / t, products, like)
-    mean_key = like.new_empty(call.query.shape if call.need_query_gradient else (0,))
+    mean_key = like.new_empty(call.query.shape) if call.need_query_gradient else None
     rows, n = like.new_zeros((len(Row), len(call.query))), len(call.query)
     state = pointwise.first_state(n, like) if passes.sets else new_state(n, like)
     for some in passes.rows:
-        out = mean_key[some] if call.need_query_gradient else None
+        out = None if mean_key is None else mean_key[some]
         passes.attend(some, state[:, some], Seek(negatives=not passes.known), out)
         if out is not None and passes.sets:
             out /= state[Plane.TOTAL, some, None]
@@ -274,7 +274,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
         finish(some, gradient)
     if call.across:
         finish(slice(half, n), sums)
-    of_temperature = like.new_empty(0)
+    of_temperature = None
     if call.learned_temperature is not None:
         of_temperature = call.rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
     return SymmetricGradients(out, of_temperature)

@@ -169,7 +169,7 @@ def symmetric_gradient(call, products):
             _through(call, products, gradient, None, out, (scale, largest), some)
     whole = sums[:half] if plan.whole else None
     _through(call, products, whole, sums[-half:], out, (scale, largest), slice(0, half))
-    of_temperature = torch.empty(0, dtype=torch.float32, device=device)
+    of_temperature = None
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
     return SymmetricGradients(out, of_temperature)
