@@ -677,7 +677,8 @@ def test_backward_finishes_three_gradients_at_once(dtype: torch.dtype, reduced: 
     factor = call.grad if reduced else call.grad[:, None]
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-6}[dtype]
     added = query_unit.to(kind).float() * factor, positive_unit.to(kind).float() * factor
-    assert alone.query is None and got.query is not None
+    assert alone.query is None
+    assert got.query is not None
     assert only_query.query is not None
     assert got.query.dtype == got.keys.dtype == dtype
     torch.testing.assert_close(got.query.float(), added[0], atol=0, rtol=rounding)

@@ -21,7 +21,8 @@ def step(
     query, key = (draw(n, 19, seed=seed, dtype=dtype).cpu() for seed in (1, 2))
     query, key = (x.double() if exactly else x for x in (query, key))
     needed = [x.requires_grad_() for name, x in (("q", query), ("k", key)) if name in leaves]
-    with mock.patch.object(square, "row_losses", wraps=square.row_losses) as taken:
+    name = "symmetric_losses" if "symmetric" in settings else "row_losses"
+    with mock.patch.object(square, name, wraps=getattr(square, name)) as taken:
         loss = EqCoLoss(**settings)(query, key)
     gradients = torch.autograd.grad(loss, needed, torch.tensor(-1.7, dtype=loss.dtype)) if needed else []
     return [loss.detach(), *gradients], taken.called
@@ -44,10 +45,58 @@ def test_is_what_tiles_give(negatives: int | None, alpha: float | None, dtype: t
             assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
 
 
+@pytest.mark.parametrize("leaves", ["qk", ""])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("alpha", [None, 1.0, 65536.0])
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+def test_both_directions_are_what_tiles_give(
+    in_batch: str, alpha: float | None, dtype: torch.dtype, leaves: str
+) -> None:
+    settings: dict[str, Any] = {"alpha": alpha, "in_batch": in_batch, "symmetric": True}
+    for n in (2, 3, 50):
+        got, short = step(n, dtype, leaves, **settings)
+        assert short
+        with mock.patch.object(square, "serves_both", return_value=False):
+            expected, short = step(n, dtype, leaves, **settings)
+            truth, _ = step(n, dtype, leaves, exactly=True, **settings)
+        assert not short
+        for ours, by_tiles, exact in zip(got, expected, truth, strict=True):
+            assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
+
+
+@pytest.mark.parametrize("alpha", [1e-30, 1e-20, 1e20, 1e34])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_margin_that_would_leave_float32_goes_tile_by_tile(symmetric: bool, alpha: float) -> None:
+    settings: dict[str, Any] = {"alpha": alpha, **({"symmetric": True} if symmetric else {})}
+    got, short = step(9, torch.float32, "qk", **settings)
+    assert short is (alpha in (1e-20, 1e20))
+    exact, short = step(9, torch.float64, "qk", exactly=True, **settings)
+    assert short
+    for ours, truth in zip(got, exact, strict=True):
+        assert (ours.double() - truth).norm() <= 1e-5 * truth.norm()  # float32 rounds a margin of 80 by 4e-6
+
+
+def test_the_gradient_of_one_is_multiplied_by_nothing_but_stays_ours_to_give_again() -> None:
+    """A gradient that a hook changes in place must not be what the next backward of the same loss gives."""
+    query, key = (draw(8, 19, seed=seed, dtype=torch.float32).cpu().requires_grad_() for seed in (1, 2))
+    loss = EqCoLoss()(query, key)
+    expected = torch.autograd.grad(loss, [query, key], retain_graph=True)
+    for change in (torch.Tensor.zero_, torch.Tensor.neg_):
+        for x in torch.autograd.grad(loss, [query, key], retain_graph=True):
+            change(x)
+    last = torch.autograd.grad(loss, [query, key])
+    for first, again in zip(expected, last, strict=True):
+        assert torch.equal(first, again)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, [query, key])
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"temperature": 0.02},
+        {"temperature": 0.02, "symmetric": True},
+        {"temperature": torch.tensor(0.2), "symmetric": True},
         {"reduction": "none"},
         {"num_negatives": 4, "sampling": "random"},
         {"in_batch": "views"},
@@ -58,9 +107,13 @@ def test_is_what_tiles_give(negatives: int | None, alpha: float | None, dtype: t
 )
 def test_other_calls_go_tile_by_tile(settings: dict[str, Any]) -> None:
     query, key = (draw(9, 19, seed=seed, dtype=torch.float32).cpu().requires_grad_() for seed in (1, 2))
-    with mock.patch.object(square, "row_losses", wraps=square.row_losses) as taken:
+    with (
+        mock.patch.object(square, "row_losses", wraps=square.row_losses) as taken,
+        mock.patch.object(square, "symmetric_losses", wraps=square.symmetric_losses) as both_taken,
+    ):
         EqCoLoss(**settings)(query, key)
     assert not taken.called
+    assert not both_taken.called
 
 
 def test_a_narrow_band_of_a_large_batch_goes_block_by_block() -> None:

@@ -5,6 +5,8 @@ Private names of torch that are used here:
 - ``torch._C._len_torch_dispatch_stack``, ``torch._C._functorch.peek_interpreter_stack``: whether a mode or a transform
   looks on. The dispatcher's wrappers cost 0.1 to 0.3 ms.
 - ``torch.autograd.forward_ad._current_level``, ``torch._C._is_tracing``: forward differentiation, torch.jit.trace.
+- ``torch._C._autograd._get_current_graph_task_keep_graph``: whether a backward may come again. An older torch may not
+  have it; then inputs are kept as long as the loss.
 - ``torch._C._functorch.is_batchedtensor``, ``get_unwrapped``, ``is_legacy_batchedtensor``: what ``vmap`` hides.
 """
 
@@ -26,6 +28,12 @@ def looked_on() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def graph_is_kept() -> bool:
+    """Whether this backward may be followed by another one of the same loss, as far as torch tells."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or bool(keeps())
 
 
 def without_memory(x: Tensor) -> bool:

@@ -2,9 +2,6 @@
 
 An operator takes a record of ``calls.py`` and returns another. torch's dispatcher gets its fields one by one
 (``flat.py``). The five operators are in ``operators.py``.
-
-``torch._C._autograd._get_current_graph_task_keep_graph``, a private name, says whether inputs may be let go of after
-backward. An older torch may not have it; then they are kept as long as the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 
 from .calls import KeysGradient, LogSumExp, Row, RowLosses, SymmetricGradient, SymmetricLosses, compute_dtype
 from .flat import Call, arguments, flatten, unflatten
-from .observers import is_batched, looked_on, without_memory
+from .observers import graph_is_kept, is_batched, looked_on, without_memory
 
 # An operator's name ends with this, because torch's compiler keeps graphs on disk under the operators' names, and a
 # graph knows the operators' arguments and the sizes of their outputs.
@@ -210,8 +207,7 @@ def _keep(
 
 def _release(ctx: Any) -> None:
     """Let go of the inputs after a backward that keeps no graph, as torch does of what it saved itself."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    if keeps is not None and not keeps():
+    if not graph_is_kept():
         ctx.call = ctx.versions = None
 
 
