@@ -108,6 +108,9 @@ SITUATIONS = (
     Situation("CLIP, N = 4096, D = 1024", "C1", 4096, 1024, UNDER_AUTOCAST),
     Situation("SiMo, 16 negatives", "P1", 256, 128, UNDER_AUTOCAST),
     Situation("in-batch InfoNCE, N = 256", "S1", 256, 128),
+    Situation("in-batch InfoNCE, N = 64", "S1", 64, 128),
+    Situation("NT-Xent, N = 64", "S2", 64, 128),
+    Situation("CLIP, N = 64, D = 512", "C1", 64, 512, UNDER_AUTOCAST),
 )
 
 

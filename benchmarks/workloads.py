@@ -247,6 +247,7 @@ def cpu_cases(dtype: str) -> list[Case]:
         Case("P1", 256, 255),
         Case("C1", 4096, 4095, 768),
         Case("C1", 4096, 4095, 1024),
+        *(Case("S1", 64, 63), Case("C1", 64, 63, 512), Case("S2", 64, 126), Case("P1", 64, 16)),  # mostly Python's time
     ]
     return [replace(case, dtype=dtype) for case in found]
 

@@ -26,7 +26,7 @@ from .calls import (
     compute_dtype,
     temperature_of,
 )
-from .observers import graph_is_kept, is_batched, looked_on
+from .observers import is_batched, looked_on
 from .operator import Gradients, Operator, check_unchanged, dense_gradients, kept_answer
 
 
@@ -35,8 +35,6 @@ def _times(call: RowLosses, unit: Tensor, grad: Tensor, dtype: torch.dtype) -> T
     if looked_on() or is_batched(grad):  # a compiler makes one kernel of it, and vmap has no out=
         factor = grad if grad.dim() == 0 else grad[:, None]
         return ((unit if unit.dtype == grad.dtype else unit.to(grad.dtype)) * factor).to(dtype)
-    if grad.is_cpu and unit.dtype == dtype and grad.dim() == 0 and float(grad) == 1.0 and not graph_is_kept():
-        return unit  # which is nobody else's from now on
     return BACKENDS[call.backend].times(unit, grad, dtype)  # type: ignore[no-any-return]
 
 
