@@ -2,12 +2,12 @@
 
 At each launch Triton binds the arguments and compares every global that the kernel uses, which takes 60 to 90 us where
 there are 60 arguments. The compiled kernel that this finds is kept here under everything that Triton compiles another
-kernel for, and later launches go straight to it.
+kernel for, and later launches go straight to it. Of a call that is like one before, most of that is known besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, itemgetter
 from types import NoneType
 from typing import Any, NamedTuple
@@ -31,6 +31,24 @@ class _Pattern(NamedTuple):
     last: tuple[Any, ...]  # the constexprs, in the kernel's order
     compiled: dict[tuple[Any, ...], Any]
 
+    def key(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """All beside the types that Triton may compile another kernel for."""
+        tensors = self.tensors(arguments)
+        return (
+            tensors[0].get_device(),
+            *map(_dtype_of, tensors),
+            *_alignments(tensors),
+            *self.specialised(arguments),
+        )
+
+
+class _Kind(NamedTuple):
+    """Launches of calls of one kind, which differ in nothing but where their tensors begin."""
+
+    tensors: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+    last: tuple[Any, ...]
+    runs: dict[tuple[int, ...], Callable[..., None]]  # by the tensors' alignments
+
 
 class Launch:
     """A kernel with its constexprs and Triton's options fixed.
@@ -42,6 +60,7 @@ class Launch:
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self.kernel, self.constants = kernel, constants
         self.patterns: dict[tuple[type, ...], _Pattern] = {}
+        self.kinds: dict[Hashable, _Kind] = {}
         self.interpreted = getattr(kernel, "params", None) is None  # Triton's interpreter compiles nothing
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any) -> None:
@@ -50,13 +69,7 @@ class Launch:
             return
         types = tuple(map(type, arguments))
         pattern = self.patterns.get(types) or self._pattern(types)
-        tensors = pattern.tensors(arguments)
-        key = (
-            tensors[0].get_device(),
-            *map(_dtype_of, tensors),
-            *[address % 16 for address in map(Tensor.data_ptr, tensors)],
-            *pattern.specialised(arguments),
-        )
+        key = pattern.key(arguments)
         compiled = pattern.compiled.get(key)
         if max(pattern.others(arguments), default=0) >= 2**31:
             self.kernel[grid](*arguments, **self.constants)
@@ -69,6 +82,30 @@ class Launch:
             if compiled is not None:  # None where a hook of Triton's has taken the compilation over
                 pattern.compiled[key] = compiled
 
+    def again(self, kind: Hashable, grid: tuple[int, ...], *arguments: Any) -> None:
+        """The same, where a kind's later launches have the grid, types, dtypes, devices and numbers of its first.
+
+        ``kind`` may be that of a call that makes one such launch (``calls.once_a_kind``); 0 promises nothing.
+        """
+        one = self.kinds.get(kind) if DIRECT else None
+        run = None if one is None else one.runs.get(_alignments(one.tensors(arguments)))
+        if one is not None and run is not None:
+            run(*arguments, *one.last)
+            return
+        self(grid, *arguments)
+        if kind and DIRECT and not self.interpreted:
+            self._keep(kind, grid, arguments)
+
+    def _keep(self, kind: Hashable, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        pattern = self.patterns[tuple(map(type, arguments))]
+        compiled = pattern.compiled.get(pattern.key(arguments))
+        if compiled is None or max(pattern.others(arguments), default=0) >= 2**31:
+            return
+        if len(self.kinds) >= MOST_KEPT:
+            self.kinds.clear()
+        one = self.kinds.setdefault(kind, _Kind(pattern.tensors, pattern.last, {}))
+        one.runs[_alignments(one.tensors(arguments))] = compiled[(*grid, 1, 1)[:3]]
+
     def _pattern(self, types: tuple[type, ...]) -> _Pattern:
         parameters, places = self.kernel.params, range(len(types))
         tensors = [place for place in places if issubclass(types[place], Tensor)]
@@ -78,6 +115,11 @@ class Launch:
         last = tuple(self.constants[name] for name in self.kernel.arg_names[len(types) :])
         found = _Pattern(_picker(tensors), _picker(specialised), _picker(others), last, {})
         return self.patterns.setdefault(types, found)
+
+
+def _alignments(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Triton compiles another kernel for an address that 16 does not divide."""
+    return tuple([address % 16 for address in map(Tensor.data_ptr, tensors)])
 
 
 _bound: dict[tuple[Any, ...], Launch] = {}

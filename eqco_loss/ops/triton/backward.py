@@ -69,7 +69,8 @@ def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a sum over rows, (N, D), times grad, () or (N,)."""
     n, d = unit.shape
     out = torch.empty(n, d, dtype=dtype, device=unit.device)
-    _multiply(d)((blocks_of(n, 8),), unit, out, grad, grad.stride(0) if grad.dim() else 0, n)
+    kind = 0 if grad.dim() else (n, unit.dtype, dtype, grad.dtype, unit.device)
+    _multiply(d).again(kind, (blocks_of(n, 8),), unit, out, grad, grad.stride(0) if grad.dim() else 0, n)
     return out
 
 
@@ -89,16 +90,22 @@ def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradient
     marks = marked(left, n, len(keys)) if plan.marks else None
     whole = plan.whole and call.query_gradient is None and call.positive_gradient is None
     parts = out if whole else torch.empty(plan.splits, *keys.shape, dtype=torch.float32, device=device)
-    plan.launch(
-        (plan.blocks, plan.splits),
+    plan.launch.again(
+        *(_kind(call), (plan.blocks, plan.splits)),
         prepared, *strides_of(prepared), keys, *keys.stride(), weights, _largest(weights, prepared.dtype),
         None if call.grad.dim() else call.grad, *left, marks, pairs.filled, parts,
         n, keys.shape[0], *plan.sizes,
     )  # fmt: skip
     of_query = None if call.query_gradient is None else torch.empty(n, d, dtype=query.dtype, device=device)
     if not whole:
-        _merge_splits(plan.merge, parts, keys, out, call.positive_gradient, call.query_gradient, of_query, call.grad)
+        others = call.positive_gradient, call.query_gradient, of_query, call.grad
+        _merge_splits(_kind(call), plan.merge, parts, keys, out, *others)
     return KeysGradients(out, of_query)
+
+
+def _kind(call: KeysGradient | SymmetricGradient) -> int:
+    """Of launches that get the loss's gradient; 0 where it is one number a row, whose stride may be any."""
+    return 0 if call.grad.dim() else call.kind
 
 
 def _own_keys_gradient(call: KeysGradient) -> Tensor:
@@ -206,8 +213,8 @@ def _row_weights(
         prepared = torch.empty((count, n, d), dtype=piece_dtype(dtype, count), device=x.device)
     elif scaled or x.dtype != dtype:
         prepared = torch.empty((n, d), dtype=dtype, device=x.device)
-    _weigh(d, normalize, scaled, count)(
-        (blocks_of(n, 16),),
+    _weigh(d, normalize, scaled, count).again(
+        *(_kind(call), (blocks_of(n, 16),)),
         x, *x.stride(), *(grad, grad.stride(0)) if grad.dim() else (None, 0), rows, call.learned_temperature, weights,
         prepared, n, float(call.temperature),
     )  # fmt: skip
@@ -232,6 +239,7 @@ def _merge(d: int, splits: int, normalize: bool, clean: bool) -> Launch:
 
 
 def _merge_splits(
+    kind: int,
     merge: Launch,
     parts: Tensor,
     raw: Tensor,
@@ -243,8 +251,8 @@ def _merge_splits(
 ) -> None:
     n = 0 if query_gradient is None else len(query_gradient)
     stride = grad.stride(0) if grad is not None and grad.dim() else 0
-    merge(
-        (blocks_of(len(raw), 8) + blocks_of(n, 8),),
+    merge.again(
+        *(kind, (blocks_of(len(raw), 8) + blocks_of(n, 8),)),
         parts, raw, *raw.stride(), out, positive_gradient, query_gradient, of_query, grad, stride,
         len(raw), n, len(parts), gradient_eps(raw.dtype),
     )  # fmt: skip
@@ -314,13 +322,13 @@ def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> Sym
     out = new(n, d, dtype=views.dtype)
     parts = out if splits == 1 else new(splits, n, d)
     along = None if t is None else new(splits, n)
-    plan.launch(
-        (plan.blocks, splits),
+    plan.launch.again(
+        *(call.kind, (plan.blocks, splits)),
         prepared, *strides_of(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
         call.grad, t, parts, along, n, n // 2, plan.chunk, float(call.temperature), gradient_eps(views.dtype),
     )  # fmt: skip
     if splits > 1:
-        _merge_splits(plan.merge, parts, views, out)
+        _merge_splits(call.kind, plan.merge, parts, views, out)
     if t is None or along is None:
         return SymmetricGradients(out, None)
     of_positives = (weights[Row.PULL] * weights[Row.TOTAL] * call.rows[Row.POSITIVE]).sum()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -184,32 +185,35 @@ def _attend(
             outs = new(plan.splits, n, d)
     queries = (query, *query.stride(), positive, *positive.stride())
     answers = (parts, outs, loss, scratch, *outputs)
-    first_split = 0
+    first_split, of_call = 0, call.kind if isinstance(call, RowLosses) else 0
     for one, (visit, attend) in zip(sets, plan.visits, strict=True):
-        keys, factor = (one.keys, None) if visit.prepared is None else _prepare(one.keys, visit.prepared)
+        kind = of_call and (of_call, first_split)  # of each set's own launches
+        keys, factor = (one.keys, None) if visit.prepared is None else _prepare(one.keys, visit.prepared, kind)
         split, left = (first_split, plan.splits), left_out(one.pairs)
         if one.own:
             picked = one.pairs.picked
             strides = (*keys.stride(), None, 0, 0) if picked is None else (0, *keys.stride(), picked, *picked.stride())
-            attend((n, 1), *queries, keys, *strides, *left, t, *answers, n, half, *visit.sizes, *split, *floats)
+            attend.again(
+                kind, (n, 1), *queries, keys, *strides, *left, t, *answers, n, half, *visit.sizes, *split, *floats
+            )
         else:
             marks = marked(left, n, keys.shape[-2]) if visit.marks else None
-            attend(
-                (visit.rows, visit.splits),
+            attend.again(
+                *(kind, (visit.rows, visit.splits)),
                 *queries, keys, *strides_of(keys), factor, *left, marks, one.pairs.filled, t, *answers,
                 n, half, keys.shape[-2], *visit.sizes, *split, *floats,
             )  # fmt: skip
         first_split += visit.splits
     if not plan.finish:
-        plan.combine((plan.programs,), *queries, t, *answers, n, half, plan.splits, *floats)
+        plan.combine.again(of_call, (plan.programs,), *queries, t, *answers, n, half, plan.splits, *floats)
     return loss.sum() if job.reduced and not added else loss
 
 
-def _prepare(keys: Tensor, how: _Prepared) -> tuple[Tensor, Tensor | None]:
+def _prepare(keys: Tensor, how: _Prepared, kind: Hashable) -> tuple[Tensor, Tensor | None]:
     """Shared keys as they are streamed, and the factors of their products."""
     out = None if how.shape is None else torch.empty(*how.shape, dtype=how.dtype, device=keys.device)
     factor = torch.empty(keys.shape[0], dtype=torch.float32, device=keys.device) if how.factor else None
-    how.launch((blocks_of(keys.shape[0], 16),), keys, *keys.stride(), out, factor, keys.shape[0])
+    how.launch.again(kind, (blocks_of(keys.shape[0], 16),), keys, *keys.stride(), out, factor, keys.shape[0])
     return (keys if out is None else out), factor
 
 

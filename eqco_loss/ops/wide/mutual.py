@@ -95,8 +95,8 @@ def symmetric_losses(call, products):
     if len(plan.chunks) > 1:
         state, stride = new_state(n, parts), n
     for chunk in plan.chunks:
-        plan.statistics(
-            chunk.grid,
+        plan.statistics.again(
+            *(call.kind if len(plan.chunks) == 1 else 0, chunk.grid),
             x, x.stride(0), scale, parts, chunk.of_keys, *temperatures, *chunk.places, n // 2, plan.steps,
         )  # fmt: skip
         if state is not None:
@@ -108,8 +108,8 @@ def symmetric_losses(call, products):
                 grid = (triton.cdiv(count, BLOCK_ROWS),)
                 plan.fold(grid, part, tiles, count, of_rows, stride, *temperatures)
     one = plan.chunks[0]
-    plan.finish(
-        plan.finish_grid,
+    plan.finish.again(
+        *(call.kind, plan.finish_grid),
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
         plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n,
     )  # fmt: skip
@@ -152,8 +152,8 @@ def symmetric_gradient(call, products):
     for some, columns, grid, stride in plan.chunks:
         r, c = some.stop - some.start, columns.stop - columns.start
         weights = workspace[: r * stride].view(r, stride)[:, :c]  # rows aligned, as a fast product asks
-        plan.weights(
-            grid,
+        plan.weights.again(
+            *(call.kind if len(plan.chunks) == 1 else 0, grid),
             x, x.stride(0), scale, rows, n, factor, weights, stride,
             float(call.temperature), call.learned_temperature,
             some.start, some.stop, columns.start, columns.stop, half, plan.steps,
@@ -168,7 +168,8 @@ def symmetric_gradient(call, products):
         if not plan.whole and columns.stop == n:
             _through(call, products, gradient, None, out, (scale, largest), some)
     whole = sums[:half] if plan.whole else None
-    _through(call, products, whole, sums[-half:], out, (scale, largest), slice(0, half))
+    kind = call.kind if plan.whole else 0
+    _through(call, products, whole, sums[-half:], out, (scale, largest), slice(0, half), kind)
     of_temperature = None
     if call.learned_temperature is not None:
         of_temperature = rows[Row.TEMPERATURE_GRADIENT].sum() * call.grad
@@ -211,19 +212,19 @@ def _prepared(call, products, rows, scratch):
         scale = written = torch.empty(2 * half, dtype=torch.float32, device=here.device)
     elif plan.form == _COPY:
         scale = rows[Row.INVERSE]
-    plan.prepare[scratch is not None](
-        plan.prepare_grid,
+    plan.prepare[scratch is not None].again(
+        *(call.kind, plan.prepare_grid),
         here, *here.stride(), there, *there.stride(), out, plan.width, written, rows, scratch, half,
     )  # fmt: skip
     return out, scale
 
 
-def _through(call, products, of_here, of_there, out, given, some):
+def _through(call, products, of_here, of_there, out, given, some, kind=0):
     """Sums over negatives of some rows of a view, or of both views', to ``out`` (2M, D)."""
     here, there, (half, d), (scale, largest) = call.first, call.second, call.first.shape, given
     plan = _rows_plan(some.stop - some.start, d, d, here.dtype, products, ROWS)
-    plan.through(
-        plan.through_grid,
+    plan.through.again(
+        *(kind, plan.through_grid),
         here, *here.stride(), there, *there.stride(), of_here, of_there, d,
         out[some], out[half + some.start :], d, call.rows, scale, call.grad, largest,
         some.start, some.stop, half, plan.least,
