@@ -101,4 +101,5 @@ def test_bad_input(args: Args, message: str) -> None:
 def test_the_launcher_runs_what_triton_would() -> None:
     lines = command("tests.launches")
     assert int(lines[0][0]) > 50
-    assert lines[1][0] == "8"
+    assert int(lines[1][0]) > 10
+    assert lines[2][0] == "8"
