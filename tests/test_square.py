@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eqco_loss import EqCoLoss
-from eqco_loss.ops import square
+from eqco_loss.ops import blocks, square
 from tests.tolerance import assert_as_exact_as_eager
 from tests.world import draw
 
@@ -23,6 +23,7 @@ def step(
     needed = [x.requires_grad_() for name, x in (("q", query), ("k", key)) if name in leaves]
     name = "symmetric_losses" if "symmetric" in settings else "row_losses"
     with mock.patch.object(square, name, wraps=getattr(square, name)) as taken:
+        torch.manual_seed(3)  # the same random negatives
         loss = EqCoLoss(**settings)(query, key)
     gradients = torch.autograd.grad(loss, needed, torch.tensor(-1.7, dtype=loss.dtype)) if needed else []
     return [loss.detach(), *gradients], taken.called
@@ -31,9 +32,12 @@ def step(
 @pytest.mark.parametrize("leaves", ["qk", "q", "k", ""])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [None, 65536.0])
+@pytest.mark.parametrize("sampling", ["rolled", "random"])
 @pytest.mark.parametrize("negatives", [None, 1, 16])  # of 50 others; with few, all of them
-def test_is_what_tiles_give(negatives: int | None, alpha: float | None, dtype: torch.dtype, leaves: str) -> None:
-    settings: dict[str, Any] = {"alpha": alpha, "num_negatives": negatives}
+def test_is_what_tiles_give(
+    negatives: int | None, sampling: str, alpha: float | None, dtype: torch.dtype, leaves: str
+) -> None:
+    settings: dict[str, Any] = {"alpha": alpha, "num_negatives": negatives, "sampling": sampling}
     for n in (2, 3, 50):
         got, short = step(n, dtype, leaves, **settings)
         assert short
@@ -98,7 +102,7 @@ def test_the_gradient_of_one_is_multiplied_by_nothing_but_stays_ours_to_give_aga
         {"temperature": 0.02, "symmetric": True},
         {"temperature": torch.tensor(0.2), "symmetric": True},
         {"reduction": "none"},
-        {"num_negatives": 4, "sampling": "random"},
+        {"num_negatives": 4, "sampling": "random", "temperature": 0.02},
         {"in_batch": "views"},
         {"normalize": False},
         {"temperature": torch.tensor(0.2)},
@@ -120,6 +124,24 @@ def test_a_narrow_band_of_a_large_batch_goes_block_by_block() -> None:
     """One product of all rows with all keys would have 150 times the similarities that are asked for."""
     for n, expected in ((512, True), (600, False)):
         assert step(n, torch.float32, "qk", num_negatives=4)[1] is expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_few_picks_of_many_keys_are_fetched(dtype: torch.dtype) -> None:
+    settings: dict[str, Any] = {"num_negatives": 4, "sampling": "random"}
+    assert step(256, dtype, "qk", **settings)[1]
+    fetched, short = step(257, dtype, "qk", **settings)
+    assert not short
+    with mock.patch.object(blocks, "are_few", return_value=False), mock.patch.object(square, "are_few") as few:
+        shared, short = step(257, dtype, "qk", **settings)  # the mock is true, as any object
+        assert few.called
+        assert not short
+        few.return_value = False
+        in_one_product, short = step(257, dtype, "qk", **settings)
+        assert short
+    for a, *others in zip(fetched, shared, in_one_product, strict=True):
+        for b in others:
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
 
 
 def test_a_gradient_of_the_keys_alone_is_whole() -> None:

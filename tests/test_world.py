@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eqco_loss.ops import wide
+from eqco_loss.ops import blocks, wide
 from eqco_loss.ops.backends import BACKENDS
 from eqco_loss.ops.calls import KeySet, LogSumExp, Metric, Pairs, Row, SymmetricLosses
 from eqco_loss.ops.triton import arguments
@@ -101,6 +101,19 @@ CHANGES: tuple[dict[str, Any], ...] = (
 def test_losses_and_gradients(kind: str, dtype: torch.dtype, engine: str) -> None:
     for changes in some_of(CHANGES, engine, DTYPES.index(dtype) + KINDS.index(kind)):
         assert_right(case_of(engine, kind, dtype, **changes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["picked", "picked ids"])
+@pytest.mark.parametrize("elements", [None, 100])
+def test_picks_that_are_fetched(
+    elements: int | None, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As plain torch does where a query picks few of many keys."""
+    monkeypatch.setattr(blocks, "are_few", lambda picked, keys: True)
+    for changes in CHANGES:
+        with knobs.tiles(elements):
+            assert_right(Case(kind, "torch", dtype, **changes))
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)

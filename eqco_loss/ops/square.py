@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import TILE_ELEMENTS, is_narrow, through_unit, unit_rows
+from .blocks import TILE_ELEMENTS, are_few, is_narrow, through_unit, unit_rows
 from .calls import (
     LOG2E,
+    Pairs,
     Row,
     RowLosses,
     RowOutputs,
@@ -30,18 +31,18 @@ from .running import small
 def serves(call: RowLosses) -> bool:
     """Whether the keys are the positives, of which both gradients are one tensor's, and no number leaves its dtype."""
     n, pairs = len(call.query), call.first.pairs
+    by_band = pairs.band[::2] == [0, n] and not is_narrow(pairs, n * n)
     return (
         call.positive is call.first.keys
-        and pairs.band[::2] == [0, n]
-        and not is_narrow(pairs, n * n)
-        and not pairs.by_pair
         and n * n <= TILE_ELEMENTS
+        and (by_band or (pairs.picked is not None and not are_few(pairs.picked, n)))
+        and not pairs.by_pair
         and call.second is None
         and call.normalize
         and call.reduced
         and not call.need_metrics
         and call.need_positive_gradient == call.need_keys_gradient
-        and _in_range(call, call.query, pairs.band[1])
+        and _in_range(call, call.query, _width(pairs))
     )
 
 
@@ -50,6 +51,11 @@ def serves_both(call: SymmetricLosses) -> bool:
     """The same of both directions, whose gradient is what is kept (``mutual``)."""
     m = len(call.first) * (1 if call.across else 2)
     return m * m <= TILE_ELEMENTS and _in_range(call, call.first, _negatives(call))
+
+
+def _width(pairs: Pairs) -> int:
+    """How many negatives a query has."""
+    return pairs.band[1] if pairs.picked is None else pairs.picked.shape[1]
 
 
 def _in_range(call: RowLosses | SymmetricLosses, x: Tensor, count: int) -> bool:
@@ -73,15 +79,23 @@ def _ratio(call: RowLosses | SymmetricLosses, count: int) -> float:
 def row_losses(call: RowLosses) -> RowOutputs:
     """By the softmax over a row's positive, less log(c), and its negatives, which is the loss's derivative, too.
 
-    A band is a view of the product with keys of which the first come again: row i's is one place further right. The
-    positives' gradient is in that of the keys, which they are.
+    A band is a view of the product with keys of which the first come again: row i's is one place further right. What
+    is picked is gathered. The positives' gradient is in that of the keys, which they are.
     """
-    dtype, n, t, width = compute_dtype(call.query), len(call.query), call.temperature, call.first.pairs.band[1]
+    dtype, n, t, picked = compute_dtype(call.query), len(call.query), call.temperature, call.first.pairs.picked
     (q, q_norm), (k, k_norm) = (unit_rows(x, True, dtype) for x in (call.query, call.positive))
+    width = _width(call.first.pairs)
     whole, ratio, share = width == n - 1, _ratio(call, width), call.ratio / t
-    keys = k if whole else torch.cat([k, k[:width]])
+    keys = k if whole or picked is not None else torch.cat([k, k[:width]])
     x = q.new_empty((n, len(keys))).addmm_(q, keys.T, beta=0, alpha=1 / t)
-    near = x if whole else x.as_strided((n, width + 1), (len(keys) + 1, 1))
+    places = None
+    if whole:
+        near = x
+    elif picked is None:
+        near = x.as_strided((n, width + 1), (len(keys) + 1, 1))
+    else:
+        places = torch.cat([torch.arange(n, device=q.device)[:, None], picked], 1)
+        near = x.gather(1, places)
     if ratio != 1.0:
         (near.diagonal() if whole else near[:, 0]).sub_(math.log(ratio))
     softmax = near.softmax(1)
@@ -93,16 +107,19 @@ def row_losses(call: RowLosses) -> RowOutputs:
     query_gradient, keys_gradient = None, None
     if call.need_query_gradient or call.need_keys_gradient:
         torch.neg(total, out=positive)
-        x = softmax
-        if not whole:
-            x = near.new_zeros((n, len(keys)))
-            x.as_strided(near.shape, near.stride()).copy_(softmax)
+        if places is not None:
+            x = x.zero_().scatter_(1, places, softmax)
+        elif not whole:
+            x.zero_()
+            near.copy_(softmax)
+        else:
+            x = softmax
     if call.need_query_gradient:
         query_gradient = torch.empty_like(q).addmm_(x, keys, beta=0, alpha=share)
         through_unit(query_gradient, q, q_norm)
     if call.need_keys_gradient:
         keys_gradient = torch.empty_like(keys).addmm_(x.T, q, beta=0, alpha=share)
-        if not whole:
+        if len(keys) > n:
             keys_gradient[:width] += keys_gradient[n:]
             keys_gradient = keys_gradient[:n]
         through_unit(keys_gradient, k, k_norm)
