@@ -101,19 +101,20 @@ def random_negatives(
         own = torch.arange(offset + first, offset + first + picked.shape[0], device=device)
         return place.add_(place >= own[:, None]).add_(view, alpha=total)
 
-    if k * k < others:  # Floyd's sampling: k steps over all rows at once
+    # Floyd's sampling: k steps over all rows at once. A GPU's are launches; a CPU compares eight pairs in the time that
+    # it takes to draw a number and to look for the largest.
+    if k * k < others * (8 if device.type == "cpu" else 1):
         fewest = others - k + 1  # that a step draws from; each next one draws from one more
         if has_float64(device):
-            sizes = torch.arange(fewest, others + 1, device=device)
-            drawn = (torch.rand((rows, k), dtype=torch.float64, device=device) * sizes).long()
+            sizes = torch.arange(fewest, others + 1, device=device)[:, None]
+            drawn = (torch.rand((k, rows), dtype=torch.float64, device=device) * sizes).long()
         else:
-            drawn = torch.stack([torch.randint(fewest + step, (rows,), device=device) for step in range(k)], 1)
+            drawn = torch.stack([torch.randint(fewest + step, (rows,), device=device) for step in range(k)])
         picked = torch.empty_like(drawn)
-        for step in range(k):
-            candidate = drawn[:, step]
-            taken = (picked[:, :step] == candidate[:, None]).any(1)
-            picked[:, step] = torch.where(taken, fewest + step - 1, candidate)
-        return over_own(picked, 0)
+        for step, candidate in enumerate(drawn):
+            taken = (picked[:step] == candidate).any(0)
+            picked[step] = torch.where(taken, fewest + step - 1, candidate)
+        return over_own(picked.T.contiguous(), 0)
     step = max(1, 2**20 // others)  # the k largest of others' random numbers, some rows at a time
     counts = {start: min(step, rows - start) for start in range(0, rows, step)}
     return torch.cat(
