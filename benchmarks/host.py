@@ -1,12 +1,13 @@
 """What Python takes of an eager step: the kernels are compiled for a GPU that need not be there, and not launched.
 
     python -m benchmarks.host
+    python -m benchmarks.host --compiled    # also beside torch.compile of plain code, which takes a minute to compile
 
 Our step of M1, S1, S2, P1 and C1 beside the eager baseline's, on so few rows that torch's own arithmetic is over at
 once; ours also with Triton's own launcher, which ``eqco_loss/ops/launcher.py`` goes past, and with checks and records
 worked out at each call, which ``eqco_loss/repeats.py`` keeps. C1 is the wide engine's, under autocast, and a small
 product stands for each of the vendor's library. In none is the driver's time to launch a kernel, of which the baseline
-has more.
+has more; torch.compile's program is a CPU's, whose kernels take no launcher of Triton's.
 
 A step that follows itself finds all that Python needs in the processor's caches. In a training loop there are encoders
 and an optimiser in between: the cold figures are of steps before which other work has filled these caches.
@@ -55,6 +56,7 @@ WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "anew": partial(mock.patch.object, repeats, "kind", return_value=None),
     "Triton": partial(mock.patch.object, launcher, "DIRECT", False),
     "eager": nullcontext,
+    "compiled": nullcontext,
 }
 
 
@@ -62,6 +64,7 @@ WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 class Args:
     target: int = 90  # compute capability x 10
     rounds: int = 50  # of ten steps each, in turn; and twice as many of a cold step
+    compiled: bool = False  # whether torch.compile of the baseline is a way, too
 
 
 def main(args: Args) -> None:
@@ -70,15 +73,19 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     launches: list[str] = []
     with no_launches(args.target, launches):
-        ours, eager, kernels = {}, {}, {}
+        ours, kernels = {}, {}
+        others: dict[str, dict[str, Step]] = {"eager": {}, **({"compiled": {}} if args.compiled else {})}
         for case in CASES:
             ours[case.workload] = step(case, "eqco_loss")
-            eager[case.workload] = step(tiny(case), WORKLOADS[case.workload].baseline)
+            for name, of in others.items():
+                peer = WORKLOADS[case.workload].baseline if name == "eager" else "torch.compile"
+                of[case.workload] = step(tiny(case), peer)
+                of[case.workload]()
             launches.clear()
             ours[case.workload]()
             kernels[case.workload] = ", ".join(launches)
-        steps = {name: (eager if name == "eager" else ours) for name in WAYS}
-        print(f"{'':6}{''.join(f'{title}, us'.rjust(13) for title in WAYS)}  times faster   kernels of ours")
+        steps = {name: others.get(name, ours) for name in WAYS if name != "compiled" or args.compiled}
+        print(f"{'':6}{''.join(f'{title}, us'.rjust(13) for title in steps)}  times faster   kernels of ours")
         for name, warm in timed(steps, args.rounds, cold=False).items():
             print(f"{name:6}{figures(warm)}   {kernels[name]}")
         for name, cold in timed(steps, 2 * args.rounds, cold=True).items():
@@ -86,7 +93,7 @@ def main(args: Args) -> None:
 
 
 def figures(of: dict[str, Timing]) -> str:
-    times = "".join(f"{1e6 * of[way].median:13.0f}" for way in WAYS)
+    times = "".join(f"{1e6 * timing.median:13.0f}" for timing in of.values())
     return f"{times}{of['eager'].median / of['ours'].median:14.2f}"
 
 

@@ -149,3 +149,23 @@ def test_a_gradient_of_the_keys_alone_is_whole() -> None:
     both, _ = step(12, torch.float64, "qk")
     alone, _ = step(12, torch.float64, "k")
     torch.testing.assert_close(alone[1], both[2])
+
+
+@pytest.mark.parametrize("sampling", ["rolled", "random"])
+@pytest.mark.parametrize("negatives", [None, 5])
+def test_a_gradient_has_memory_of_its_own(negatives: int | None, sampling: Any) -> None:
+    query, key = (draw(16, 19, seed=seed, dtype=torch.float32).cpu().requires_grad_() for seed in (1, 2))
+    loss = EqCoLoss(num_negatives=negatives, sampling=sampling)(query, key)
+    for gradient in torch.autograd.grad(loss, [query, key]):
+        assert not gradient._is_view()
+        assert gradient.untyped_storage().nbytes() == 4 * gradient.numel()
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.2])
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_least_alpha_is_a_number(ids: bool, temperature: float) -> None:
+    """alpha / K of a float64's least number would be 0, which has no logarithm."""
+    query, key = (draw(9, 19, seed=seed, dtype=torch.float64).cpu() for seed in (1, 2))
+    given = {"query_ids": torch.arange(9) // 2} if ids else {}
+    loss = EqCoLoss(temperature=temperature, alpha=5e-324)(query, key, **given)
+    assert float(loss) == pytest.approx(0.0, abs=1e-200)

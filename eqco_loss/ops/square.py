@@ -63,7 +63,7 @@ def _in_range(call: RowLosses | SymmetricLosses, x: Tensor, count: int) -> bool:
     if loss_of(call) != "eqco" or call.learned_temperature is not None:
         return False
     dtype, bound = compute_dtype(x), LOG2E / call.temperature
-    margin = abs(math.log2(_ratio(call, count))) + math.log2(count)
+    margin = (0.0 if call.alpha is None else abs(math.log2(call.alpha) - math.log2(count))) + math.log2(count)
     return small(bound, dtype) and 2 * bound + margin <= 0.9 * math.log2(torch.finfo(dtype).max)
 
 
@@ -118,10 +118,9 @@ def row_losses(call: RowLosses) -> RowOutputs:
         query_gradient = torch.empty_like(q).addmm_(x, keys, beta=0, alpha=share)
         through_unit(query_gradient, q, q_norm)
     if call.need_keys_gradient:
-        keys_gradient = torch.empty_like(keys).addmm_(x.T, q, beta=0, alpha=share)
+        keys_gradient = torch.empty_like(k).addmm_(x[:, :n].T, q, beta=0, alpha=share)
         if len(keys) > n:
-            keys_gradient[:width] += keys_gradient[n:]
-            keys_gradient = keys_gradient[:n]
+            keys_gradient[:width].addmm_(x[:, n:].T, q, alpha=share)
         through_unit(keys_gradient, k, k_norm)
     return RowOutputs(loss, query_gradient, None, keys_gradient, q.new_zeros((len(Row), n)), None)
 
