@@ -48,6 +48,8 @@ def kind(settings: Settings, inputs: Inputs) -> Kind | None:
     types = [*map(type, others)]
     if settings.gather is not False or not _VALUES.issuperset(types):
         return None
+    if inputs.negative_keys is inputs.positive_key:  # one gradient instead of two
+        return None
     found: list[Any] = [torch.is_grad_enabled(), *types, *others]  # the types, because True == 1 == 1.0
     if type(t) is float:
         found.append(t)
@@ -61,7 +63,7 @@ def kind(settings: Settings, inputs: Inputs) -> Kind | None:
         elif _is_plain(x):
             found.append(_kind_of(x))
         elif type(x) is MomentumQueue and x.primed and _is_plain(x.contents):
-            found.append((_kind_of(x.contents), None if x.slot_ids is None else _kind_of(x.slot_ids)))
+            found.append((_kind_of(x.contents), x.count.dtype, None if x.slot_ids is None else _kind_of(x.slot_ids)))
         else:
             return None
     device = inputs.query.device.type if isinstance(inputs.query, Tensor) else "meta"

@@ -125,6 +125,37 @@ def known_kinds_are_not_looked_at(found: Launched) -> int:
     return count
 
 
+def calls_that_are_nearly_of_a_kind(found: Launched) -> int:
+    """Other kernels than those of the calls before, which had the same shapes and dtypes."""
+    count, (query, key, other) = 0, (torch.randn(40, 24, requires_grad=True) for _ in range(3))
+    criterion, queue, short = EqCoLoss(), MomentumQueue(64, 24), MomentumQueue(64, 24)
+    for one in (queue, short):
+        one.enqueue(torch.randn(40, 24))
+    short.load_state_dict({**short.state_dict(), "count": short.count.int()}, assign=True)
+    halves = torch.autograd.graph.saved_tensors_hooks(Tensor.half, lambda x: x)
+
+    def gradients(*negatives: Tensor | MomentumQueue) -> object:
+        return torch.autograd.grad(criterion(query, key, *negatives), [query, key])
+
+    def from_halves() -> object:
+        with halves:
+            loss = criterion(query, key)
+        return torch.autograd.grad(loss, [query, key])
+
+    pairs: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (lambda: gradients(other), lambda: gradients(key)),
+        (lambda: gradients(queue), lambda: gradients(short)),
+        (gradients, from_halves),
+    ]
+    for of_a_kind, step in pairs:
+        for _ in range(4):
+            launches(found, of_a_kind, direct=True)
+        by_triton = launches(found, step, direct=False)
+        assert launches(found, step, direct=True) == by_triton
+        count += len(by_triton)
+    return count
+
+
 def arguments_that_take_another_kernel(found: Launched) -> int:
     """Each call differs from the first in one thing that Triton compiles another kernel for."""
     from eqco_loss.ops.triton.arguments import kernels
@@ -176,6 +207,7 @@ def main() -> int:
     with noted(found):
         print(f"{same_kernels(found)} launches ran the kernels that Triton's launcher ran")
         print(f"{known_kinds_are_not_looked_at(found)} launches were of kinds that are known")
+        print(f"{calls_that_are_nearly_of_a_kind(found)} launches were nearly of a kind")
         print(f"{arguments_that_take_another_kernel(found)} kinds of arguments ran a kernel each")
         print(f"{what_is_kept_has_an_end(found)} kernels were kept of 20 strides")
     return 0

@@ -102,4 +102,5 @@ def test_the_launcher_runs_what_triton_would() -> None:
     lines = command("tests.launches")
     assert int(lines[0][0]) > 50
     assert int(lines[1][0]) > 10
-    assert lines[2][0] == "8"
+    assert int(lines[2][0]) > 5
+    assert lines[3][0] == "8"

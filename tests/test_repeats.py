@@ -402,3 +402,44 @@ def test_settings_that_change_at_every_step_do_not_fill_the_memory(monkeypatch: 
     assert looked.count(0) == 2
     assert looked.count(2) == 1
     assert looked.count(1) == 2, "1 was let go of, and asked again"
+
+
+def test_negatives_that_are_the_positives_are_another_call() -> None:
+    """Their one gradient is the sum of two, which kernels of tensors apart would not add."""
+    criterion, (query, key), other = EqCoLoss(), views(1), rows(N, D, seed=8)
+
+    def gradients(negatives: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(criterion(query, key, negatives), [query, key])
+
+    expected = gradients(key)
+    for _ in range(4):
+        gradients(other)
+    with mock.patch.object(check, "call", wraps=check.call) as checked:
+        got = gradients(key)
+    assert checked.called
+    for one, more in zip(got, expected, strict=True):
+        assert torch.equal(one, more)
+
+
+def test_hooks_of_saved_tensors_are_seen() -> None:
+    """What they give back may be another dtype or lie otherwise, which a plan for the kind knows nothing of."""
+    criterion, (query, key) = EqCoLoss(), views(1)
+    for _ in range(4):
+        criterion(query, key).backward()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x.double(), lambda x: x.float()),
+        mock.patch.object(check, "call", wraps=check.call) as checked,
+    ):
+        criterion(query, key).backward()
+    assert checked.called
+
+
+def test_a_queue_that_counts_in_another_dtype_is_another_kind() -> None:
+    """As a state_dict that is assigned may do."""
+    stored, (query, key), criterion = queue(2), views(1), EqCoLoss()
+    expected = [criterion(query, key, stored) for _ in range(4)][-1]
+    stored.load_state_dict({**stored.state_dict(), "count": stored.count.int()}, assign=True)
+    with mock.patch.object(check, "call", wraps=check.call) as checked:
+        got = criterion(query, key, stored)
+    assert checked.called
+    assert torch.equal(got, expected)
