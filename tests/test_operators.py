@@ -661,7 +661,6 @@ def test_a_loss_that_is_kept_lets_go_of_its_inputs_after_backward(lse: bool) -> 
             torch.autograd.grad(loss, query, create_graph=create_graph)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="compiled autograd of torch 2.8 fails on a NamedTuple's slice")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
