@@ -80,10 +80,11 @@ def test_a_margin_that_would_leave_float32_goes_tile_by_tile(symmetric: bool, al
         assert (ours.double() - truth).norm() <= 1e-5 * truth.norm()  # float32 rounds a margin of 80 by 4e-6
 
 
-def test_the_gradient_of_one_is_multiplied_by_nothing_but_stays_ours_to_give_again() -> None:
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"num_negatives": 3}], ids=str)
+def test_the_gradient_of_one_is_multiplied_by_nothing_but_stays_ours_to_give_again(settings: dict[str, Any]) -> None:
     """A gradient that a hook changes in place must not be what the next backward of the same loss gives."""
     query, key = (draw(8, 19, seed=seed, dtype=torch.float32).cpu().requires_grad_() for seed in (1, 2))
-    loss = EqCoLoss()(query, key)
+    loss = EqCoLoss(**settings)(query, key)
     expected = torch.autograd.grad(loss, [query, key], retain_graph=True)
     for change in (torch.Tensor.zero_, torch.Tensor.neg_):
         for x in torch.autograd.grad(loss, [query, key], retain_graph=True):
@@ -169,3 +170,16 @@ def test_the_least_alpha_is_a_number(ids: bool, temperature: float) -> None:
     given = {"query_ids": torch.arange(9) // 2} if ids else {}
     loss = EqCoLoss(temperature=temperature, alpha=5e-324)(query, key, **given)
     assert float(loss) == pytest.approx(0.0, abs=1e-200)
+
+
+@pytest.mark.parametrize("settings", [{}, {"symmetric": True}, {"symmetric": True, "in_batch": "views"}], ids=str)
+def test_a_compiler_gets_no_answer_that_is_an_argument(settings: dict[str, Any], fresh_compiler: None) -> None:
+    """A gradient that eager code hands on as it is would be an output that is an input."""
+    query, key = (draw(8, 19, seed=seed, dtype=torch.float32).cpu().requires_grad_() for seed in (1, 2))
+    criterion = EqCoLoss(**settings)
+    expected = torch.autograd.grad(criterion(query, key), [query, key])
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        loss = compiled(query, key)
+        for one, other in zip(torch.autograd.grad(loss, [query, key]), expected, strict=True):
+            torch.testing.assert_close(one, other)

@@ -21,7 +21,7 @@ from .calls import (
     temperature_of,
 )
 from .running import MINIMUM, Running, fold, small
-from .scaled import times
+from .scaled import times_or_itself
 
 
 @plainly
@@ -67,7 +67,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     if _in_forward(call, is_small):
         of_rows = rows[Row.TEMPERATURE_GRADIENT]
         of_temperature = of_rows.sum() * call.grad if learned else None
-        return SymmetricGradients(times(call.kept, call.grad, dtype), of_temperature)
+        return SymmetricGradients(times_or_itself(call.kept, call.grad, dtype), of_temperature)
     unit, norm = unit_rows(call.kept, True, compute_dtype(call.first))
     pull, base, out = rows[Row.PULL] * call.grad, rows[Row.BASE], torch.zeros_like(unit)
     weight, scratch, other = pull / base.exp2(), Scratch(unit), Scratch(unit)

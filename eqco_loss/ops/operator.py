@@ -63,7 +63,7 @@ class Operator(Generic[Call, Out]):
 
         def flat(*inputs: Any) -> Any:
             asked = unflatten(call, inputs)
-            return _filled(asked, spelt_out(asked, self.run(asked)))
+            return _filled(asked, spelt_out(asked, self.run(asked)), inputs)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
@@ -165,10 +165,13 @@ class Operator(Generic[Call, Out]):
         return leaves
 
 
-def _filled(call: Any, answer: Any) -> tuple[Tensor, ...]:
-    """What the dispatcher gets, which knows no None: a vector without elements for each."""
-    x: Tensor = call[0]
-    return tuple(x.new_empty(0, dtype=compute_dtype(x)) if field is None else field for field in answer)
+def _filled(call: Any, answer: Any, inputs: Sequence[Any] = ()) -> tuple[Tensor, ...]:
+    """What the dispatcher gets, which takes no None and no argument: vectors without elements, and copies."""
+    x, given = call[0], {id(one) for one in inputs if one is not None}
+    return tuple(
+        x.new_empty(0, dtype=compute_dtype(x)) if field is None else field.clone() if id(field) in given else field
+        for field in answer
+    )
 
 
 def _given(field: Tensor | None) -> Tensor | None:

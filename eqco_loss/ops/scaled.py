@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .calls import KeysGradient, KeysGradients, SymmetricLosses
+from .observers import graph_is_kept
 
 
 def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
@@ -18,6 +19,13 @@ def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a sum over rows, (N, D), times grad, () or (N,), rounded to ``dtype`` by the same kernel."""
     factor = grad if grad.dim() == 0 else grad[:, None]
     return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
+
+
+def times_or_itself(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """``times``, but itself where it is by one and for the last time, as a CPU can tell."""
+    if grad.is_cpu and unit.dtype == dtype and grad.dim() == 0 and float(grad) == 1.0 and not graph_is_kept():
+        return unit
+    return times(unit, grad, dtype)
 
 
 def with_others(call: KeysGradient, keys: Tensor) -> KeysGradients:

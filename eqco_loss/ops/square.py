@@ -143,7 +143,8 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     positive = at_positive[0].clone()
     at_positive.zero_()
     total = torch.stack([x.sum(1), x.sum(0)]) if call.across else x.sum(1).view(2, m)
-    odds = torch.div(total, positive).mul_(ratio)
+    odds = torch.div(total, positive)
+    odds = odds if ratio == 1.0 else odds.mul_(ratio)
     pull = torch.add(positive, total, alpha=ratio).reciprocal_()
     if call.need_gradient:
         of_rows, of_keys = pull if call.across else (pull.view(-1),) * 2

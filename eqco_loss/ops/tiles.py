@@ -38,13 +38,14 @@ from .calls import (
 from .definition import cleaned
 from .mutual import symmetric_gradient as symmetric_gradient
 from .mutual import symmetric_losses as symmetric_losses
-from .observers import graph_is_kept
 from .running import MINIMUM, Running, first, fold, merged, small
 from .scaled import keeps as keeps
-from .scaled import times as multiplied
-from .scaled import with_others
+from .scaled import times_or_itself, with_others
 
 # ---------------------------------------------------------------------------------------------------------- row losses
+
+
+times = times_or_itself
 
 
 def gives_keys_gradient(call: RowLosses) -> bool:
@@ -55,13 +56,6 @@ def gives_keys_gradient(call: RowLosses) -> bool:
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of gradients before backward multiplies them by the loss's."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient from forward, (N, D), times the loss's, () or (N,): itself, if by one and for the last time."""
-    if grad.is_cpu and unit.dtype == dtype and grad.dim() == 0 and float(grad) == 1.0 and not graph_is_kept():
-        return unit
-    return multiplied(unit, grad, dtype)
 
 
 @plainly
