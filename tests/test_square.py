@@ -29,6 +29,20 @@ def step(
     return [loss.detach(), *gradients], taken.called
 
 
+def assert_is_what_tiles_give(dtype: torch.dtype, leaves: str, settings: dict[str, Any]) -> None:
+    """Loss and gradients of the short way, as exact as those tile by tile."""
+    serves = "serves_both" if "symmetric" in settings else "serves"
+    for n in (2, 3, 50):
+        got, short = step(n, dtype, leaves, **settings)
+        assert short
+        with mock.patch.object(square, serves, return_value=False):
+            expected, short = step(n, dtype, leaves, **settings)
+            truth, _ = step(n, dtype, leaves, exactly=True, **settings)
+        assert not short
+        for ours, by_tiles, exact in zip(got, expected, truth, strict=True):
+            assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
+
+
 @pytest.mark.parametrize("leaves", ["qk", "q", "k", ""])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alpha", [None, 65536.0])
@@ -38,15 +52,7 @@ def test_is_what_tiles_give(
     negatives: int | None, sampling: str, alpha: float | None, dtype: torch.dtype, leaves: str
 ) -> None:
     settings: dict[str, Any] = {"alpha": alpha, "num_negatives": negatives, "sampling": sampling}
-    for n in (2, 3, 50):
-        got, short = step(n, dtype, leaves, **settings)
-        assert short
-        with mock.patch.object(square, "serves", return_value=False):
-            expected, short = step(n, dtype, leaves, **settings)
-            truth, _ = step(n, dtype, leaves, exactly=True, **settings)
-        assert not short
-        for ours, by_tiles, exact in zip(got, expected, truth, strict=True):
-            assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
+    assert_is_what_tiles_give(dtype, leaves, settings)
 
 
 @pytest.mark.parametrize("leaves", ["qk", ""])
@@ -57,15 +63,7 @@ def test_both_directions_are_what_tiles_give(
     in_batch: str, alpha: float | None, dtype: torch.dtype, leaves: str
 ) -> None:
     settings: dict[str, Any] = {"alpha": alpha, "in_batch": in_batch, "symmetric": True}
-    for n in (2, 3, 50):
-        got, short = step(n, dtype, leaves, **settings)
-        assert short
-        with mock.patch.object(square, "serves_both", return_value=False):
-            expected, short = step(n, dtype, leaves, **settings)
-            truth, _ = step(n, dtype, leaves, exactly=True, **settings)
-        assert not short
-        for ours, by_tiles, exact in zip(got, expected, truth, strict=True):
-            assert_as_exact_as_eager(ours, by_tiles, exact, temperature=0.2)
+    assert_is_what_tiles_give(dtype, leaves, settings)
 
 
 @pytest.mark.parametrize("alpha", [1e-30, 1e-20, 1e20, 1e34])
