@@ -133,7 +133,7 @@ class EqCoLoss(Criterion):
 
     With s the cosine similarity and K_i the number of negatives that query i really has. ``alpha`` is how many
     negatives the loss mimics: SiMo trains with 16 and mimics 256 or 65536. ``alpha = K`` (or None) is InfoNCE. Exact,
-    without ever allocating the N x K similarities.
+    without allocating the N x K similarities, but on a CPU those of small batches, up to 2^20.
 
     Source: EqCo (Zhu et al. 2020), equations 1 and 5 with the margin ``t log(alpha / K)``; Theorems 1 and 2 are among
         the metrics.
