@@ -26,7 +26,7 @@ CONSTANTS = {"D": 32, "BLOCK_D": 32, "BLOCK": 16, "NORMALIZE": True, "POWER": Fa
 
 @contextmanager
 def noted(found: Launched) -> Iterator[None]:
-    """Kernels are compiled for a GPU that need not be there, and a launch is only noted."""
+    """Kernels are those of a GPU that need not be there, and a launch is only noted."""
     from triton.compiler.compiler import CompiledKernel
 
     def run(self: Any) -> Callable[..., None]:

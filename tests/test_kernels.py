@@ -335,10 +335,10 @@ def test_valid_count_on_the_device(filled: int) -> None:
 
 
 IDS_OF = {  # n, negatives
-    "queue": (18, 610),
-    "given": (18, 610),
-    "batch": (150, None),
-    "views": (150, None),
+    "queue": (18, 210),
+    "given": (18, 210),
+    "batch": (100, None),
+    "views": (100, None),
 }
 
 
@@ -364,14 +364,14 @@ def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(backward, "keys_tile", lambda *_, **__: tile)
     monkeypatch.setattr(arguments, "parallel", lambda _: 1)
     n, k = IDS_OF[where]
-    ids, key_ids = torch.arange(n), torch.arange(610) + 1000
-    ids[2], ids[17], ids[70:71] = 3, n - 1, 120  # pairs of a batch's rows that are alike
-    key_ids[[5, 6, 100, 609]] = torch.tensor([3, 0, 17, n - 1])
+    ids, key_ids = torch.arange(n), torch.arange(210) + 1000
+    ids[2], ids[17], ids[70:71] = 3, n - 1, 90  # pairs of a batch's rows that are alike
+    key_ids[[5, 6, 100, 209]] = torch.tensor([3, 0, 17, n - 1])
     if kind == "high bits":  # ids that only these tell apart, and a pair of which only they are equal
         ids, key_ids = ids << 32, key_ids << 32
         ids[1] += 1
     wanted = torch.int32 if kind == "int32" else torch.int64
-    q, p, keys = (torch.randn(rows, 24).double() for rows in (n, n, 610))
+    q, p, keys = (torch.randn(rows, 24).double() for rows in (n, n, 210))
     if kind == "NaN":  # of a key that no query meets
         ids[:], key_ids[7], keys[7] = 0, 0, math.nan
 
@@ -383,7 +383,7 @@ def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.Mon
         if where == "given":
             given["negative_ids"] = key_ids.to(DEVICE, wanted)
         if where == "queue":
-            negatives = MomentumQueue(700, 24, store_ids=True, dtype=dtype, device=DEVICE)
+            negatives = MomentumQueue(300, 24, store_ids=True, dtype=dtype, device=DEVICE)
             negatives.enqueue(keys.to(DEVICE, dtype), key_ids.to(DEVICE))
         metrics = criterion.with_metrics(leaves[0], leaves[1], None if k is None else negatives, **given)
         found = torch.autograd.grad(metrics.loss, leaves, materialize_grads=True, allow_unused=True)
@@ -391,7 +391,7 @@ def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.Mon
 
     got, exact = answers("triton", torch.float32), answers("torch", torch.float64)
     torch.testing.assert_close(got, exact, atol=3e-6, rtol=3e-6)
-    assert exact[5] < {"batch": n - 1, "views": 2 * n - 2}.get(where, 610)  # whose mean ids have made smaller
+    assert exact[5] < {"batch": n - 1, "views": 2 * n - 2}.get(where, 210)  # whose mean ids have made smaller
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (64, 65), (600, 130)])
