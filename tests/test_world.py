@@ -215,7 +215,7 @@ def test_more_splits_than_are_put_together_one_by_one(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["ids", "mask", "mask of pairs", "own ids", "picked ids"])
+@pytest.mark.parametrize("kind", ["ids", "mask", "mask of pairs", "own ids", "picked ids", "ranks ids"])
 def test_what_is_left_out_may_hold_anything(kind: str, dtype: torch.dtype, engine: str) -> None:
     """Loss and gradients as if it were not there, and its own gradient is 0; who does meet it gets NaN."""
     one_dtype_a_kind(engine, kind, dtype)
@@ -246,12 +246,12 @@ def test_what_is_left_out_may_hold_anything(kind: str, dtype: torch.dtype, engin
     assert not bool(got["keys 0"][anything.isfinite().logical_not()].any())
 
 
-def test_a_key_that_is_not_finite_is_seen_by_who_meets_it(engine: str) -> None:
-    call = case_of(engine, "mask of pairs", learned=False).call()
-    assert call.first.pairs.mask is not None
+@pytest.mark.parametrize("kind", ["mask of pairs", "ids", "ranks ids"])
+def test_a_key_that_is_not_finite_is_seen_by_who_meets_it(kind: str, engine: str) -> None:
+    call = case_of(engine, kind, learned=False).call()
     call.first.keys[3] = math.inf
     out = BACKENDS[call.backend].row_losses(call)
-    meets = call.first.pairs.mask[:, 3]
+    meets = keep_of(call.first.pairs, N, K)[:, 3].to(DEVICE)
     assert 0 < int(meets.sum()) < len(meets)
     assert out.loss.isnan().equal(meets)
     assert out.query_gradient.isnan().all(1).equal(meets)

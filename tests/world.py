@@ -64,6 +64,8 @@ def key_sets(kind: str, dtype: torch.dtype, normalize: bool) -> tuple[list[KeySe
     if kind == "everything":  # that a queue may leave out
         ids = integers(N, high=4, seed=4), integers(K, high=4, seed=5).int()
         pairs = Pairs(*ids, integers(N, K, high=3, seed=6) > 0, torch.tensor(K - 9, device=DEVICE))
+    if kind == "ranks ids":
+        pairs = Pairs(integers(N, high=4, seed=4), integers(K, high=4, seed=5), band=[7, K - 1, K])
     if kind == "rolled ids":
         n, ids = K, (integers(K, high=4, seed=4), integers(K, high=4, seed=5))
         pairs = Pairs(*ids, band=[0, 5, K])
@@ -111,6 +113,7 @@ KINDS = (
     "batch",
     "views",
     "ranks",
+    "ranks ids",
     "rolled",
     "rolled ids",
     "picked",

@@ -15,7 +15,8 @@ from .definition import cleaned
 
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
 ROWS_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
-SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
+SMALL_ELEMENTS = 2**18  # similarities of which a product, or a comparison of ids, is sooner done than it is divided
+FEW_ALIKE = 64  # pairs for each pair of equal ids, from which on these are found one by one instead of comparing all
 
 Columns = Any  # which keys a tile has: a slice or an index (C,) or (R, C) of a set's first dimension
 
@@ -94,6 +95,21 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
+class Alike(NamedTuple):
+    """Pairs of equal ids, but for the places that a band leaves out, in the order of the keys."""
+
+    rows: Tensor  # (P,)
+    columns: Tensor  # (P,)
+
+    def within(self, rows: slice, columns: slice) -> Alike:
+        """Those of a tile, by their places in it."""
+        edges = self.columns.new_tensor([columns.start, columns.stop])
+        first, last = torch.searchsorted(self.columns, edges).tolist()
+        mine, its = self.rows[first:last] - rows.start, self.columns[first:last] - columns.start
+        inside = (mine >= 0) & (mine < rows.stop - rows.start)
+        return Alike(mine[inside], its[inside])
+
+
 class Tile(NamedTuple):
     """A block of R rows against C keys."""
 
@@ -103,6 +119,7 @@ class Tile(NamedTuple):
     diagonals: tuple[int, ...] = ()  # diagonals of (R, C) to leave out besides; only without drop
     poison: Tensor | None = None  # (C,): NaN for a key that no query may meet, else 0
     few: Tensor | None = None  # the rows of ``drop`` that leave anything out, if these are few
+    alike: Alike | None = None  # pairs that are left out besides; only without drop
 
     def logits(self, rows: Tensor, scratch: Scratch) -> Tensor:
         """rows (R, D) @ keys.T, -inf where left out; in ``scratch``."""
@@ -116,6 +133,8 @@ class Tile(NamedTuple):
             x += self.poison
         for diagonal in self.diagonals:
             x.diagonal(diagonal).fill_(-math.inf)
+        if self.alike is not None:
+            x[self.alike] = -math.inf
         if self.drop is None:
             return x
         if self.few is None:
@@ -124,10 +143,15 @@ class Tile(NamedTuple):
         return x
 
     def negatives(self, rows: int) -> Tensor:
-        """How many of the tile's keys each of its rows meets, (R,), where only ``drop`` can tell."""
+        """How many of the tile's keys each of its rows meets, (R,), where only single pairs can tell."""
         if self.drop is not None and self.few is None:
             return self.keys.shape[-2] - self.drop.sum(1, dtype=torch.int32)  # int64, the default, takes twice as long
-        count = torch.full((rows,), self.keys.shape[-2], dtype=torch.int64, device=self.keys.device)
+        columns = self.keys.shape[-2]
+        count = torch.full((rows,), columns, dtype=torch.int64, device=self.keys.device)
+        if self.alike is not None:
+            count -= torch.bincount(self.alike.rows, minlength=rows)
+            for diagonal in self.diagonals:
+                count[max(0, -diagonal) : max(0, columns - diagonal)] -= 1
         if self.drop is not None and self.few is not None:
             count[self.few] -= self.drop[self.few].sum(1)
         return count
@@ -200,11 +224,14 @@ def _shared_blocks(n: int, ready: Ready, row_hint: int) -> Iterator[Block]:
     if pairs.filled is not None and keys.device.type == "cpu":
         k = min(k, int(pairs.filled))
         pairs = pairs._replace(filled=None)
+    alike = _alike(pairs, n, k) if keys.device.type == "cpu" and n * k > SMALL_ELEMENTS else None
+    if alike is not None:
+        pairs = pairs._replace(query_ids=None, key_ids=None)
     step, width = _split(n, k, TILE_ELEMENTS, row_hint)
     whole = ready(keys[:k]) if width >= k else None  # every block of rows meets the same tile, which is prepared once
     for rows in slices(n, step):
         tiles = (
-            _shared_tile(*(ready(keys[columns]) if whole is None else whole), pairs, rows, columns)
+            _shared_tile(*(ready(keys[columns]) if whole is None else whole), pairs, rows, columns, alike)
             for columns in slices(k, width)
         )
         yield Block(rows, tiles, width >= k)
@@ -227,8 +254,10 @@ def mutual_tiles(z: Tensor, across: bool) -> Iterator[tuple[slice, Tile, bool]]:
             yield rows, _shared_tile(z[columns], None, pairs, rows, columns), False
 
 
-def _shared_tile(keys: Tensor, poison: Tensor | None, pairs: Pairs, rows: slice, columns: slice) -> Tile:
-    """A tile of keys that all rows share, with everything left out that ``pairs`` names."""
+def _shared_tile(
+    keys: Tensor, poison: Tensor | None, pairs: Pairs, rows: slice, columns: slice, alike: Alike | None = None
+) -> Tile:
+    """A tile of keys that all rows share, with everything left out that ``pairs`` and ``alike`` name."""
     r, c = rows.stop - rows.start, len(keys)
     drop = _drop_by_pair(pairs, rows, columns)
     if pairs.picked is not None:
@@ -239,8 +268,9 @@ def _shared_tile(keys: Tensor, poison: Tensor | None, pairs: Pairs, rows: slice,
     if pairs.filled is not None:
         place = torch.arange(columns.start, columns.stop, device=keys.device)
         drop = _either(drop, (place >= pairs.filled).expand(r, c))
+    alike = None if alike is None else alike.within(rows, columns)
     if not pairs.band:
-        return Tile(keys, columns, drop, poison=poison, few=None if drop is None else _few_rows(drop))
+        return Tile(keys, columns, drop, (), poison, None if drop is None else _few_rows(drop), alike)
     offset, width, modulus = pairs.band
     if width < modulus - 1:
         ahead = torch.arange(columns.start - rows.stop + 1, columns.stop - rows.start, device=keys.device)
@@ -250,7 +280,7 @@ def _shared_tile(keys: Tensor, poison: Tensor | None, pairs: Pairs, rows: slice,
     first = (rows.start + offset - columns.start + r) % modulus - r
     diagonals = tuple(x for x in range(first, c, modulus) if x > -r)
     if drop is None:
-        return Tile(keys, columns, None, diagonals)
+        return Tile(keys, columns, None, diagonals, poison, alike=alike)
     for diagonal in diagonals:
         drop.diagonal(diagonal).fill_(True)
     return Tile(keys, columns, drop, poison=poison)
@@ -297,6 +327,31 @@ def _drop_by_pair(pairs: Pairs, rows: slice, columns: Columns) -> Tensor | None:
         masked = ~_of_pairs(pairs.mask, rows, columns)
         drop = _either(drop, masked.expand(rows.stop - rows.start, masked.shape[-1]))
     return drop
+
+
+def _alike(pairs: Pairs, n: int, k: int) -> Alike | None:
+    """Pairs of equal ids by a search in the sorted ones, if they are few and nothing else asks for single pairs."""
+    if pairs.query_ids is None or pairs.key_ids is None or pairs.key_ids.dim() == 2:
+        return None
+    if pairs.mask is not None or pairs.picked is not None or (pairs.band and pairs.band[1] < pairs.band[2] - 1):
+        return None
+    ids, order = pairs.query_ids.long().sort()
+    wanted = pairs.key_ids[:k].long()
+    first = torch.searchsorted(ids, wanted)
+    columns = (ids[first.clamp(max=n - 1)] == wanted).nonzero()[:, 0]
+    first = first[columns]
+    count = torch.searchsorted(ids, wanted[columns], right=True) - first
+    own = n * (k // pairs.band[2]) if pairs.band else 0
+    if (int(count.sum()) - own) * FEW_ALIKE > n * k:
+        return None
+    ahead = count.cumsum(0) - count
+    columns = columns.repeat_interleave(count)
+    rows = order[torch.arange(len(columns)) + (first - ahead).repeat_interleave(count)]
+    if pairs.band:
+        offset, _, modulus = pairs.band
+        others = (rows + offset - columns) % modulus != 0
+        rows, columns = rows[others], columns[others]
+    return Alike(rows, columns)
 
 
 def _few_rows(drop: Tensor) -> Tensor | None:
