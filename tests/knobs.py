@@ -25,14 +25,16 @@ def patched(name: str, value: object) -> Iterator[None]:
 def tiles(elements: int | None = None, *, flash: bool = True) -> Iterator[None]:
     """At most `elements` similarities per tile, and numbers of keys ready at once; flash attention only if `flash`.
 
-    With `elements`, equal ids are found one by one however many they are.
+    With `elements`, equal ids are found one by one however few queries or many of them there are.
     """
     with ExitStack() as stack:
         if elements is not None:
             stack.enter_context(patched("TILE_ELEMENTS", elements))
             stack.enter_context(patched("FLASH_ELEMENTS", elements))
             stack.enter_context(patched("SMALL_ELEMENTS", 0))
-            stack.enter_context(patched("FEW_ALIKE", 0))
+            stack.enter_context(patched("SEARCH_ELEMENTS", 0))
+            stack.enter_context(patched("SEARCH_ROWS", 0))
+            stack.enter_context(patched("MOST_ALIKE", 2**62))
         if not flash:
             stack.enter_context(patched("flash_works", lambda *_: False))
         yield

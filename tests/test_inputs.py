@@ -1,10 +1,12 @@
 """Inputs that people really had, with the numbers that came out wrong."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss
@@ -101,3 +103,24 @@ def test_a_negative_that_is_left_out_is_not_there(backend: Backend, by: str) -> 
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close([got[0], got[1], got[2][stays]], list(truth))
     assert bool((got[2][~stays] == 0).all())
+
+
+# ----------------------- ids of so many pairs that they are searched: a column of labels warned, a default device failed
+
+
+@pytest.mark.parametrize("classes", [2000, 3])
+def test_ids_of_a_large_batch(classes: int) -> None:
+    labels = torch.randint(classes, (1100, 2))
+    ids, leaves = labels.to(DEVICE)[:, 0], [torch.randn(1100, 8) for _ in range(2)]
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        with torch.device("meta"):  # where tensors are made that do not say where
+            return EqCoLoss(0.2, alpha=64)(q, k, query_ids=ids)
+
+    def plain(q: Tensor, k: Tensor) -> Tensor:
+        s = F.normalize(q) @ F.normalize(k).T / 0.2
+        alike = ids[:, None] == ids
+        margin = math.log(64) - (~alike).sum(1).log()
+        return F.softplus(margin + s.masked_fill(alike, -math.inf).logsumexp(1) - s.diagonal()).mean()
+
+    assert_as_exact(loss, plain, leaves, most=1e-5)

@@ -812,6 +812,16 @@ def test_the_real_size_within_two_megabytes() -> None:
     assert memory.peak <= 2 * 2**20, f"{memory.peak / 2**20:.2f} MB"
 
 
+@pytest.mark.parametrize("classes", [66, 200, 10**6])
+def test_ids_of_the_real_size(classes: int) -> None:
+    """However many pairs have equal ids, no list of them comes near N x K."""
+    (query, key, keys), generator = (torch.randn(n, 8) for n in (512, 512, 32768)), torch.Generator().manual_seed(0)
+    ids, key_ids = (torch.randint(classes, (n,), generator=generator) for n in (512, 32768))
+    with Memory() as memory:
+        EqCoLoss()(query.requires_grad_(), key, keys, query_ids=ids, negative_ids=key_ids).backward()
+    assert memory.peak <= 16 * 2**20, f"{memory.peak / 2**20:.2f} MB; N x K is 64"
+
+
 def test_fresh_memory_is_nan_here() -> None:
     """What the whole suite rests on: whatever nobody wrote is NaN."""
     assert bool(torch.empty(1000).isnan().all())

@@ -116,6 +116,14 @@ def test_picks_that_are_fetched(
             assert_right(Case(kind, "torch", dtype, **changes))
 
 
+@pytest.mark.parametrize("kind", ["ids", "ranks ids"])
+def test_ids_that_are_compared_tile_by_tile(kind: str) -> None:
+    """As plain torch does where many are equal."""
+    for changes in CHANGES:
+        with knobs.tiles(100), knobs.patched("MOST_ALIKE", 0):
+            assert_right(Case(kind, "torch", torch.float32, **changes))
+
+
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["all", "everything", "own", "picked", "two sets"])
 def test_autocast(kind: str, autocast: torch.dtype, engine: str) -> None:

@@ -15,8 +15,10 @@ from .definition import cleaned
 
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
 ROWS_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
-SMALL_ELEMENTS = 2**18  # similarities of which a product, or a comparison of ids, is sooner done than it is divided
-FEW_ALIKE = 64  # pairs for each pair of equal ids, from which on these are found one by one instead of comparing all
+SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
+SEARCH_ELEMENTS = 2**20  # similarities from which on a search for equal ids takes less than to compare all,
+SEARCH_ROWS = 64  # with as many queries
+MOST_ALIKE = 4  # pairs of equal ids for each query and key, up to which these are found one by one
 
 Columns = Any  # which keys a tile has: a slice or an index (C,) or (R, C) of a set's first dimension
 
@@ -224,7 +226,7 @@ def _shared_blocks(n: int, ready: Ready, row_hint: int) -> Iterator[Block]:
     if pairs.filled is not None and keys.device.type == "cpu":
         k = min(k, int(pairs.filled))
         pairs = pairs._replace(filled=None)
-    alike = _alike(pairs, n, k) if keys.device.type == "cpu" and n * k > SMALL_ELEMENTS else None
+    alike = _alike(pairs, n, k) if keys.device.type == "cpu" else None
     if alike is not None:
         pairs = pairs._replace(query_ids=None, key_ids=None)
     step, width = _split(n, k, TILE_ELEMENTS, row_hint)
@@ -330,23 +332,32 @@ def _drop_by_pair(pairs: Pairs, rows: slice, columns: Columns) -> Tensor | None:
 
 
 def _alike(pairs: Pairs, n: int, k: int) -> Alike | None:
-    """Pairs of equal ids by a search in the sorted ones, if they are few and nothing else asks for single pairs."""
-    if pairs.query_ids is None or pairs.key_ids is None or pairs.key_ids.dim() == 2:
+    """Pairs of equal ids by a search, where it takes less than to compare all, and nothing else asks for single pairs.
+
+    They are then so few that memory does not grow with N x K.
+    """
+    if pairs.query_ids is None or pairs.key_ids is None or pairs.key_ids.dim() == 2 or pairs.picked is not None:
         return None
-    if pairs.mask is not None or pairs.picked is not None or (pairs.band and pairs.band[1] < pairs.band[2] - 1):
+    if pairs._replace(query_ids=None).by_pair or (pairs.band and pairs.band[1] < pairs.band[2] - 1):
+        return None
+    if n < SEARCH_ROWS or n * k < SEARCH_ELEMENTS:
         return None
     ids, order = pairs.query_ids.long().sort()
-    wanted = pairs.key_ids[:k].long()
-    first = torch.searchsorted(ids, wanted)
-    columns = (ids[first.clamp(max=n - 1)] == wanted).nonzero()[:, 0]
-    first = first[columns]
-    count = torch.searchsorted(ids, wanted[columns], right=True) - first
-    own = n * (k // pairs.band[2]) if pairs.band else 0
-    if (int(count.sum()) - own) * FEW_ALIKE > n * k:
+    values, times = ids.unique_consecutive(return_counts=True)
+    most = MOST_ALIKE * (n + k)
+    if n * k > most * len(values):  # too many, if keys have as many of each id as queries
         return None
-    ahead = count.cumsum(0) - count
+    wanted = pairs.key_ids[:k].long().contiguous()
+    at = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
+    columns = (values[at] == wanted).nonzero()[:, 0]
+    at = at[columns]
+    count = times[at]
+    own = n * (k // pairs.band[2]) if pairs.band else 0
+    if int(count.sum()) - own > most:
+        return None
+    before = (times.cumsum(0) - times)[at] - (count.cumsum(0) - count)
     columns = columns.repeat_interleave(count)
-    rows = order[torch.arange(len(columns)) + (first - ahead).repeat_interleave(count)]
+    rows = order[torch.arange(len(columns), device=order.device) + before.repeat_interleave(count)]
     if pairs.band:
         offset, _, modulus = pairs.band
         others = (rows + offset - columns) % modulus != 0
