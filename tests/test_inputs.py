@@ -105,7 +105,7 @@ def test_a_negative_that_is_left_out_is_not_there(backend: Backend, by: str) -> 
     assert bool((got[2][~stays] == 0).all())
 
 
-# ----------------------- ids of so many pairs that they are searched: a column of labels warned, a default device failed
+# ----------------------- so many ids that they are searched: a column of labels warned, a default device was an error
 
 
 @pytest.mark.parametrize("classes", [2000, 3])
