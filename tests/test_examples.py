@@ -69,7 +69,7 @@ def test_a_finished_run(whole: Path, simo: Script) -> None:
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     output = simo.run(*SHORT, f"--run-dir={whole}")
     assert "is finished. kNN" in output
-    assert "linear probe" in output
+    assert "logistic regression" in output
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
 
 

@@ -19,10 +19,12 @@ from .scripts import EXAMPLES, make_images, rows
 sys.path.insert(0, str(EXAMPLES))
 sys.path.insert(0, str(EXAMPLES / "after"))
 
+import export_backbone  # isort: skip
 import extract_features  # isort: skip
 import train_moco  # isort: skip
 import train_simclr  # isort: skip
 from pretrain import arguments, loggers  # isort: skip
+from pretrain.card import exported  # isort: skip
 from pretrain.encoders import FORMER_HEADS, Encoder, make_encoder  # isort: skip
 from pretrain.run import Run  # isort: skip
 from pretrain.schedule import learning_rate  # isort: skip
@@ -84,7 +86,11 @@ def test_more_epochs_at_the_same_rate_are_one_longer_run(tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"epochs": 2}, r"resume_from: .*checkpoint\.pt stands at epoch 2, and --epochs 2 leaves nothing to train"),
-        ({"temperature": 0.5}, r"was made with other arguments:\n.*\n  temperature  0\.1    0\.5"),
+        (
+            {"temperature": 0.5},
+            r"was made with other arguments:\n.*\n  temperature  0\.1    0\.5\n"
+            r"Give the saved values to go on from it, or leave --resume-from out to start a new run\.$",
+        ),
         ({"queue_size": 41}, r"queue_size  40     41"),
     ],
     ids=["epochs", "temperature", "queue"],
@@ -93,7 +99,7 @@ def test_what_more_epochs_cannot_go_on_from(short: Path, tmp_path: Path, change:
     args = replace(moco_args(tmp_path / "run", epochs=4, resume_from=short), **change)
     with pytest.raises(SystemExit, match=message):
         train_moco.main(args)
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run").exists()  # where others would take it for a run
 
 
 def test_more_epochs_have_a_directory_of_their_own(
@@ -225,8 +231,28 @@ def test_a_finished_run_has_a_model_card(short: Path) -> None:
     assert (short / "curves.png").exists()
     assert "None" not in card
     scripts = [line.split()[1] for line in card.splitlines() if line.startswith("python examples/")]
-    assert len(scripts) == 3
+    assert len(scripts) == 2  # the export knows no small encoder
     assert all((EXAMPLES.parent / script).exists() for script in scripts)
+
+
+@pytest.mark.parametrize(
+    ("spec", "flags"),
+    [
+        ({"arch": "resnet50", "image_size": 224, "channels": 3}, "--out backbone.pth"),
+        ({"arch": "resnet18", "image_size": 32, "channels": 3, "norm": "batch"}, "--small-stem --out backbone.pth"),
+        ({"arch": "resnet50x2", "image_size": 224, "channels": 3}, ""),
+        ({"arch": "resnet18", "image_size": 32, "channels": 1}, ""),
+        ({"arch": "resnet18", "image_size": 32, "channels": 3, "norm": "group"}, ""),
+    ],
+)
+def test_the_card_exports_what_can_be_exported(spec: dict[str, Any], flags: str) -> None:
+    assert exported(spec) == flags
+    args = export_backbone.Args(Path(), Path(), small_stem="--small-stem" in flags)
+    if flags:
+        export_backbone.check(args, spec)
+    else:
+        with pytest.raises(SystemExit, match=r"checkpoint: its network|format: torchvision has no"):
+            export_backbone.check(args, spec)
 
 
 # -------------------------------------------------------------------------------------------- a device without room

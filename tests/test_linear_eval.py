@@ -249,6 +249,13 @@ def test_bad_input(run: Path, options: dict[str, Any], message: str) -> None:
         linear_eval.main(Args(run, **{**SHORT, **options}))
 
 
+def test_fewer_images_than_a_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What nobody asked for is no error: the batch is then all there are."""
+    options = {name: value for name, value in SHORT.items() if name != "batch_size"}
+    linear_eval.main(Args(run, **{**options, "limit": 90}))
+    assert "batch 90, 3 epochs" in capsys.readouterr().out
+
+
 def test_data_of_another_kind(run: Path, images: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"data_dir: {images.name} has 3 channels, and the encoder takes 1"):
         linear_eval.main(Args(run, data_dir=images, **SHORT))

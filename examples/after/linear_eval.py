@@ -84,7 +84,7 @@ class Args:
     protocol: Literal["moco", "simo", "simco"] = "moco"
     epochs: int | None = None  # None: the protocol's; the drops move with it
     base_lr: float | None = None  # learning rate = base_lr x batch_size / 256. None: the protocol's
-    batch_size: int = 256  # of all processes together
+    batch_size: int | None = None  # of all processes together. None: 256, or of fewer images as many as there are
     cache_features: bool = False  # compute the features once, without augmentation: faster, and not the protocol
     data_dir: Path | None = None  # None: the run's
     limit: int | None = None  # use no more than so many training images, and test images. None: as the run
@@ -108,6 +108,9 @@ def main(args: Args) -> None:
         data = data_of(args, saved["data"], fabric.device)
     except (CheckpointError, DataError) as error:
         fail(error)
+    if args.batch_size is None:
+        most = min(256, len(train_labels(data)))
+        args = dataclasses.replace(args, batch_size=most - most % fabric.world_size or fabric.world_size)
     check_data(args, data, encoder, saved["encoder_spec"], fabric)
     epochs, peak = args.epochs or PROTOCOLS[args.protocol].epochs, peak_rate(args)
     classifier = make_classifier(encoder.width, data.classes, args.seed)
@@ -175,7 +178,7 @@ def make_classifier(width: int, classes: int, seed: int) -> nn.Linear:
 
 def peak_rate(args: Args) -> float:
     base_lr = PROTOCOLS[args.protocol].base_lr if args.base_lr is None else args.base_lr
-    return base_lr * args.batch_size / 256
+    return base_lr * (256 if args.batch_size is None else args.batch_size) / 256
 
 
 def summed(fabric: Fabric, value: Tensor) -> float:
@@ -214,6 +217,7 @@ def data_of(args: Args, made_with: dict[str, Any], device: torch.device) -> Data
 
 
 def check_data(args: Args, data: Data, encoder: Encoder, spec: dict[str, Any], fabric: Fabric) -> None:
+    assert args.batch_size is not None
     if data.channels != spec["channels"]:
         fail(f"data_dir: {data.name} has {data.channels} channels, and the encoder takes {spec['channels']}.")
     images = len(train_labels(data))
@@ -243,6 +247,7 @@ class Training:
     """This process's batches of features and labels. An incomplete last batch is left out."""
 
     def __init__(self, args: Args, data: Data, encoder: Encoder, fabric: Fabric) -> None:
+        assert args.batch_size is not None
         self.args, self.data, self.encoder, self.fabric = args, data, encoder, fabric
         self.labels = train_labels(data)
         self.share = Share(args.batch_size, 1, fabric.global_rank, fabric.world_size)

@@ -1,4 +1,4 @@
-"""What the backbone's features are worth: weighted kNN while training, a linear probe at the end."""
+"""What the backbone's features are worth: weighted kNN while training, a logistic regression at the end."""
 
 import math
 from collections.abc import Iterable

@@ -123,6 +123,6 @@ def summary(result: Row) -> str:
     when = {"knn_untrained": "untrained", "knn": "trained"}
     knn = [f"{result[name]:.1f} % {word}" for name, word in when.items() if name in result]
     figures = [f"kNN {', '.join(knn)}"] if knn else []
-    probes = [name for name in ("online_probe", "linear_probe") if name in result]
-    figures += [f"{name.replace('_', ' ')} {result[name]:.1f} %" for name in probes]
+    probes = {"online_probe": "online probe", "linear_probe": "logistic regression"}
+    figures += [f"{title} {result[name]:.1f} %" for name, title in probes.items() if name in result]
     return ("; ".join(figures) or "Nothing was measured") + "."

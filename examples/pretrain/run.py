@@ -1,5 +1,6 @@
 """The run directory: config.json, metrics.csv, curves.png and checkpoint.pt, each written whole; and how to resume."""
 
+import contextlib
 import csv
 import json
 import os
@@ -183,6 +184,7 @@ class Run:
         self.damaged = False  # the newest checkpoint could not be read
         self.result: Row | None = None
         self.config: dict[str, Any] = {}  # what config.json says
+        self.is_new = not directory.exists()
         if not self.writes:
             return
         try:
@@ -213,8 +215,12 @@ class Run:
         found = [path for path in (self.checkpoint, self.previous) if path.exists()]
         if not found and source is None:
             return None
-        path, saved = self._newest(found) if found else self._source(source)
-        self._check_arguments(path, saved["fixed"], () if found else EXTENDED)
+        try:
+            path, saved = self._newest(found) if found else self._source(source)
+            self._check_arguments(path, saved["fixed"], () if found else EXTENDED)
+        except SystemExit:
+            self._withdraw()
+            raise
         self.rows, self.epoch, self.saved = saved["rows"], saved["epoch"], saved["at"]
         if found:
             self.result = saved["result"]
@@ -225,6 +231,13 @@ class Run:
             if then != (now := self.environment()[name]):
                 self._say(f"note     {name} was {then} and is {now}: the run goes on, but not bit for bit.")
         return dict(saved["state"])
+
+    def _withdraw(self) -> None:
+        """Leave no directory behind that this run has made and not written to: others take it for a run."""
+        if self.is_new and self.writes:
+            with contextlib.suppress(OSError):  # it is not empty
+                (self.directory / "lock").unlink()
+                self.directory.rmdir()
 
     def _source(self, source: Path | None) -> tuple[Path, dict[str, Any]]:
         """The checkpoint of another run, which has fewer epochs."""
@@ -283,11 +296,14 @@ class Run:
                 f"--resume-from {path} with another --run-dir goes on to more of them. "
             )
         lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, width, strict=True)).rstrip() for row in table]
-        fail(
-            f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + "\n"
-            f"{advice}Give the saved values to resume it or another --run-dir to start a new run; or, to start over, "
-            f"delete {self.directory}."
-        )
+        if ignored:  # of another run, from which this one is to go on
+            way = "Give the saved values to go on from it, or leave --resume-from out to start a new run."
+        else:
+            way = (
+                "Give the saved values to resume it or another --run-dir to start a new run; or, to start over, "
+                f"delete {self.directory}."
+            )
+        fail(f"{path} was made with other arguments:\n  " + "\n  ".join(lines) + f"\n{advice}{way}")
 
     def save(self, epoch: int, state: dict[str, Any], step: int = 0) -> None:
         """Write the checkpoint, ``step`` steps after a whole epoch; keep the one before; then metrics.csv."""

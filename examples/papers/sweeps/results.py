@@ -44,12 +44,20 @@ def show(args: Args, grid: Grid, table: dict[int, list[Job]], rows: list[Row], p
     points = points_of(grid, dataset, table, rows)
     if not points:
         fail(f"{path} has no run of this grid yet. Run the command without --draw-only, with the arguments it had.")
-    lines = [f"{grid.title}, {dataset}", "", *table_lines(grid, points), *verdicts(points)]
+    probe = probe_of(table[0][0])
+    lines = [f"{grid.title}, {dataset}", "", *table_lines(grid, points, probe), *verdicts(points)]
     print("\n".join(lines))
     with written_whole(path.with_suffix(".md")) as file:
         file.write("\n".join([*lines, "", f"`{short_command(args)}`", ""]).encode())
-    draw(path.with_suffix(".png"), grid, dataset, points)
+    draw(path.with_suffix(".png"), grid, dataset, points, probe)
     print(f"Results are in {path}, {path.with_suffix('.md').name} and {path.with_suffix('.png').name}")
+
+
+def probe_of(job: Job) -> str:
+    """What the column of probes is: the run's own at its end, or beside it, or the papers' after it."""
+    if job.args.online_probe:
+        return "online probe"
+    return "logistic regression" if job.args.probe and not job.probe else "linear probe"
 
 
 def short_command(args: Args) -> str:
@@ -65,8 +73,8 @@ def short_command(args: Args) -> str:
     return " ".join(["python examples/papers/sweep.py --grid", args.grid, *words])
 
 
-def table_lines(grid: Grid, points: list[Point]) -> list[str]:
-    head = ["method", grid.axis, "loss" if grid.axis == "K" else "", "seeds", "kNN, %", "linear probe, %"]
+def table_lines(grid: Grid, points: list[Point], probe: str) -> list[str]:
+    head = ["method", grid.axis, "loss" if grid.axis == "K" else "", "seeds", "kNN, %", f"{probe}, %"]
     head.append(f"paper, {grid.paper_on}, %")
     body = [
         [
@@ -75,10 +83,10 @@ def table_lines(grid: Grid, points: list[Point]) -> list[str]:
             setting.line if grid.axis == "K" else "",
             str(len(knn)),
             spread(knn),
-            spread(probe),
+            spread(probes),
             "" if setting.paper is None else str(setting.paper),
         ]
-        for setting, knn, probe in points
+        for setting, knn, probes in points
     ]
     keep = [column for column in range(len(head)) if any(row[column] for row in body)]
     rows = [[row[column] for column in keep] for row in [head, *body]]
@@ -106,7 +114,7 @@ def verdicts(points: list[Point]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def draw(path: Path, grid: Grid, dataset: str, points: list[Point]) -> None:
+def draw(path: Path, grid: Grid, dataset: str, points: list[Point], probe: str) -> None:
     """kNN above and the probe below; crosses are the paper's, where they are of the same data."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
@@ -118,7 +126,7 @@ def draw(path: Path, grid: Grid, dataset: str, points: list[Point]) -> None:
         for axes, method in zip(panels, methods, strict=True):
             mine = [point for point in points if method in ("", point.setting.method)]
             draw_panel(axes, mine, measure, same_data and measure == "probe")
-            axes.set(xlabel=grid.axis, ylabel="kNN, %" if measure == "knn" else "linear probe, %")
+            axes.set(xlabel=grid.axis, ylabel="kNN, %" if measure == "knn" else f"{probe}, %")
             axes.set_title(NAMES[method] if method else "")
             axes.grid(alpha=0.3)
             if len({point.setting.line for point in mine}) > 1:
