@@ -34,7 +34,7 @@ def serves(call: RowLosses) -> bool:
     by_band = pairs.band[::2] == [0, n] and not is_narrow(pairs, n * n)
     return (
         call.positive is call.first.keys
-        and n * n <= TILE_ELEMENTS
+        and n * n <= TILE_ELEMENTS // 2  # beyond, a softmax that is not in place takes longer than a tile
         and (by_band or (pairs.picked is not None and not are_few(pairs.picked, n)))
         and not pairs.by_pair
         and call.second is None

@@ -62,22 +62,18 @@ def model_card(run: Run) -> str:
             "```bash",
             f"python examples/after/linear_eval.py {run.directory}        # the papers' linear probe",
             f"python examples/after/extract_features.py {run.directory} IMAGES    # features of a folder of images",
-            *(
-                [f"python examples/after/export_backbone.py {run.directory} {flags}"]
-                if (flags := exported(spec))
-                else []
-            ),
+            *(f"python examples/after/export_backbone.py {run.directory} {flags}" for flags in exported(spec)),
             "```",
             "",
         ]
     )
 
 
-def exported(spec: dict[str, Any]) -> str:
+def exported(spec: dict[str, Any]) -> list[str]:
     """What the export of this network is given; nothing where no library has such a one."""
     if spec["arch"] == "small" or "x" in spec["arch"] or spec.get("norm") == "group" or spec["channels"] != 3:
-        return ""
-    return f"{'--small-stem ' if spec['image_size'] < 64 else ''}--out backbone.pth"
+        return []
+    return [f"{'--small-stem ' if spec['image_size'] < 64 else ''}--out backbone.pth"]
 
 
 def table(title: str, values: dict[str, Any]) -> list[str]:
