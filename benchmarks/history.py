@@ -114,11 +114,12 @@ def replaces(row: Row, other: Row) -> bool:
 
 
 def newest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
-    """One of each key, in the order of the first of each."""
+    """One of each key, in the order of those that count."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
         name = tuple(row[column] for column in key)
         if name not in found or replaces(row, found[name]):
+            found.pop(name, None)
             found[name] = row
     return list(found.values())
 

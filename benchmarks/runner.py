@@ -175,8 +175,9 @@ def add_rows(out: Path, rows: list[Row]) -> None:
     def key(row: Row) -> tuple[object, ...]:
         return place(row), row["peer"], row["device"]
 
-    old = {key(row): row for row in (read_csv(out) if out.exists() else [])}
-    write_csv(out, sorted((old | {key(row): row for row in rows}).values(), key=place))
+    new = {key(row): row for row in rows}
+    old = [row for row in (read_csv(out) if out.exists() else []) if key(row) not in new]
+    write_csv(out, sorted([*old, *new.values()], key=place))  # of a case the newest last, for a tree without git
 
 
 def check_device(device: str) -> None:
