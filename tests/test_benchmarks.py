@@ -48,8 +48,12 @@ def answer(one: Peer, case: Case, limit: float = 60.0) -> runner.Way | str:
 
 @pytest.mark.parametrize(
     ("one", "workload"),
-    [(one, w) for one in PEERS for w in one.workloads if "torch.compile" not in one.name],
-    ids=lambda x: x if isinstance(x, str) else x.name,
+    [
+        pytest.param(one, w, id=f"{one.name}-{w}", marks=[pytest.mark.slow] if "torch_compile" in one.name else [])
+        for one in PEERS
+        for w in one.workloads
+        if "torch.compile" not in one.name
+    ],
 )
 def test_every_way_is_right_or_says_why(one: Peer, workload: str) -> None:
     got = answer(one, SMALL[workload])
