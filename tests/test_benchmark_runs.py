@@ -201,7 +201,8 @@ def test_rows_of_another_device_stay(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     for device, status in (("one", "timed"), ("two", "timed"), ("one", "out of memory")):
         runner.add_rows(out, [runner.row_of(S1, the("eqco_loss"), status) | {"device": device}])
-    assert [(row["device"], row["status"]) for row in read_csv(out)] == [("one", "out of memory"), ("two", "timed")]
+    rows = [(row["device"], row["status"]) for row in read_csv(out)]
+    assert rows == [("two", "timed"), ("one", "out of memory")]  # the newest last
 
 
 # ----------------------------------------------------------------------------------------------------- machine's limits
