@@ -78,6 +78,9 @@ class Protocol(NamedTuple):
 PROTOCOLS = {"moco": Protocol(30, 100, (60, 80)), "simo": Protocol(30, 90, (60, 80)), "simco": Protocol(0.3, 100, ())}
 
 
+BATCH = 256  # that learning rates are given for
+
+
 @dataclass(frozen=True)
 class Args:
     checkpoint: tyro.conf.Positional[Path]  # checkpoint.pt, or the run directory that holds it
@@ -109,7 +112,7 @@ def main(args: Args) -> None:
     except (CheckpointError, DataError) as error:
         fail(error)
     if args.batch_size is None:
-        most = min(256, len(train_labels(data)))
+        most = min(BATCH, len(train_labels(data)))
         args = dataclasses.replace(args, batch_size=most - most % fabric.world_size or fabric.world_size)
     check_data(args, data, encoder, saved["encoder_spec"], fabric)
     epochs, peak = args.epochs or PROTOCOLS[args.protocol].epochs, peak_rate(args)
@@ -178,7 +181,7 @@ def make_classifier(width: int, classes: int, seed: int) -> nn.Linear:
 
 def peak_rate(args: Args) -> float:
     base_lr = PROTOCOLS[args.protocol].base_lr if args.base_lr is None else args.base_lr
-    return base_lr * (256 if args.batch_size is None else args.batch_size) / 256
+    return base_lr * (args.batch_size or BATCH) / BATCH
 
 
 def summed(fabric: Fabric, value: Tensor) -> float:

@@ -1,6 +1,5 @@
 """The run directory: config.json, metrics.csv, curves.png and checkpoint.pt, each written whole; and how to resume."""
 
-import contextlib
 import csv
 import json
 import os
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
@@ -235,7 +234,7 @@ class Run:
     def _withdraw(self) -> None:
         """Leave no directory behind that this run has made and not written to: others take it for a run."""
         if self.is_new and self.writes:
-            with contextlib.suppress(OSError):  # it is not empty
+            with suppress(OSError):  # it is not empty
                 (self.directory / "lock").unlink()
                 self.directory.rmdir()
 
