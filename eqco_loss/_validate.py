@@ -395,7 +395,7 @@ def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name}: expected an integer tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap numbers: "
-            f"torch.tensor({name}); give names numbers, always the same: torch.tensor([number_of[x] for x in {name}])."
+            f"torch.tensor({name}); give names numbers by a dictionary: torch.tensor([number_of[x] for x in {name}])."
         )
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers (int8 to int64, or uint8), got {value.dtype}. Use {name}.long().")
