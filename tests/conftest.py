@@ -6,14 +6,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest's workers share the cores; torch reads it as it is imported
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.utils.deterministic
 from hypothesis import HealthCheck, settings
 
-from tests.interpreter import exact_bfloat16
+from tests.interpreter import exact_bfloat16, quicker
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 if not torch.cuda.is_available():  # kernels asked for by name run in Triton's interpreter, on CPU tensors
@@ -38,10 +38,12 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def bfloat16_as_on_a_gpu() -> Iterator[None]:
+def interpreted_as_on_a_gpu() -> Iterator[None]:
     """Kernels multiply float32 in pieces of bfloat16, which Triton's interpreter alone gets wrong."""
-    interpreted = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    with exact_bfloat16() if interpreted else nullcontext():
+    with ExitStack() as stack:
+        if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+            stack.enter_context(exact_bfloat16())
+            stack.enter_context(quicker())
         yield
 
 
