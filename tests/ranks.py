@@ -1,6 +1,5 @@
 """Several gloo ranks on this machine: start them, wait no longer than told, hand back what they return."""
 
-import multiprocessing
 import queue
 import tempfile
 import traceback
@@ -13,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 150.0  # for a whole test: importing torch in every rank takes most of it
+from .scripts import forks
+
+SECONDS = 150.0  # for a whole test
 
 
 def run_ranks(work: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
     """``work(rank, world, *arguments)`` on every rank, in a process of its own; its results in rank order."""
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -9,13 +9,15 @@ import signal
 import socket
 import sys
 import time
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure  # noqa: F401  # this and sklearn only so that the server below has them
+import matplotlib.backends.backend_agg  # this and others only so that the server below has them
+import matplotlib.pyplot  # noqa: F401
 import sklearn.datasets  # type: ignore[import-untyped]
-import sklearn.linear_model  # type: ignore[import-untyped]  # noqa: F401
+import sklearn.linear_model  # type: ignore[import-untyped]
+import sklearn.pipeline  # type: ignore[import-untyped]  # noqa: F401
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch import Tensor
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import pretrain.training  # noqa: E402, F401
 from pretrain.clock import TIMED  # noqa: E402
 
 
@@ -54,13 +57,19 @@ def child(
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
 
 
+def forks() -> ForkServerContext:
+    """Processes of a server that has imported everything once: 0.1 s instead of 6 each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 class Script:
-    """Starts a script from a server that has imported everything once: 0.1 s instead of 6 each."""
+    """Starts a script."""
 
     def __init__(self, folder: Path, script: str = "train_simo.py", cwd: Path | None = None) -> None:
         self.script, self.folder, self.log, self.cwd = script, folder, folder / "log.txt", cwd
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
+        self.context = forks()
 
     def start(
         self, *words: object, die: tuple[str, int] | None = None, rank: int = 0, ranks: int = 1, port: int = 0
