@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ._names import TO_THE_CALL
 from .distributed import check_gather
-from .queue import FLOATS, INTEGERS, MomentumQueue
+from .queue import FLOATS, INTEGERS, MomentumQueue, check_dense
 from .settings import Backend, InBatch, Inputs, Reduction, Sampling, Settings
 
 BACKENDS, IN_BATCH, REDUCTIONS, SAMPLINGS = (get_args(each) for each in (Backend, InBatch, Reduction, Sampling))
-LARGEST = 1e38  # what float32 holds
+LARGEST = 1e38  # about what float32 holds
 
 Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
 
@@ -101,10 +101,11 @@ def temperature(value: Any) -> None:
             f"{value.dtype}. "
             + ("Use temperature.squeeze().float(), or one loss per temperature." if value.dim() < 2 else TO_THE_CALL)
         )
-    # A device's value would have to be waited for, and a traced one does not exist yet.
+    # A device's value would have to be waited for, and a traced or mapped one is not to be had.
     if (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_batchedtensor(value)
         and not 0 < float(value.detach()) < float("inf")
     ):
         raise ValueError(
@@ -141,11 +142,7 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
     if negative_keys is not None:
         n, d = query.shape
         _tensor("negative_keys", negative_keys)
-        if (
-            negative_keys.dim() not in (2, 3)
-            or negative_keys.shape[-1] != d
-            or (negative_keys.dim() == 3 and negative_keys.shape[0] != n)
-        ):
+        if not _are_keys(negative_keys, n, d):
             raise ValueError(
                 f"negative_keys: expected (K, D) shared by all queries or (N, K, D) per query, here D = {d} and N = "
                 f"{n}, got {tuple(negative_keys.shape)}. {_keys_way_out('negative_keys', negative_keys, n, d)}"
@@ -156,6 +153,11 @@ def embeddings(query: Any, positive_key: Any, negative_keys: Any) -> None:
                 f"to use the batch's other keys."
             )
         _alike("negative_keys", negative_keys, query, dtype=False)
+
+
+def _are_keys(keys: Tensor, n: int, d: int) -> bool:
+    """Whether they are (K, d) or (n, K, d)."""
+    return keys.dim() in (2, 3) and keys.shape[-1] == d and keys.shape[:-2] in ((), (n,))
 
 
 def _keys_way_out(name: str, keys: Tensor, n: int, d: int) -> str:
@@ -186,13 +188,19 @@ def _rows_way_out(name: str, x: Tensor) -> str:
     )
 
 
+def settings_and_embeddings(chosen: Settings, given: Inputs) -> None:
+    """What the choice of a backend rests on."""
+    settings(chosen)
+    stored = isinstance(given.negative_keys, MomentumQueue)
+    embeddings(given.query, given.positive_key, None if stored else given.negative_keys)
+
+
 def call(chosen: Settings, given: Inputs) -> None:
     """One call of a loss, whose arguments may be anything yet."""
     reverse_mode()
-    settings(chosen)
-    query, positive_key, negative_keys = given.query, given.positive_key, given.negative_keys
+    settings_and_embeddings(chosen, given)
+    query, negative_keys = given.query, given.negative_keys
     stored = isinstance(negative_keys, MomentumQueue)
-    embeddings(query, positive_key, None if stored else negative_keys)
     temperature_device(chosen.temperature, query)
     k = chosen.num_negatives
     if negative_keys is not None and k is not None:
@@ -219,20 +227,20 @@ def call(chosen: Settings, given: Inputs) -> None:
 
 
 def reverse_mode() -> None:
-    if torch.compiler.is_compiling():
-        return
-    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+    if torch.autograd.forward_ad._current_level >= 0:  # which a compiler sees, too
         raise NotImplementedError(
             "eqco_loss: expected reverse-mode differentiation, got forward mode (torch.func.jvp, forward_ad), which an "
             "operator cannot serve and would take for 0. Use torch.autograd.grad, with create_graph=True for more."
         )
+    if torch.compiler.is_compiling():
+        return
     if torch._C._is_tracing():  # torch.jit.trace
         raise NotImplementedError(
             "eqco_loss: expected a call outside torch.jit.trace, which would keep this batch's result as a constant. "
             "Use torch.compile, or torch.export.export."
         )
-    innermost = torch._C._functorch.peek_interpreter_stack()
-    if innermost is not None and innermost.key() == torch._C._functorch.TransformType.Grad:
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    if any(one.key() == torch._C._functorch.TransformType.Grad for one in transforms):
         raise NotImplementedError(
             "eqco_loss: expected a call outside torch.func.grad, vjp and jacrev, whose transform an operator cannot "
             "serve. Use torch.autograd.grad(loss, inputs), with create_graph=True for more."
@@ -340,12 +348,7 @@ def logsumexp_inputs(query: Any, keys: Any, *, query_ids: Any, key_ids: Any, key
             f"query.flatten(1)."
         )
     n, d = query.shape
-    if (
-        keys.dim() not in (2, 3)
-        or keys.shape[-1] != d
-        or keys.shape[-2] == 0
-        or (keys.dim() == 3 and keys.shape[0] != n)
-    ):
+    if not _are_keys(keys, n, d) or keys.shape[-2] == 0:
         raise ValueError(
             f"keys: expected (K, D) or (N, K, D) with K >= 1, here D = {d} and N = {n}, got {tuple(keys.shape)}. "
             f"{_keys_way_out('keys', keys, n, d)}"
@@ -378,6 +381,7 @@ def _mask(name: str, value: Any, shapes: Shapes, query: Tensor, keys: str) -> No
             f"{name}: expected a bool tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap it: "
             f"torch.tensor({name})."
         )
+    check_dense(name, value)
     if value.dtype != torch.bool:
         raise TypeError(
             f"{name}: expected bool, True where a {keys} is a negative of the query, got {value.dtype}. Of ones and "
@@ -397,6 +401,7 @@ def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
             f"{name}: expected an integer tensor of shape {_either(shapes)}, got {type(value).__name__}. Wrap numbers: "
             f"torch.tensor({name}); give names numbers by a dictionary: torch.tensor([number_of[x] for x in {name}])."
         )
+    check_dense(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers (int8 to int64, or uint8), got {value.dtype}. Use {name}.long().")
     if tuple(value.shape) not in shapes:
@@ -417,9 +422,11 @@ def _tensor(name: str, x: Any) -> None:
         way = f"Stack its embeddings: torch.stack({name})" if sequence else "Convert it with torch.as_tensor"
         if isinstance(x, MomentumQueue):
             way = "A queue comes third: criterion(query, positive_key, queue)"
+            way = "Give what it holds: queue.keys" if name == "keys" else way
         elif isinstance(x, numbers.Real):
             way = f"Settings go by keyword: temperature={x!r}"
         raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. {way}.")
+    check_dense(name, x)
     if x.dtype in FLOATS:
         return
     expected = f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,7 +124,7 @@ def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
 def exchange(
     values: Sequence[int | Tensor], device: torch.device, group: ProcessGroup | None, size: int
 ) -> list[list[int]]:
-    """Every rank's values, in rank order. Waits for the device once, 0-dim tensors on it among the values or not."""
+    """Every rank's values, in rank order. Waits for the device once, however many of the values are tensors on it."""
     mine = torch.tensor([0 if isinstance(x, Tensor) else x for x in values], dtype=torch.int64, device=device)
     for place, x in enumerate(values):
         if isinstance(x, Tensor):
@@ -173,6 +172,15 @@ def _all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     return joined([out[r * longest : r * longest + size] for r, size in enumerate(ranks.sizes)])
 
 
+def _check_once() -> None:
+    """A second derivative would lack what other ranks' rows add to it; autograd prunes a marker that only raises."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "gather: expected a gradient that is not differentiated again, got create_graph=True. Leave create_graph "
+            "out, or differentiate twice with gather=False."
+        )
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
@@ -180,8 +188,8 @@ class _GatherRows(torch.autograd.Function):
         return _all_gather(x, ranks)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _check_once()
         ranks: Ranks = ctx.ranks
         total = grad.clone(memory_format=torch.contiguous_format)  # not ours to reduce in place
         dist.all_reduce(total, group=ranks.group)
@@ -195,8 +203,8 @@ class _MeanGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _check_once()
         ranks: Ranks = ctx.ranks
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)  # a sum of halves would be rounded
         dist.all_reduce(total, group=ranks.group)

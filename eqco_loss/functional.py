@@ -300,6 +300,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
+@explains_names
 def negatives_logsumexp(
     query: Tensor,
     keys: Tensor,
@@ -356,7 +357,7 @@ def negatives_logsumexp(
 
 def chosen_backend(settings: Settings, inputs: Inputs) -> tuple[str, str]:
     """The backend that serves this call, and why."""
-    check.settings(settings)
+    check.settings_and_embeddings(settings, inputs)
     given = negatives.given_set(settings, inputs)
     batch = None if negatives.batch_kind(settings, inputs) is None else inputs.positive_key
     return ops.choose(settings.backend, inputs.query, batch, None if given is None else given.keys)

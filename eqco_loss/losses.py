@@ -156,8 +156,9 @@ class EqCoLoss(Criterion):
         normalize: bring query, positive and negative keys to unit length first. A MomentumQueue holds unit rows and is
             left as it is.
         gather: True, or a process group: in-batch negatives come from all its ranks, uneven batches included, gradients
-            return to the rank that owns the key, and each rank's value is scaled (world size / rows of all ranks) such
-            that after DDP's averaging values and gradients are those of one process with the whole batch. A learned
+            return to the rank that owns the key, and each rank's value is its rows' sum times (world size / rows of all
+            ranks), such that after DDP's averaging values and gradients are those of one process with the whole batch
+            (``"sum"``: times the world size; ``"none"``: as it is). A learned
             temperature gets the averaged gradient on every rank, inside a DDP module or beside it.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``chosen_backend(...)``
@@ -179,8 +180,8 @@ class EqCoLoss(Criterion):
 
     Raises:
         ValueError: a temperature or alpha that is not positive, N = 1 with no other negatives, an empty queue, shapes,
-            devices, ids or a mask that do not fit, a row that ids or the mask leave without negatives (on CPU; NaN in
-            that row elsewhere).
+            devices, ids or a mask that do not fit, a row that ids or the mask leave without negatives (on CPU without
+            ``gather``; NaN in that row elsewhere).
         TypeError: arguments of the wrong kind, embeddings that are not floating point, ids that are not integers, a
             mask that is not bool.
 

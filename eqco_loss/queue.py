@@ -25,6 +25,16 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # torch compares no others with these
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one. Pad it, {name}.to_padded_tensor(0.0), and say with a "
+            "mask of negatives what is padding."
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}. Use {name}.to_dense().")
+
+
 class MomentumQueue(HoldsGroup):
     r"""The newest ``size`` keys, first in, first out: negatives for later batches (MoCo, He et al. 2020, 3.2).
 
@@ -114,16 +124,14 @@ class MomentumQueue(HoldsGroup):
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """Store ``keys`` (N, D), the oldest rows making room; ``ids`` (N,) beside them if and only if ``store_ids``."""
-        ranks = None
-        if self.gather is False or (isinstance(keys, Tensor) and cannot_wait(keys)):
+        size = len(self.contents)
+        if self.gather is False:
             self._check(keys, ids)
+            unit = self._unit(keys[-size:])
         else:
             ranks = self._agree(keys, ids)
-        if self.gather is not False:
-            ranks = ranks or equal_ranks(self.gather, keys)
-            keys, ids = ranks.gather(self._unit(keys)), None if ids is None else ranks.gather(ids.to(torch.int64))
-        size = len(self.contents)
-        unit = self._unit(keys[-size:]) if ranks is None else keys[-size:]
+            unit = ranks.gather(self._unit(keys))[-size:]
+            ids = None if ids is None else ranks.gather(ids.to(torch.int64))
         unit = self._without_nonfinite(unit)
         n = len(unit)
         slots = (self.cursor + torch.arange(n, device=unit.device)) % size
@@ -133,6 +141,15 @@ class MomentumQueue(HoldsGroup):
         self.cursor.add_(n).remainder_(size)
         self.count.add_(n).clamp_(max=size)
         self._known_to_hold_keys = self._known_to_hold_keys or n > 0
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Empty the queue, as it was constructed; also after ``to_empty()``, which leaves anything in the buffers."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self._known_to_hold_keys = False
+
+    reset_parameters = reset  # which those who construct modules on the meta device call
 
     @property
     def primed(self) -> bool:
@@ -216,6 +233,9 @@ class MomentumQueue(HoldsGroup):
 
     def _agree(self, keys: Tensor, ids: Tensor | None) -> Ranks:
         """Whatever is wrong on one rank is an error on all, and none is left waiting."""
+        if isinstance(keys, Tensor) and cannot_wait(keys):
+            self._check(keys, ids)
+            return equal_ranks(self.gather, keys)
         wrong: Exception | None = None
         try:
             self._check(keys, ids)
@@ -237,8 +257,13 @@ class MomentumQueue(HoldsGroup):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        name = f"{prefix}replaced"
-        older = f"{prefix}count" in state_dict and name not in state_dict  # of a version that did not count them
+        name, held = f"{prefix}replaced", f"{prefix}count" in state_dict
+        if held and self.slot_ids is not None and f"{prefix}slot_ids" not in state_dict:
+            args[-1].append(
+                f"{prefix}slot_ids: expected the ids of a MomentumQueue with store_ids=True, got a state without. "
+                "Construct it with store_ids=False, or start with an empty queue."
+            )
+        older = held and name not in state_dict  # of a version that did not count them
         if older:
             state_dict = {**state_dict, name: torch.zeros_like(state_dict[f"{prefix}count"])}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -251,6 +276,7 @@ class MomentumQueue(HoldsGroup):
             raise TypeError(
                 f"keys: expected a floating-point tensor (N, {dim}), got {got}. Use torch.as_tensor(keys).float()."
             )
+        check_dense("keys", keys)
         if keys.dim() != 2 or keys.shape[1] != dim:
             raise ValueError(
                 f"keys: expected shape (N, {dim}), got {tuple(keys.shape)}. Give one key a row, of the queue's dim, "

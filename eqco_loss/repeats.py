@@ -131,7 +131,7 @@ def forget() -> None:
 
 def _is_plain(x: object) -> TypeGuard[Tensor]:
     """Whether it is a tensor with strides, and none of a subclass that might do anything."""
-    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided
+    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided and not x.is_nested
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

@@ -315,6 +315,7 @@ def copies(rank: int, world: int) -> str:
 
 
 def learned_and_copied(rank: int, world: int) -> list[str]:
+    second_derivatives()
     return [*learned_temperatures(rank, world), copies(rank, world)]
 
 
@@ -326,6 +327,22 @@ def test_a_learned_temperature_and_a_group_of_its_own() -> None:
         assert "torch.distributed.broadcast(temperature.data, 0)" in parted
         assert "a process group that was saved to a file" in loaded
         assert "gather = group" in loaded
+
+
+def second_derivatives() -> None:
+    """Through a gather they would lack what other ranks' rows add: an error also where autograd prunes what it can."""
+    x, y = (torch.randn(4, D, requires_grad=True) for _ in range(2))
+    t = torch.tensor(0.2, requires_grad=True)
+
+    def loss() -> Tensor:
+        return functional.eqco_loss(x, y, temperature=t, gather=True)
+
+    for inputs in ((x, y), (y,), (t,)):
+        with pytest.raises(NotImplementedError, match=r"^gather: .* differentiate twice with gather=False"):
+            torch.autograd.grad(loss(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"^gather: "):
+        loss().backward(create_graph=True)
+    torch.autograd.grad(torch.autograd.grad(loss(), x, create_graph=True)[0].sum(), (x,))  # which is not gathered
 
 
 def queue_mistake(rank: int) -> str:

@@ -834,12 +834,19 @@ def test_a_function_tells_ours_too() -> None:
     function: Any = functional.eqco_loss
     with pytest.raises(TypeError, match=r"^tau: expected an argument of eqco_loss .* Write temperature=\.$"):
         function(Q, Q, tau=0.1)
+    lse: Any = functional.negatives_logsumexp
+    for name, ours in (("mask", "key_mask"), ("negative_mask", "key_mask"), ("negative_keys", "keys"), ("t", "temp")):
+        with pytest.raises(TypeError, match=rf"^{name}: expected an argument of negatives_logsumexp .* Write {ours}"):
+            lse(Q, **({} if ours == "keys" else {"keys": KEYS}), **{name: KEYS})
+    with pytest.raises(TypeError, match=r"^keys: .* got MomentumQueue\. Give what it holds: queue\.keys\.$"):
+        lse(Q, MomentumQueue(8, D))
 
 
 def test_other_names_are_of_arguments_that_there_are() -> None:
     makes = (EqCoLoss, DualTempInfoNCE, MomentumQueue, momentum_update)
     known = {name for make in makes for name in inspect.signature(make).parameters}
-    assert {name for names in OTHER_NAMES.values() for name in names} <= known | set(OF_A_CALL)
+    of_lse = set(inspect.signature(functional.negatives_logsumexp).parameters)
+    assert {name for names in OTHER_NAMES.values() for name in names} <= known | set(OF_A_CALL) | of_lse
     assert not known & OTHER_NAMES.keys()
     assert set(OF_A_CALL) == set(Inputs._fields)
     assert set(OF_A_LOSS) == set(Settings._fields)
@@ -875,6 +882,33 @@ def test_a_negative_temperature_in_a_graph_is_seen(make: Any, fresh_compiler: No
             result = criterion(query, Q.flip(0))
             gradients: tuple[Tensor, ...] = torch.autograd.grad(result.sum(), (query, temperature))
             assert all(bool(x.isnan().all()) == (value <= 0) for x in (result, *gradients)), (settings, value)
+
+
+def test_the_backend_of_what_is_no_call_is_an_error() -> None:
+    criterion: Any = EqCoLoss()
+    for wrong in ((Q.numpy(), Q), (Q, Q[:3]), (Q, Q, "keys"), (Q, Q, Q[:, 1:])):
+        with pytest.raises((TypeError, ValueError), match=r"^(query|positive_key|negative_keys): expected"):
+            criterion.chosen_backend(*wrong)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense() -> None:
+    keys, queue = KEYS[: len(Q)], MomentumQueue(8, D)
+    nested = [torch.nested.nested_tensor([Q, Q]), torch.nested.nested_tensor([Q, Q], layout=torch.jagged)]
+    for x in (Q.to_sparse(), Q.to_sparse_csr(), Q.to_mkldnn(), *nested):
+        way = r"Pad it, .*\.to_padded_tensor" if x.is_nested else r"Use .*\.to_dense\(\)"
+        calls: dict[str, Callable[[], Any]] = {
+            "query": lambda x=x: EqCoLoss()(x, keys),  # type: ignore[misc]
+            "negative_keys": lambda x=x: EqCoLoss()(Q, keys, x),  # type: ignore[misc]
+            "keys": lambda x=x: queue.enqueue(x),  # type: ignore[misc]
+        }
+        for name, call in calls.items():
+            with pytest.raises(TypeError, match=rf"^{name}: expected a dense tensor, got .*{way}"):
+                call()
+    with pytest.raises(TypeError, match=r"Use query_ids\.to_dense\(\)"):
+        EqCoLoss()(Q, keys, query_ids=torch.arange(len(Q)).to_sparse())
+    with pytest.raises(TypeError, match=r"Use negative_mask\.to_dense\(\)"):
+        EqCoLoss()(Q, keys, keys, negative_mask=torch.ones(len(Q), dtype=torch.bool).to_sparse())
 
 
 def test_backend_says_what_it_chose() -> None:

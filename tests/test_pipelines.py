@@ -134,8 +134,8 @@ def test_mocov3_is_the_authors_loop(tmp_path: Path) -> None:
             step += 1
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
     expected = {"encoder": encoder, "key_encoder": key_encoder, "predictor": predictor}
-    for name, module in expected.items():  # builds of torch round by 2e-6 apart; half a per cent of m or the rate is more
-        for key, value in module.state_dict().items():
+    for name, module in expected.items():
+        for key, value in module.state_dict().items():  # builds of torch round by 2e-6, half a per cent of m is more
             torch.testing.assert_close(state[name][key], value, rtol=1e-5, atol=3e-6, msg=f"{name}.{key}")
 
 

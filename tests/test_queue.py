@@ -370,6 +370,32 @@ def test_a_compiled_enqueue_replaces_them_too(store_ids: bool, fresh_compiler: N
     assert queue.primed
 
 
+def test_keys_without_ids_are_not_loaded_where_ids_are_stored() -> None:
+    """Not even with strict=False, which would give all of them the id 0."""
+    queue, other = MomentumQueue(4, 2), nn.ModuleDict({"queue": MomentumQueue(4, 2, store_ids=True), "head": nn.ReLU()})
+    queue.enqueue(torch.randn(3, 2))
+    state = {f"queue.{name}": value for name, value in queue.state_dict().items()}
+    for strict in (False, True):
+        with pytest.raises(RuntimeError, match=r"queue\.slot_ids: expected the ids of a MomentumQueue with store_ids"):
+            other.load_state_dict(state, strict=strict)
+    other.load_state_dict({}, strict=False)  # of a model without a queue
+
+
+@pytest.mark.parametrize("store_ids", [False, True])
+def test_reset_is_as_constructed(store_ids: bool) -> None:
+    queue = MomentumQueue(4, 2, store_ids=store_ids)
+    new = {name: value.clone() for name, value in queue.state_dict().items()}
+    queue.enqueue(torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]), torch.tensor([5, 6]) if store_ids else None)
+    assert int(queue.replaced) == 1
+    queue.reset()
+    assert not queue.primed
+    assert all(torch.equal(value, new[name]) for name, value in queue.state_dict().items())
+    with torch.device("meta"):
+        made = MomentumQueue(4, 2, store_ids=store_ids)
+    made.to_empty(device="cpu").reset_parameters()
+    assert all(torch.equal(value, new[name]) for name, value in made.state_dict().items())
+
+
 def test_a_state_of_before_replaced_keys_were_counted_loads() -> None:
     queue = MomentumQueue(4, 2)
     queue.enqueue(torch.randn(3, 2))

@@ -16,9 +16,10 @@ from .definition import cleaned
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
 ROWS_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
 SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
-SEARCH_ELEMENTS = 2**20  # similarities from which on a search for equal ids takes less than to compare all,
-SEARCH_ROWS = 64  # with as many queries
-MOST_ALIKE = 4  # pairs of equal ids for each query and key, up to which these are found one by one
+# Equal ids are searched for, which takes less than to compare all, where there are as many similarities and queries:
+SEARCH_ELEMENTS = 2**20
+SEARCH_ROWS = 64
+MOST_ALIKE = 4  # for each query and key: with more pairs of equal ids, all ids are compared after all
 
 Columns = Any  # which keys a tile has: a slice or an index (C,) or (R, C) of a set's first dimension
 

@@ -32,13 +32,13 @@ class Row(IntEnum):
     PULL = 2  # share * weight / (t TOTAL): the loss's derivative by s(q_i, n_j) is PULL_i * 2 ** (x_ij - BASE_i)
     POSITIVE = 3  # s(q, k)
     TEMPERATURE_GRADIENT = 4  # the derivative by t of this row's share of the loss; 0 unless t is learned
-    # The others are kernels' own, which multiply rows as they are stored. The fused ones fill all; of the wide engine,
-    # both directions fill INVERSE, and BOUNDED_PULL without it:
+    # The others are kernels' own, which multiply rows as they are stored. The fused ones fill all; the wide engine's of
+    # both directions fill INVERSE and BOUNDED_PULL, which is of PULL there:
     INVERSE = 5  # 1 / length, or 1 where the query is taken as it is
     SCALE = 6  # from products to logits: INVERSE log2(e) / t
     STORED_PULL = 7  # PULL * INVERSE
     BOUNDED_PULL = 8  # STORED_PULL where 2 ** (logit - largest possible logit) stands for the softmax
-    SHIFT = 9  # log2(STORED_PULL) - BASE: one number a row instead of two, which leaves registers
+    SHIFT = 9  # log2(|STORED_PULL|) - BASE: one number a row instead of two, which leaves registers
 
 
 class Metric(IntEnum):
@@ -157,6 +157,11 @@ class SymmetricLosses(NamedTuple):
     @property
     def ratio(self) -> float:
         return self.share[0] / self.share[1]
+
+    @property
+    def negatives(self) -> int:
+        """How many each row has."""
+        return (len(self.first) - 1) * (1 if self.across else 2)
 
     @property
     def views(self) -> Tensor:

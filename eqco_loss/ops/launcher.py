@@ -7,11 +7,14 @@ kernel for, and later launches go straight to it. Of a call that is like one bef
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter, itemgetter
 from types import NoneType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 DIRECT = True  # False, for benchmarks and tests, takes Triton's own road at every launch
@@ -20,6 +23,16 @@ DIRECT = True  # False, for benchmarks and tests, takes Triton's own road at eve
 MOST_KEPT = 1024
 
 _dtype_of = attrgetter("dtype")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors, as TRITON_INTERPRET=1 asks at the first use."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 class _Pattern(NamedTuple):

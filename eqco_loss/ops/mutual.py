@@ -43,7 +43,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     s = (unit[:m] * unit[m:]).sum(1)
     s = torch.cat([s, s])
     seen = [gap.Seen(s * (scale * one.ratio) - one.maximum, one.total) for one in passes]
-    values = gap.values(loss_of(call), seen[-1], seen[0], (m - 1) * (1 if call.across else 2), call.alpha)
+    values = gap.values(loss_of(call), seen[-1], seen[0], call.negatives, call.alpha)
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(intra.maximum, intra.total)
     rows[Row.PULL], rows[Row.POSITIVE] = values.weight * (call.ratio / t) / rows[Row.TOTAL], s
     if only is not None and call.need_gradient and _in_forward(call, intra.small):

@@ -46,10 +46,11 @@ def without_memory(x: Tensor) -> bool:
 
 
 def requires_grad(x: Tensor | None) -> bool:
-    """Whether x requires a gradient, also where torch.func.vmap hides it."""
-    if x is not None and not torch.compiler.is_compiling():
-        while torch._C._functorch.is_batchedtensor(x):
-            x = torch._C._functorch.get_unwrapped(x)
+    """Whether x requires a gradient, also where torch.func.vmap hides it; there a compiler cannot tell, and it may."""
+    while x is not None and torch._C._functorch.is_batchedtensor(x):
+        if torch.compiler.is_compiling():
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
     return x is not None and x.requires_grad
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calls import KeysGradient, KeysGradients, SymmetricLosses
+from .calls import KeysGradient, KeysGradients, RowLosses, SymmetricLosses
 from .observers import graph_is_kept
 
 
@@ -13,6 +13,16 @@ def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of what forward keeps for the gradient of both directions."""
     m, d = call.first.shape
     return (2 * m, d), call.first.dtype
+
+
+def unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gradients before backward multiplies them by the loss's."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gives_keys_gradient(call: RowLosses) -> bool:
+    """Whether row_losses returns the keys' gradient: where it is one more pass, which backward makes if it must."""
+    return False
 
 
 def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ def serves(call: RowLosses) -> bool:
 def serves_both(call: SymmetricLosses) -> bool:
     """The same of both directions, whose gradient is what is kept (``mutual``)."""
     m = len(call.first) * (1 if call.across else 2)
-    return m * m <= TILE_ELEMENTS and _in_range(call, call.first, _negatives(call))
+    return m * m <= TILE_ELEMENTS and _in_range(call, call.first, call.negatives)
 
 
 def _width(pairs: Pairs) -> int:
@@ -65,10 +65,6 @@ def _in_range(call: RowLosses | SymmetricLosses, x: Tensor, count: int) -> bool:
     dtype, bound = compute_dtype(x), LOG2E / call.temperature
     margin = (0.0 if call.alpha is None else abs(math.log2(call.alpha) - math.log2(count))) + math.log2(count)
     return small(bound, dtype) and 2 * bound + margin <= 0.9 * math.log2(torch.finfo(dtype).max)
-
-
-def _negatives(call: SymmetricLosses) -> int:
-    return (len(call.first) - 1) * (1 if call.across else 2)
 
 
 def _ratio(call: RowLosses | SymmetricLosses, count: int) -> float:
@@ -131,7 +127,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     A row's loss is log(1 + c T / p), its derivative by a negative's logit c e / (p + c T), and by the positive's
     -c T / (p + c T).
     """
-    m, t, ratio, views = len(call.first), call.temperature, _ratio(call, _negatives(call)), call.views
+    m, t, ratio, views = len(call.first), call.temperature, _ratio(call, call.negatives), call.views
     unit, norm = unit_rows(views, True, compute_dtype(views))
     rows, keys = (unit[:m], unit[m:]) if call.across else (unit, unit)
     x = unit.new_empty((len(rows), len(rows))).addmm_(rows, keys.T, beta=0, alpha=LOG2E / t).exp2_()

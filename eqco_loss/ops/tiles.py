@@ -41,6 +41,7 @@ from .mutual import symmetric_losses as symmetric_losses
 from .running import MINIMUM, Running, first, fold, merged, small
 from .scaled import keeps as keeps
 from .scaled import times_or_itself, with_others
+from .scaled import unit_dtype as unit_dtype
 
 # ---------------------------------------------------------------------------------------------------------- row losses
 
@@ -51,11 +52,6 @@ times = times_or_itself
 def gives_keys_gradient(call: RowLosses) -> bool:
     """Whether row_losses returns the keys' gradient: backward multiplies it by one number if the loss is one."""
     return call.reduced
-
-
-def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients before backward multiplies them by the loss's."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @plainly

@@ -7,8 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..calls import RowLosses
-from ..scaled import keeps
+from ..scaled import gives_keys_gradient, keeps
 from .arguments import capability, interpreted, kernels, unit_dtype
 from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
@@ -29,11 +28,6 @@ __all__ = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_D, LARGEST_K = 512, 2**24
 OLDEST_TRITON = (3, 4)
-
-
-def gives_keys_gradient(call: RowLosses) -> bool:
-    """Whether row_losses returns the keys' gradient: here it is one more pass, which backward makes if it must."""
-    return False
 
 
 def refusal(query: Tensor, *keys: Tensor | None) -> str | None:

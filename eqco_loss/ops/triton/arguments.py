@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..calls import KeySet, Pairs
-from ..launcher import launch
+from ..launcher import interpreted as interpreted
+from ..launcher import launch, multiprocessors
 from .tables import BITS, GRANULE, LITTLE_SHARED_MEMORY, Tile, power_of_two
 
 
@@ -37,19 +37,9 @@ def kernels() -> Kernels:
     return Kernels(forward, ids, keys, own, symmetric, triton.language, triton.__version__)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors, as TRITON_INTERPRET=1 asks at the first use."""
-    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
-
-
 @functools.cache
 def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def dot_dtype(query: torch.dtype, keys: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
@@ -181,7 +171,7 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def parallel(x: Tensor) -> int:
-    return _multiprocessors(x.device.index) if x.device.type == "cuda" else 4
+    return multiprocessors(x.device.index) if x.device.type == "cuda" else 4
 
 
 def arch(x: Tensor) -> int:

@@ -86,7 +86,7 @@ def collect(
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
     FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ``marks``:
-    see ``visit``.
+    see ``forward.visit``.
     """
     plane = n.to(tl.int64)
     start = lo

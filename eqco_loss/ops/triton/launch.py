@@ -193,9 +193,7 @@ def _attend(
         if one.own:
             picked = one.pairs.picked
             strides = (*keys.stride(), None, 0, 0) if picked is None else (0, *keys.stride(), picked, *picked.stride())
-            attend.again(
-                kind, (n, 1), *queries, keys, *strides, *left, t, *answers, n, half, *visit.sizes, *split, *floats
-            )
+            attend.again(kind, (n, 1), *queries, keys, *strides, *left, t, *answers, n, *visit.sizes, *split, *floats)
         else:
             marks = marked(left, n, keys.shape[-2]) if visit.marks else None
             attend.again(

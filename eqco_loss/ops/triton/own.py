@@ -26,13 +26,13 @@ from .parts import (
 )
 
 
-@triton.jit(do_not_specialize=["n", "half", "k", "first_split", "splits"])
+@triton.jit(do_not_specialize=["n", "k", "first_split", "splits"])
 def attend_own(
     query, query_stride_n, query_stride_d, positive, positive_stride_n, positive_stride_d,
     keys, stride_n, stride_k, stride_d, picked, picked_stride_n, picked_stride_c,
     query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, temperature_tensor,
     parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
-    n, half, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
+    n, k, first_split, splits, temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
     QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr, FINISH: tl.constexpr,

@@ -41,8 +41,10 @@ from ..calls import (
     rounded_log_sum,
     temperature_of,
 )
+from ..scaled import gives_keys_gradient as gives_keys_gradient
 from ..scaled import keeps as kept_views
 from ..scaled import times as times
+from ..scaled import unit_dtype as unit_dtype
 from ..scaled import with_others
 from . import pointwise
 from .chunks import (
@@ -77,16 +79,6 @@ def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of what forward keeps for the gradient of both directions."""
     products, mutual = _multiplied(call)
     return kept_views(call) if mutual is None else mutual.keeps(call, products)
-
-
-def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients before backward multiplies them by the loss's."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def gives_keys_gradient(call: RowLosses) -> bool:
-    """Whether row_losses returns the keys' gradient: here it is one more pass, which backward makes if it must."""
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------- row losses
@@ -226,7 +218,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
             pointwise.fold_both(tile, first, state[:, some], state[:, columns.start + first : columns.stop], seek)
     pointwise.dots(views.raw.part(slice(0, half)), views.raw.part(slice(half, n)), s[:half])
     s[half:] = s[:half]
-    done = pointwise.finish(call, s, state, (half - 1) * (1 if call.across else 2), None)
+    done = pointwise.finish(call, s, state, call.negatives, None)
     return SymmetricOutputs(done.losses.sum(), done.rows, both)
 
 

@@ -1,4 +1,4 @@
-"""What ``plain.py`` does with torch's operations, by one kernel each: the launches of ``kernels.py``."""
+"""What ``pointwise.py`` does with torch's operations, by one kernel each: the launches of ``kernels.py``."""
 
 # mypy: ignore-errors
 
@@ -92,11 +92,8 @@ def measured(x, products):
     """Of rows (R, D): what is multiplied, (R, D), 1 / length, the same for gradients, and its scale, (R,) each."""
     n, d = x.shape
     new = torch.empty(3, n, dtype=torch.float32, device=x.device)
-    out = (
-        torch.empty((n, d), dtype=products, device=x.device)
-        if torch.float16 == products or products != x.dtype
-        else None
-    )
+    as_they_lie = products == x.dtype != torch.float16
+    out = None if as_they_lie else torch.empty((n, d), dtype=products, device=x.device)
     block_d = min(1024, triton.next_power_of_2(d))
     block_rows = max(1, 2048 // block_d)
     launch(

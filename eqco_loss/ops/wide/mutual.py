@@ -18,7 +18,7 @@ import torch
 import triton
 
 from ..calls import Row, SymmetricGradients, SymmetricOutputs, gradient_eps, loss_of, once_a_kind
-from ..launcher import Launch, bind
+from ..launcher import Launch, bind, multiprocessors
 from . import chunks
 from .mutual_kernels import _BOUNDED, _EITHER, _FOLLOWED, _LEAST, statistics_kernel, weights_kernel
 from .pointwise import new_state
@@ -233,12 +233,7 @@ def _through(call, products, of_here, of_there, out, given, some, kind=0):
 
 def parallel(x):
     """How many multiprocessors there are; in the interpreter, so few that a program has several tiles."""
-    return _multiprocessors(x.device.index) if x.is_cuda else 2
-
-
-@functools.cache
-def _multiprocessors(index):
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    return multiprocessors(x.device.index) if x.is_cuda else 2
 
 
 def _form(temperature, inter_temperature, learned):

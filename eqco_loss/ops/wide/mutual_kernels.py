@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..calls import LOG2E as _LOG2E
 from ..calls import Row
+from ..gap_kernels import read_temperature
 from .pointwise import MINIMUM as _MINIMUM
 
 _LEAST = 0.05  # temperature whose logits of unit rows, at most 29 in base 2, need no maximum
@@ -93,15 +94,6 @@ def lower_than(
         keep = in_rows[:, None] & in_keys[None, :]
         x = tl.where(keep & (apart != 0) & (apart != half) & (apart != -half), x, float("-inf"))
     return x
-
-
-@triton.jit
-def largest_logit(temperature, temperature_tensor):
-    """log2(e) / t, which no logit of unit rows passes."""
-    t = temperature
-    if temperature_tensor is not None:
-        t = tl.load(temperature_tensor).to(tl.float32)
-    return LOG2E / t
 
 
 @triton.jit
@@ -207,7 +199,7 @@ def statistics_of_tile(
     left, right = multiplied(
         views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PIECES
     )  # fmt: skip
-    highest = largest_logit(temperature, temperature_tensor)
+    highest = LOG2E / read_temperature(temperature, temperature_tensor)  # which no logit of unit rows passes
     to_inter = LOG2E / highest / inter_t
     follow: tl.constexpr = FORM == FOLLOWED
     follows = follow
@@ -315,7 +307,7 @@ def weights_of_tile(
     left, right = multiplied(
         views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PIECES
     )  # fmt: skip
-    highest = largest_logit(temperature, temperature_tensor)
+    highest = LOG2E / read_temperature(temperature, temperature_tensor)  # which no logit of unit rows passes
     factor = tl.load(grad).to(tl.float32)
     places = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     at_rows = out + places[:, None] * out_stride + j * BLOCK_KEYS  # aligned, whatever the first key is

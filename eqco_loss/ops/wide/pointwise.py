@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import os
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .. import gap
 from ..calls import LN2, LOG2E, Metric, Pairs, Row, RowLosses, SymmetricLosses, loss_of, rounded_log_sum, temperature_of
+from ..launcher import interpreted
 
 MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
@@ -298,13 +298,9 @@ def _either(a: Tensor | None, b: Tensor) -> Tensor:
 
 def _kernels(x: Tensor) -> Any:
     """The module of the kernels that serve x, or None."""
-    if x.dtype != torch.float32 or not (x.is_cuda or _interpreted()):
+    if x.dtype != torch.float32 or not (x.is_cuda or interpreted()):
         return None
     return _module(x.device.index if x.is_cuda else None)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
 @functools.cache

@@ -181,7 +181,7 @@ def fold_kernel(
 
 @triton.jit
 def finish_views_kernel(
-    parts, tiles_of_rows, rows_end, of_keys, tiles_of_keys, state, state_stride,
+    parts, parts_of_rows, rows_end, of_keys, parts_of_keys, state, state_stride,
     temperature, temperature_tensor, inter_t, known, alpha, share, scratch, loss, out, n,
     FORM: tl.constexpr, WEIGH: tl.constexpr, ALPHA: tl.constexpr, LOSS: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -192,7 +192,7 @@ def finish_views_kernel(
     """
     side = tl.program_id(1)
     start, count = tl.where(side == 1, rows_end, 0), tl.where(side == 1, n - rows_end, rows_end)
-    tiles, offset = tl.where(side == 1, tiles_of_keys, tiles_of_rows), tl.where(side == 1, of_keys, 0)
+    tiles, offset = tl.where(side == 1, parts_of_keys, parts_of_rows), tl.where(side == 1, of_keys, 0)
     place = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside, rows = place < count, start + place
     t = read_temperature(temperature, temperature_tensor)
