@@ -16,7 +16,7 @@ from .queue import FLOATS, INTEGERS, MomentumQueue, check_dense
 from .settings import Backend, InBatch, Inputs, Reduction, Sampling, Settings
 
 BACKENDS, IN_BATCH, REDUCTIONS, SAMPLINGS = (get_args(each) for each in (Backend, InBatch, Reduction, Sampling))
-LARGEST = 1e38  # about what float32 holds
+LARGEST = 1e38  # float32 ends at 3.4e38
 
 Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
 
@@ -420,9 +420,10 @@ def _tensor(name: str, x: Any) -> None:
         kinds = "torch.Tensor, a MomentumQueue or None" if name == "negative_keys" else "torch.Tensor"
         sequence = isinstance(x, (list, tuple)) and any(isinstance(one, Tensor) for one in x)
         way = f"Stack its embeddings: torch.stack({name})" if sequence else "Convert it with torch.as_tensor"
-        if isinstance(x, MomentumQueue):
+        if isinstance(x, MomentumQueue) and name == "keys":  # of negatives_logsumexp
+            way = "Give what it holds: queue.keys"
+        elif isinstance(x, MomentumQueue):
             way = "A queue comes third: criterion(query, positive_key, queue)"
-            way = "Give what it holds: queue.keys" if name == "keys" else way
         elif isinstance(x, numbers.Real):
             way = f"Settings go by keyword: temperature={x!r}"
         raise TypeError(f"{name}: expected a {kinds}, got {type(x).__name__}. {way}.")

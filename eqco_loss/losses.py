@@ -158,8 +158,8 @@ class EqCoLoss(Criterion):
         gather: True, or a process group: in-batch negatives come from all its ranks, uneven batches included, gradients
             return to the rank that owns the key, and each rank's value is its rows' sum times (world size / rows of all
             ranks), such that after DDP's averaging values and gradients are those of one process with the whole batch
-            (``"sum"``: times the world size; ``"none"``: as it is). A learned
-            temperature gets the averaged gradient on every rank, inside a DDP module or beside it.
+            (``"sum"``: times the world size; ``"none"``: as it is). A learned temperature gets the averaged gradient on
+            every rank, inside a DDP module or beside it.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, or ``"torch"`` or ``"triton"`` by name, which obeys or raises; ``chosen_backend(...)``
             tells what serves a call and why. The Triton kernels take float16, bfloat16 and float32 with D up to 512

@@ -27,9 +27,10 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # t
 
 def check_dense(name: str, x: Tensor) -> None:
     if x.is_nested:
+        rows = f"Put its rows into one: torch.cat({name}.unbind())."
+        pad = f"Pad it, {name}.to_padded_tensor(0.0); negative_mask says what is padding."
         raise TypeError(
-            f"{name}: expected a dense tensor, got a nested one. Pad it, {name}.to_padded_tensor(0.0), and say with a "
-            "mask of negatives what is padding."
+            f"{name}: expected a dense tensor, got a nested one. {pad if name == 'negative_keys' else rows}"
         )
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}. Use {name}.to_dense().")

@@ -896,13 +896,14 @@ def test_tensors_that_are_not_dense() -> None:
     keys, queue = KEYS[: len(Q)], MomentumQueue(8, D)
     nested = [torch.nested.nested_tensor([Q, Q]), torch.nested.nested_tensor([Q, Q], layout=torch.jagged)]
     for x in (Q.to_sparse(), Q.to_sparse_csr(), Q.to_mkldnn(), *nested):
-        way = r"Pad it, .*\.to_padded_tensor" if x.is_nested else r"Use .*\.to_dense\(\)"
         calls: dict[str, Callable[[], Any]] = {
             "query": lambda x=x: EqCoLoss()(x, keys),  # type: ignore[misc]
             "negative_keys": lambda x=x: EqCoLoss()(Q, keys, x),  # type: ignore[misc]
             "keys": lambda x=x: queue.enqueue(x),  # type: ignore[misc]
         }
         for name, call in calls.items():
+            way = rf"{name}\.to_padded_tensor" if name == "negative_keys" else rf"torch\.cat\({name}\.unbind\(\)\)"
+            way = way if x.is_nested else rf"Use {name}\.to_dense\(\)"
             with pytest.raises(TypeError, match=rf"^{name}: expected a dense tensor, got .*{way}"):
                 call()
     with pytest.raises(TypeError, match=r"Use query_ids\.to_dense\(\)"):
