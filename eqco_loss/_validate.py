@@ -200,7 +200,6 @@ def call(chosen: Settings, given: Inputs) -> None:
     reverse_mode()
     settings_and_embeddings(chosen, given)
     query, negative_keys = given.query, given.negative_keys
-    stored = isinstance(negative_keys, MomentumQueue)
     temperature_device(chosen.temperature, query)
     k = chosen.num_negatives
     if negative_keys is not None and k is not None:
@@ -218,7 +217,7 @@ def call(chosen: Settings, given: Inputs) -> None:
             f'num_negatives: expected an even number with in_batch="views", got {k}. Both views of the next K/2 images '
             f"are taken: use {k + 1}."
         )
-    if stored:
+    if isinstance(negative_keys, MomentumQueue):
         queue(negative_keys, query)
     ids(given)
     mask(given)
