@@ -230,8 +230,9 @@ def test_a_norm_that_cannot_do_what_it_says() -> None:
         norms.check_norm("sync", cuda, world_size=1, batch_size=8)
     with pytest.raises(ValueError, match=r"norm: shuffle needs several processes, got 1.*--norm split"):
         norms.check_norm("shuffle", cuda, world_size=1, batch_size=8)
-    for batch_size in (8, 12):
-        with pytest.raises(ValueError, match=f"splits: a batch of {batch_size} on each process cannot be split into 8"):
+    for batch_size, near in ((8, 16), (12, 16), (999, 992)):
+        way = f"a batch of {batch_size} on each process cannot be split into 8 .* each gets {near}, or a --splits"
+        with pytest.raises(ValueError, match=f"splits: {way}"):
             norms.check_norm("split", cpu, world_size=1, batch_size=batch_size)
     norms.check_norm("sync", cuda, world_size=2, batch_size=8)
     norms.check_norm("shuffle", cpu, world_size=2, batch_size=8)

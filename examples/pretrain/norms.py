@@ -91,9 +91,10 @@ def check_norm(norm: Norm, device: torch.device, world_size: int, batch_size: in
     if norm == "shuffle" and world_size == 1:
         raise ValueError("norm: shuffle needs several processes, got 1. Give --norm split, which is it for one.")
     if norm == "split" and (batch_size % splits or batch_size < 2 * splits):
+        near = max(2, batch_size // splits) * splits
         raise ValueError(
             f"splits: a batch of {batch_size} on each process cannot be split into {splits} equal parts of 2 or more. "
-            "Give a --splits that divides it."
+            f"Give a --batch-size of which each gets {near}, or a --splits that divides {batch_size}."
         )
 
 
