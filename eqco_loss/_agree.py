@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _validate as check
-from .distributed import Ranks, cannot_wait, check_gather, equal_ranks, exchange, fail_together, world
+from .distributed import Ranks, cannot_wait, check_gather, checked_together, equal_ranks
 from .queue import MomentumQueue
 from .settings import Inputs, Settings
 
@@ -31,42 +31,21 @@ def inputs(chosen: Settings, given: Inputs) -> Ranks | None:
 def _agree(chosen: Settings, given: Inputs) -> Ranks:
     """The same for every rank of a group: whatever is wrong on one is an error on all, and none is left waiting."""
     check_gather(chosen.gather)
-    group, rank, size = world(chosen.gather)
-    query, positive_key, negative_keys, t = given.query, given.positive_key, given.negative_keys, chosen.temperature
+    query = given.query
     if isinstance(query, Tensor) and cannot_wait(query):
         check.call(chosen, given)
         return equal_ranks(chosen.gather, query)
-    wrong: Exception | None = None
-    try:
+
+    found: dict[str, int | Tensor] = {}
+
+    def facts() -> list[int | Tensor]:
         check.call(chosen, given)
-    except Exception as error:
-        wrong = error
-    facts: dict[str, int | Tensor] = {"rows": -1}  # an error
-    if wrong is None:
-        facts = {
-            "rows": query.shape[0],
-            "D": query.shape[1],
-            "dtype": _code((query.dtype, positive_key.dtype)),
-            "settings (temperature, alpha, in_batch, num_negatives, sampling, symmetric, normalize, reduction)": _code(
-                [
-                    "a tensor" if isinstance(x, Tensor) else float(x) if isinstance(x, numbers.Real) else x
-                    for x in chosen._replace(gather=True)
-                ]
-            ),
-            "kind of negative_keys": _code([isinstance(negative_keys, kind) for kind in (Tensor, MomentumQueue)]),
-            "query_ids given": int(given.query_ids is not None),
-            "gradients wanted": _bits(
-                [
-                    torch.is_grad_enabled(),
-                    *(isinstance(x, Tensor) and x.requires_grad for x in (query, positive_key, t)),
-                ]
-            ),
-            "temperature": t.detach().double().view(torch.int64) if isinstance(t, Tensor) else 0,  # not read on a GPU
-        }
+        found.update(_facts(chosen, given))
+        return list(found.values())
+
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-    everyone = exchange(list(facts.values()) + [0] * (AGREED - len(facts)), device, group, size)
-    fail_together(wrong, [r for r, values in enumerate(everyone) if values[0] < 0])
-    for place, name in enumerate(facts):
+    ranks, everyone = checked_together(facts, AGREED, chosen.gather, device)
+    for place, name in enumerate(found):
         values = [row[place] for row in everyone]
         if name == "temperature":
             _same_temperature(values)
@@ -77,10 +56,31 @@ def _agree(chosen: Settings, given: Inputs) -> Ranks:
                 f"gather: expected the same on every rank, got different {name}{shown} on rank "
                 f"{', '.join(map(str, odd))} than on rank 0. Call the same loss with the same settings on every rank."
             )
-    ranks = Ranks(group, rank, tuple(row[0] for row in everyone))
-    if negative_keys is None:
+    if given.negative_keys is None:
         check.others(ranks.total, query)
     return ranks
+
+
+def _facts(chosen: Settings, given: Inputs) -> dict[str, int | Tensor]:
+    """What ranks compare of a checked call, by the name that an error gives it; the rows alone may differ."""
+    query, positive_key, t = given.query, given.positive_key, chosen.temperature
+    names = ", ".join(name for name in Settings._fields if name != "gather")
+    numbers_and_words = [
+        "a tensor" if isinstance(x, Tensor) else float(x) if isinstance(x, numbers.Real) else x
+        for x in chosen._replace(gather=True)
+    ]
+    wanted = [isinstance(x, Tensor) and x.requires_grad for x in (query, positive_key, t)]
+    return {
+        "rows": query.shape[0],
+        "D": query.shape[1],
+        "dtype": _code((query.dtype, positive_key.dtype)),
+        f"settings ({names})": _code(numbers_and_words),
+        "kind of negative_keys": _code([isinstance(given.negative_keys, kind) for kind in (Tensor, MomentumQueue)]),
+        "query_ids given": int(given.query_ids is not None),
+        "gradients wanted": _bits([torch.is_grad_enabled(), *wanted]),
+        # As bits, which the exchange reads for all ranks at once; to read a GPU's here would be to wait for it twice.
+        "temperature": t.detach().double().view(torch.int64) if isinstance(t, Tensor) else 0,
+    }
 
 
 def _same_temperature(bits: list[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import torch
@@ -50,7 +50,7 @@ class Ranks(NamedTuple):
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """Of all ranks; no gradient."""
+        """The sum over all ranks, without a gradient."""
         total = x.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
@@ -121,7 +121,34 @@ def equal_ranks(gather: Gather, x: Tensor) -> Ranks:
     return Ranks(group, rank, (x.shape[0],) * size)
 
 
-def exchange(
+def checked_together(
+    facts: Callable[[], Sequence[int | Tensor]], count: int, gather: Gather, device: torch.device
+) -> tuple[Ranks, list[list[int]]]:
+    """Who takes part, and every rank's ``facts``, at most ``count`` numbers of which the first is how many rows it has.
+
+    What ``facts`` raises on one rank is an error on all: that rank raises its own, the others name it, and none is left
+    waiting.
+    """
+    group, rank, size = world(gather)
+    wrong: Exception | None = None
+    mine: Sequence[int | Tensor] = [-1]
+    try:
+        mine = facts()
+    except Exception as error:
+        wrong = error
+    everyone = _exchange([*mine, *[0] * (count - len(mine))], device, group, size)
+    if wrong is not None:
+        raise wrong
+    failed = [r for r, (rows, *_) in enumerate(everyone) if rows < 0]
+    if failed:
+        raise ValueError(
+            f"gather: expected every rank to pass its own checks, got an error on rank {', '.join(map(str, failed))}. "
+            "Its message is the one to mend."
+        )
+    return Ranks(group, rank, tuple(rows for rows, *_ in everyone)), everyone
+
+
+def _exchange(
     values: Sequence[int | Tensor], device: torch.device, group: ProcessGroup | None, size: int
 ) -> list[list[int]]:
     """Every rank's values, in rank order. Waits for the device once, however many of the values are tensors on it."""
@@ -135,19 +162,8 @@ def exchange(
     return rows
 
 
-def fail_together(wrong: Exception | None, failed: list[int]) -> None:
-    """What is wrong on some ranks is an error on all: each raises its own, the others name them."""
-    if wrong is not None:
-        raise wrong
-    if failed:
-        raise ValueError(
-            f"gather: expected every rank to pass its own checks, got an error on rank {', '.join(map(str, failed))}. "
-            "Its message is the one to mend."
-        )
-
-
 def _gather_into(out: Tensor, x: Tensor, group: ProcessGroup | None) -> None:
-    """Of equal shapes, by the name that this torch wants it called."""
+    """Gathers tensors of equal shapes into ``out``, by the name that this torch has for it."""
     newer = getattr(dist, "all_gather_single", None)
     (dist.all_gather_into_tensor if newer is None else newer)(out, x, group=group)
 

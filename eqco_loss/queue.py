@@ -15,10 +15,8 @@ from .distributed import (
     Ranks,
     cannot_wait,
     check_gather,
+    checked_together,
     equal_ranks,
-    exchange,
-    fail_together,
-    world,
 )
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,9 +134,9 @@ class MomentumQueue(HoldsGroup):
         unit = self._without_nonfinite(unit)
         n = len(unit)
         slots = (self.cursor + torch.arange(n, device=unit.device)) % size
-        self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
         if self.slot_ids is not None and ids is not None:
             self.slot_ids.index_copy_(0, slots, ids[-size:].to(torch.int64))
+        self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
         self.cursor.add_(n).remainder_(size)
         self.count.add_(n).clamp_(max=size)
         self._known_to_hold_keys = self._known_to_hold_keys or n > 0
@@ -202,18 +200,19 @@ class MomentumQueue(HoldsGroup):
             4096
         """
         size, dim = self.contents.shape
-        if not isinstance(queue, Tensor) or queue.shape != (dim, size):
-            got = tuple(queue.shape) if isinstance(queue, Tensor) else type(queue).__name__
+        if not isinstance(queue, Tensor) or queue.shape != (dim, size) or not queue.is_floating_point():
+            got = f"{tuple(queue.shape)} of {queue.dtype}" if isinstance(queue, Tensor) else type(queue).__name__
             raise ValueError(
-                f"queue: expected MoCo's (D, K) = ({dim}, {size}), got {got}. Construct MomentumQueue(K, D) to match."
+                f"queue: expected MoCo's floating-point (D, K) = ({dim}, {size}), got {got}. Construct "
+                "MomentumQueue(K, D) to match."
             )
         if self.slot_ids is not None:
             raise ValueError(
                 "queue: expected a MomentumQueue without ids, since MoCo stores none, got store_ids=True. "
                 "Construct it with store_ids=False."
             )
-        if not 0 <= int(pointer) < size:
-            raise ValueError(f"pointer: expected 0 <= pointer < {size}, got {int(pointer)}. MoCo calls it queue_ptr.")
+        if (isinstance(pointer, Tensor) and pointer.numel() != 1) or not 0 <= int(pointer) < size:
+            raise ValueError(f"pointer: expected 0 <= pointer < {size}, got {pointer}. MoCo calls it queue_ptr.")
         self.contents.copy_(self._without_nonfinite(self._unit(queue.T)))
         self.cursor.fill_(int(pointer))
         self.count.fill_(size)
@@ -237,16 +236,12 @@ class MomentumQueue(HoldsGroup):
         if isinstance(keys, Tensor) and cannot_wait(keys):
             self._check(keys, ids)
             return equal_ranks(self.gather, keys)
-        wrong: Exception | None = None
-        try:
+
+        def rows() -> list[int]:
             self._check(keys, ids)
-        except (TypeError, ValueError) as error:
-            wrong = error
-        group, rank, size = world(self.gather)
-        rows = -1 if wrong is not None else keys.shape[0]
-        sizes = tuple(count for (count,) in exchange([rows], self.contents.device, group, size))
-        fail_together(wrong, [r for r, count in enumerate(sizes) if count < 0])
-        return Ranks(group, rank, sizes)
+            return [len(keys)]
+
+        return checked_together(rows, 1, self.gather, self.contents.device)[0]
 
     def _order(self) -> Tensor:
         count, size = int(self.count), len(self.contents)
@@ -299,6 +294,12 @@ class MomentumQueue(HoldsGroup):
                 raise TypeError(
                     f"ids: expected an integer tensor ({len(keys)},), got "
                     f"{getattr(ids, 'dtype', type(ids).__name__)}. Use ids.long()."
+                )
+            check_dense("ids", ids)
+            if ids.device != self.contents.device:
+                raise ValueError(
+                    f"ids: expected the queue's device, {self.contents.device}, got {ids.device}. Use "
+                    f"ids.to({str(self.contents.device)!r})."
                 )
             if ids.shape != keys.shape[:1]:
                 raise ValueError(

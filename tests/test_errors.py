@@ -539,6 +539,24 @@ TABLE = [
         "float32",
         "long",
     ),
+    Row(
+        "enqueue ids device",
+        enqueue(MomentumQueue(5, 3, store_ids=True), Q, IDS.to("meta")),
+        ValueError,
+        "ids",
+        "cpu",
+        "meta",
+        "to('cpu')",
+    ),
+    Row(
+        "enqueue sparse ids",
+        enqueue(MomentumQueue(5, 3, store_ids=True), Q, IDS.to_sparse()),
+        TypeError,
+        "ids",
+        "dense",
+        "sparse",
+        "to_dense()",
+    ),
     # --------------------------------------------------------------------------------------------------------- momentum
     Row("momentum > 1", update(net(), net(), 1.5), ValueError, "momentum", "1.5", "0.999"),
     Row("momentum < 0", update(net(), net(), -0.1), ValueError, "momentum", "-0.1", "0.999"),
@@ -666,7 +684,8 @@ def test_a_refused_enqueue_leaves_the_queue_alone() -> None:
     """Nothing half done: after an error the queue is what it was."""
     queue = filled(store_ids=True)
     before = copy.deepcopy(queue.state_dict())
-    for bad in ((rows(4, 2), IDS), (Q, None), (Q, IDS[:2]), (Q.long(), IDS)):
+    others = ((Q, IDS.to("meta")), (Q, IDS.to_sparse()), (Q.to("meta"), IDS))
+    for bad in ((rows(4, 2), IDS), (Q, None), (Q, IDS[:2]), (Q.long(), IDS), *others):
         with pytest.raises((ValueError, TypeError)):
             queue.enqueue(*bad)
     assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())

@@ -341,8 +341,12 @@ def test_moco_checkpoint_loads() -> None:
     torch.testing.assert_close(queue.keys, torch.cat([stored.T[6:], stored.T[:6]]))
     queue.enqueue(keys)
     torch.testing.assert_close(queue.contents[[6, 7, 0]], torch.nn.functional.normalize(keys, dim=1))
-    with pytest.raises(ValueError, match=r"queue: expected MoCo's \(D, K\) = \(5, 9\), got \(5, 8\)"):
+    with pytest.raises(ValueError, match=r"queue: expected MoCo's floating-point \(D, K\) = \(5, 9\), got \(5, 8\)"):
         MomentumQueue(9, D).load_moco(stored)
+    with pytest.raises(ValueError, match=r"got .* of torch\.int64"):
+        queue.load_moco(stored.long())
+    with pytest.raises(ValueError, match=r"pointer: expected 0 <= pointer < 8, got tensor\(\[1, 2\]\)"):
+        queue.load_moco(stored, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="pointer: expected 0 <= pointer < 8, got 8"):
         queue.load_moco(stored, 8)
     with pytest.raises(ValueError, match="got store_ids=True"):
