@@ -65,7 +65,7 @@ def main(args: Args) -> None:
             with fabric.autocast():
                 found = encoder.features(fabric.to_device(images[whole]))
             rows = numbers[whole].tolist()
-            features[len(kept) : len(kept) + len(rows)] = found.float().cpu()
+            features[len(kept) : len(kept) + len(rows)] = found.float().cpu().numpy()
             kept += rows
     except DataError as error:
         fail(str(error).splitlines()[-1].split("DataError: ")[-1].replace("data_dir:", "images:"))
