@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from eqco_loss.ops import Pairs
 from eqco_loss.ops.triton import arguments, backward, launch
-from eqco_loss.ops.triton.tables import Tile
+from eqco_loss.ops.triton.tables import TileSize
 
 from . import records, tune_wide
 from .measure import RESULTS, Row, Timing, captured, interleave, interleave_gpu, provenance, set_precision, write_csv
@@ -43,7 +43,7 @@ RESIDENT, STREAMED, WARPS, STAGES = (16, 32, 64, 128), (16, 32, 64, 128), (4, 8)
 PASSES = ("M1 forward", "M1 autocast", "M2 forward", "S1 forward", "S1 keys' gradient", "S2 forward", "S2 gradient")
 # To the table's tile, in the norm.
 CLOSE = {"float32": 1e-4, "high": 1e-2, "bfloat16": 2e-2, "float16": 1e-2, "amp": 2e-2}
-FIELDS = dict.fromkeys(Tile._fields + tune_wide.Candidate._fields + tune_wide.Rows._fields)  # of any candidate
+FIELDS = dict.fromkeys(TileSize._fields + tune_wide.Candidate._fields + tune_wide.Rows._fields)  # of any candidate
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,17 @@ def compile_first(args: Args, names: list[str]) -> None:
         pool.starmap(compile_some, shares, chunksize=1)
 
 
-def compile_some(dtype: str, d: int, work: list[tuple[str, Tile | None]], device: str = "cuda") -> None:
+def compile_some(dtype: str, d: int, work: list[tuple[str, TileSize | None]], device: str = "cuda") -> None:
     every = passes(dtype, d, device)
     for name, tile in work:
         with contextlib.suppress(Exception):  # the one that times them says why
             every[name](tile)
 
 
-def tiles(dtype: str) -> list[Tile | None]:
+def tiles(dtype: str) -> list[TileSize | None]:
     """The table's (None), and all that may be worth a try."""
     half = dtype in ("bfloat16", "float16")
-    every = map(Tile, *zip(*itertools.product(RESIDENT, STREAMED, WARPS, STAGES), strict=True))
+    every = map(TileSize, *zip(*itertools.product(RESIDENT, STREAMED, WARPS, STAGES), strict=True))
     return [None, *(x for x in every if (x.resident >= 32 and x.streamed >= 32) or not half)]
 
 

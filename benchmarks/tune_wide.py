@@ -19,14 +19,13 @@ from . import records
 
 SHAPES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (64, 256, 4))  # rows, keys, warps
 FEATURES, STAGES, GROUPS = (64,), (2, 3, 4), (16,)  # measured: 32 and 128 features, and 5 stages, are slower
-PROGRAMS = (0, 1, 2)  # for each multiprocessor, that visit tile after tile; 0: a program for each tile
 SHARED = (64 * 2**10, 227 * 2**10)  # bytes that the stages of a loop may take: less hides no latency
 ELEMENTS, WARPS = (512, 1024, 2048, 4096), (2, 4, 8)
 PASSES = ("wide statistics", "wide weights", "wide rows")
 
 
 class Candidate(NamedTuple):
-    """Of ``mutual.Tile``, which is not imported where there is no Triton."""
+    """The fields of ``mutual.TileSize``, which is not imported where there is no Triton."""
 
     rows: int
     keys: int
@@ -34,12 +33,10 @@ class Candidate(NamedTuple):
     warps: int
     stages: int
     group: int
-    programs: int
-    pieces: int
 
 
 class Rows(NamedTuple):
-    """Of ``mutual.Rows``."""
+    """The fields of ``mutual.RowBlocks``."""
 
     elements: int
     warps: int
@@ -57,14 +54,9 @@ def candidates(name: str, groups: tuple[int, ...] = GROUPS) -> list[Candidate | 
     if name == "wide rows":
         return [None, *map(Rows, *zip(*product(ELEMENTS, WARPS), strict=True))]
     found: list[Candidate | Rows | None] = [None]
-    for (rows, keys, warps), features, stages, programs, group in product(SHAPES, FEATURES, STAGES, PROGRAMS, groups):
-        shared = (rows + keys) * features * 2 * stages
-        resident = programs == 0 or (features == 64 and shared * programs <= SHARED[1] and warps * programs == 8)
-        if not (SHARED[0] <= shared <= SHARED[1] and resident):
-            continue
-        whole = programs > 0 or (features == 64 and stages == 3)  # where a tile is also tried in one piece
-        for pieces in (2, 1) if whole else (2,):
-            found.append(Candidate(rows, keys, features, warps, stages, group, programs, pieces))
+    for (rows, keys, warps), features, stages, group in product(SHAPES, FEATURES, STAGES, groups):
+        if SHARED[0] <= (rows + keys) * features * 2 * stages <= SHARED[1]:
+            found.append(Candidate(rows, keys, features, warps, stages, group))
     return found
 
 
@@ -80,7 +72,7 @@ def taken(name: str, tile: Candidate | Rows | None) -> Iterator[None]:
         return
     of_tables: dict[str, Any] = {"wide statistics": "STATISTICS", "wide weights": "WEIGHTS", "wide rows": "ROWS"}
     mutual = engine()
-    kind = mutual.Rows if name == "wide rows" else mutual.Tile
+    kind = mutual.RowBlocks if name == "wide rows" else mutual.TileSize
     with mock.patch.object(mutual, of_tables[name], kind(*tile)):
         yield
 

@@ -195,7 +195,7 @@ def compute_metrics(settings: Settings, inputs: Inputs) -> LossMetrics:
     alpha = count if settings.alpha is None else torch.full_like(count, float(settings.alpha))
     t = settings.temperature
     t = t.detach().to(count.dtype) if isinstance(t, Tensor) else float(t)
-    rank = metrics[Metric.RANK] + 0 * (base + positive)  # NaN where the row is
+    rank = metrics[Metric.RANK] + 0 * (base + positive)  # a row whose logits are NaN has no rank
     rows = torch.stack(
         [
             torch.where(rank.isnan(), rank, (rank < 1).to(rank.dtype)),

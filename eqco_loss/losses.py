@@ -41,19 +41,7 @@ class Criterion(HoldsGroup):
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
-        return Settings(
-            self.temperature,
-            self.inter_temperature,
-            self.alpha,
-            self.in_batch,
-            self.num_negatives,
-            self.sampling,
-            self.symmetric,
-            self.normalize,
-            self.gather,
-            self.reduction,
-            self.backend,
-        )
+        return Settings(*[getattr(self, name) for name in Settings._fields])
 
     if TYPE_CHECKING:  # nn.Module's says nothing about arguments and returns Any
 

@@ -96,7 +96,7 @@ def random_negatives(
     others = views * (total - 1)
 
     def over_own(picked: Tensor, first: int) -> Tensor:
-        """Of others, to places: each row steps over its own."""
+        """From numbers among the others to places among all: those from the row's own place on move up by one."""
         view, place = picked // (total - 1), picked % (total - 1)
         own = torch.arange(offset + first, offset + first + picked.shape[0], device=device)
         return place.add_(place >= own[:, None]).add_(view, alpha=total)

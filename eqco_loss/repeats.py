@@ -130,8 +130,10 @@ def forget() -> None:
 
 
 def _is_plain(x: object) -> TypeGuard[Tensor]:
-    """Whether it is a tensor with strides, and none of a subclass that might do anything."""
-    return (type(x) is Tensor or type(x) is nn.Parameter) and x.layout is torch.strided and not x.is_nested
+    """Whether it is a tensor of strides whose memory holds its values, and none of a subclass that may do anything."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return False
+    return x.layout is torch.strided and not x.is_nested and not x.is_neg()
 
 
 def _kind_of(x: Tensor) -> tuple[Any, ...]:

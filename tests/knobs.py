@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import torch
+
 import eqco_loss.ops
 
 
@@ -38,3 +40,14 @@ def tiles(elements: int | None = None, *, flash: bool = True) -> Iterator[None]:
         if not flash:
             stack.enter_context(patched("flash_works", lambda *_: False))
         yield
+
+
+@contextmanager
+def float16_summed_in_float16() -> Iterator[None]:
+    """torch's own setting for products, of which torch refuses those that come out in float32 while it is on."""
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before

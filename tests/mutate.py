@@ -45,7 +45,7 @@ TESTS = {  # the files of kernels, and what tests them
     "wide/kernels.py": WIDE,
     "wide/mutual_kernels.py": BOTH,
     "wide/view_kernels.py": BOTH,
-    "gap_kernels.py": FUSED,
+    "shared_kernels.py": FUSED,
 }
 SIGNS: dict[type[ast.AST], tuple[str, str]] = {ast.Add: ("+", "-"), ast.Sub: ("-", "+")}
 COMPARISONS: dict[type[ast.AST], tuple[str, str]] = {

@@ -61,5 +61,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "left columns of a wider matrix": lambda x: torch.cat([x, torch.full_like(x, math.nan)], -1)[..., : x.shape[-1]],
     "right columns, every second": lambda x: _gap_of_nan(x, -1).flatten(-2)[..., ::2],
     "offset into a buffer": lambda x: torch.cat([torch.full_like(x, math.nan), x])[len(x) :],
+    "its negative in memory": lambda x: torch._neg_view(-x),  # as that of z.conj().imag is
 }
 layouts = st.sampled_from(sorted(LAYOUTS))

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from eqco_loss.ops.gap_kernels import add_up
+from eqco_loss.ops.shared_kernels import add_up
 from eqco_loss.ops.triton.forward import load_outs
 
 

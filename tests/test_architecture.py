@@ -46,18 +46,18 @@ INSIDE_OPS = {
     "observers": set(),
     "flat": {"calls"},
     "backends": {"tiles", "triton", "wide"},
-    "wide": {"calls", "gap", "gap_kernels", "launcher", "scaled"},
+    "wide": {"calls", "gap", "shared_kernels", "launcher", "scaled"},
     "tiles": {"blocks", "calls", "definition", "flash", "gap", "mutual", "running", "scaled", "square"},
     "square": {"blocks", "calls", "running"},
     "mutual": {"blocks", "calls", "gap", "running", "scaled", "square"},
-    "running": set(),
+    "running": {"calls"},
     "flash": {"blocks", "calls"},
     "blocks": {"calls", "definition"},
-    "triton": {"calls", "gap_kernels", "launcher", "scaled"},
+    "triton": {"calls", "shared_kernels", "launcher", "scaled"},
     "launcher": set(),
     "gap": {"calls"},
     "scaled": {"calls", "observers"},
-    "gap_kernels": {"calls"},
+    "shared_kernels": {"calls"},
     "definition": {"calls"},
     "calls": set(),
 }
@@ -138,7 +138,7 @@ def test_triton_is_imported_in_one_place_of_a_backend_and_inside_a_function() ->
             for node in ast.walk(function)
         }
         kernels = kernels_of.get(path.parent.name, set())
-        of_kernels = path.stem in kernels or path.stem == "gap_kernels"  # which only kernels import
+        of_kernels = path.stem in kernels or path.stem == "shared_kernels"  # which only kernels import
         for node in ast.walk(tree):
             if not isinstance(node, (ast.Import, ast.ImportFrom)) or of_kernels:
                 continue

@@ -16,7 +16,7 @@ from benchmarks.peers import PEERS
 from benchmarks.registry import Loss, Peer
 from benchmarks.workloads import Case, Problem
 from eqco_loss.ops.triton import tables
-from eqco_loss.ops.triton.tables import Tile
+from eqco_loss.ops.triton.tables import TileSize
 
 SMALL = {
     "M1": Case("M1", 6, 40, 16),
@@ -262,7 +262,7 @@ def test_candidates_of_the_tables_are_checked_and_timed() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     every = tune.passes("float16", 16, device, m=4, k=90, n=6)
     assert tuple(every) == tune.PASSES
-    some: list[Tile | None] = [None, Tile(32, 32, 4, 2), Tile(64, 16, 4, 1)]
+    some: list[TileSize | None] = [None, TileSize(32, 32, 4, 2), TileSize(64, 16, 4, 1)]
     for one in every.values():
         found = tune.tried(one, some, (1.0, 2.0), "float16")
         assert [callable(step) for _, _, step in found] == [True] * 6, found
@@ -271,7 +271,7 @@ def test_candidates_of_the_tables_are_checked_and_timed() -> None:
     assert tune.timed({3: step}, 2, device)[3][0].median > 0
     forward = every["M1 forward"]
 
-    def wrong(tile: Tile | None) -> tuple[Tensor, ...]:
+    def wrong(tile: TileSize | None) -> tuple[Tensor, ...]:
         return forward(tile) if tile is None else tuple(2 * x for x in forward(tile))
 
     assert "differs by" in str(tune.tried(wrong, some[:2], (1.0,), "float16")[1][2])
@@ -285,7 +285,7 @@ def test_candidates_of_the_wide_engine_are_checked_and_timed(dtype: str) -> None
     assert tuple(every) == tune_wide.PASSES
     for name, one in every.items():
         assert None in tune_wide.candidates(name)
-        some = tune_wide.Rows(64, 4) if name == "wide rows" else tune_wide.Candidate(32, 32, 16, 4, 1, 2, 1, 1)
+        some = tune_wide.Rows(64, 4) if name == "wide rows" else tune_wide.Candidate(32, 32, 16, 4, 1, 2)
         found = tune.tried(one, [None, some], (1.0,), dtype)
         assert [callable(step) for _, _, step in found] == [True] * 2, found
 

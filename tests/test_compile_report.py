@@ -81,7 +81,7 @@ def test_host_time() -> None:
     assert rows["S1"][6:] == ["prepare_rows,", "attend,", "combine,", "keys_gradient,", "merge_splits"]
     assert rows["P1"][6:] == ["attend,", "multiply_rows"]
     forward = ["prepare_kernel,", "statistics_kernel,", "finish_views_kernel,"]
-    assert rows["C1"][6:] == [*forward, "weights_kernel,", "through_views_kernel"]
+    assert rows["C1"][6:] == [*forward, "view_weights_kernel,", "through_views_kernel"]
 
 
 @pytest.mark.parametrize(

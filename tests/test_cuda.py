@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
+from tests import knobs
 from tests.tolerance import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -224,15 +225,23 @@ def test_bit_for_bit(loss: Callable[..., Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_more_than_two_to_the_31_offsets() -> None:
-    """K = 2^24 + D = 256 of float16: 64-bit offsets."""
+@pytest.mark.parametrize(("n", "d", "dtype"), [(2, 256, torch.float16), (32, 64, torch.float32)], ids=str)
+def test_more_than_two_to_the_31_offsets(n: int, d: int, dtype: torch.dtype) -> None:
+    """K = 2^24 keys: 64-bit offsets, in float16 within the keys, in float32 between the three pieces of them."""
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
         pytest.skip("needs 20 GB")
-    keys = torch.zeros(2**24, 256, dtype=torch.float16, device="cuda")
+    keys = torch.zeros(2**24, d, dtype=dtype, device="cuda")
     keys[:, 0] = 1.0
     keys[-1, 0], keys[-1, 1] = 0.0, 1.0
-    q = torch.zeros(2, 256, dtype=torch.float16, device="cuda")
+    q = torch.zeros(n, d, dtype=dtype, device="cuda")
     q[:, 1] = 1.0
     lse = functional.negatives_logsumexp(q, keys, temperature=0.02)
     expected = math.log((2**24 - 1) + math.exp(50.0))
     assert torch.allclose(lse, torch.full_like(lse, expected), rtol=1e-6)
+
+
+def test_products_where_float16_is_summed_in_float16() -> None:
+    q, k = rows(64, dtype=torch.float16).requires_grad_(), rows(64, dtype=torch.float16, seed=1)
+    expected = step(EqCoLoss(backend="wide"), q, k)
+    with knobs.float16_summed_in_float16():
+        torch.testing.assert_close(step(EqCoLoss(backend="wide"), q, k), expected, atol=1e-4, rtol=1e-2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, ops
@@ -359,7 +360,7 @@ IDS_OF = {  # n, negatives
 def test_ids_in_few_of_many_tiles(where: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids are compared only in tiles that hold equal ones, of one mark or of several."""
     monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
-    tile = tables.Tile(128, 64, 4, 1) if kind == "large tiles" else tables.Tile(16, 16, 4, 1)
+    tile = tables.TileSize(128, 64, 4, 1) if kind == "large tiles" else tables.TileSize(16, 16, 4, 1)
     monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: tile)
     monkeypatch.setattr(backward, "keys_tile", lambda *_, **__: tile)
     monkeypatch.setattr(arguments, "parallel", lambda _: 1)
@@ -412,7 +413,7 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     case = Case("dual", "shared", n=18, k=150, d=24)
     sample = cases.make(case)
 
-    def under(config: tables.Tile | None, parallel: int) -> Answer:
+    def under(config: tables.TileSize | None, parallel: int) -> Answer:
         if config is not None:
             monkeypatch.setattr(launch, "_COLUMNS_AT_ONCE", 0)
             monkeypatch.setattr(launch, "forward_tile", lambda *_, **__: config)
@@ -421,7 +422,7 @@ def test_tiles_and_splits_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
         return cases.ours(replace(case, backend="triton"), moved(sample))
 
     usual = under(None, 1)
-    for config, parallel in itertools.product((tables.Tile(16, 16, 4, 1), tables.Tile(32, 64, 4, 2)), (1, 3)):
+    for config, parallel in itertools.product((tables.TileSize(16, 16, 4, 1), tables.TileSize(32, 64, 4, 2)), (1, 3)):
         other = under(config, parallel)
         torch.testing.assert_close(other.loss, usual.loss, atol=1e-6, rtol=2e-6)
         torch.testing.assert_close(other.gradients, usual.gradients, atol=1e-6, rtol=1e-5)
@@ -443,6 +444,29 @@ def test_autocast(copies: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
         for ours, exact in pairs:
             error = (ours.double() - exact).norm() / exact.norm()
             assert 1e-6 < error < 2 * torch.finfo(dtype).eps  # of half products, not of float32's
+
+
+@pytest.mark.parametrize("in_batch", ["keys", "views"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_autocast_of_the_other_half(in_batch: Any, dtype: torch.dtype) -> None:
+    """Both directions of views in the one half dtype, under autocast's other one, whose torch.cat refuses the first."""
+    other = DTYPES[1] if dtype == DTYPES[2] else DTYPES[2]
+    q, k = (torch.randn(6, 20, device=DEVICE).to(dtype) for _ in range(2))
+    expected = EqCoLoss(in_batch=in_batch, symmetric=True, backend="torch")(q.float(), k.float())
+    with torch.autocast(DEVICE.type, other):
+        found = EqCoLoss(in_batch=in_batch, symmetric=True, backend="triton")(q, k)
+    torch.testing.assert_close(found, expected, atol=0, rtol=2e-2)
+
+
+def test_an_explicit_gradient_may_be_a_negative_in_memory() -> None:
+    case = Case("eqco", "shared", n=6, k=40)
+    sample = moved(cases.make(case))
+    assert isinstance(sample.negatives, Tensor)
+    leaves = [x.detach().requires_grad_() for x in (sample.query, sample.positive, sample.negatives)]
+    loss, two = EqCoLoss(backend="triton")(*leaves), torch.tensor(2.0, device=DEVICE)
+    expected = torch.autograd.grad(loss, leaves, two, retain_graph=True)
+    found = torch.autograd.grad(loss, leaves, torch._neg_view(-two))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -552,6 +576,20 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton._refusal_of("cuda", 0) is None
 
 
+def test_many_features_of_float32_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX 4090 has 99 KB of it, and three pieces of 16 keys and 16 queries of D = 512 take 112."""
+    monkeypatch.setattr(triton, "_refusal_of", lambda *device: None)
+    with FakeTensorMode():  # which asks for no GPU
+        q, k, half = (torch.empty(3, 300, dtype=dtype, device="cuda") for dtype in (*DTYPES[:1] * 2, torch.bfloat16))
+        for capability, refused in (((9, 0), None), ((8, 9), "D = 300 in float32: with 99 KB")):
+            monkeypatch.setattr(triton, "capability", lambda index, capability=capability: capability)
+            for keys in (k, half):
+                assert str(triton.refusal(q, keys)).startswith(str(refused))
+            assert triton.refusal(half, half) is None
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+        assert triton.refusal(q, k) is None
+
+
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.2, 0.02])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -616,7 +654,7 @@ def test_pieces_hold_float32(count: int) -> None:
         PIECES=count, enable_fp_fusion=True,
     )  # fmt: skip
     truth = unit.double() if count == 2 else x.double()
-    got = out.double().sum(0) / (tables.UNIT if count == 2 else 1)
+    got = out.double().sum(0) / (tables.PIECE_SCALE if count == 2 else 1)
     assert float((got - truth).abs().max() / truth.abs().max()) < 1.5e-7
     if count == 3:
         assert bool(((got - truth).abs() <= 2.0**-23 * truth.abs()).all())

@@ -21,19 +21,20 @@ from eqco_loss.ops.calls import (
     SymmetricLosses,
 )
 from eqco_loss.ops.wide import chunks, pointwise
+from tests import knobs
 from tests.cases import DEVICE
 from tests.interpreter import exact_bfloat16
 from tests.tolerance import assert_as_exact_as_eager
 from tests.world import DTYPES, KINDS, Case, D, K, N, dense, dense_both, draw, ours, ours_both
 
-STEPS = chunks.steps  # the real ones; see many_chunks
+CHUNK_SIZE = chunks.chunk_size  # the real ones; see many_chunks
 
 
 @pytest.fixture(autouse=True)
 def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks so small that sizes which fit a test have several, with ragged ends."""
-    monkeypatch.setattr(chunks, "steps", lambda n, k, *_: (min(n, 9), min(k, 16)))
-    monkeypatch.setattr(wide, "steps", lambda n, k, *_: (min(n, 9), min(k, 16)))
+    monkeypatch.setattr(chunks, "chunk_size", lambda n, k, *_: (min(n, 9), min(k, 16)))
+    monkeypatch.setattr(wide, "chunk_size", lambda n, k, *_: (min(n, 9), min(k, 16)))
     monkeypatch.setattr(chunks, "own_rows", lambda keys: 9 if keys.dim() == 3 else len(keys))
     monkeypatch.setattr(wide, "own_rows", lambda keys: 9)
 
@@ -50,7 +51,7 @@ def pointwise_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         from eqco_loss.ops.wide import mutual
 
         for name, keys in (("STATISTICS", 64), ("SQUARE", 32), ("WEIGHTS", 64)):
-            monkeypatch.setattr(mutual, name, mutual.Tile(32, keys, 16, 4, 1, 2))
+            monkeypatch.setattr(mutual, name, mutual.TileSize(32, keys, 16, 4, 1, 2))
     with exact_bfloat16() if DEVICE.type == "cpu" else nullcontext():
         yield request.param
 
@@ -59,7 +60,7 @@ def pointwise_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("gradient", [True, False])
 def test_rows_of_several_blocks(gradient: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More keys in a chunk than a kernel takes at a time, the largest logit in the last block."""
-    monkeypatch.setattr(chunks, "steps", lambda n, k, *_: (n, k))
+    monkeypatch.setattr(chunks, "chunk_size", lambda n, k, *_: (n, k))
     k = 9001
     keys = draw(k, D, seed=3, dtype=dtype)
     case = Case("all", dtype=dtype, dual=True)
@@ -210,7 +211,7 @@ def test_launches_of_both_directions(
     """In eager code each costs Python 10 us and more, and in a CUDA graph the GPU a microsecond or two."""
     if pointwise_form == "torch":
         pytest.skip("of the kernels")
-    monkeypatch.setattr(chunks, "steps", STEPS)
+    monkeypatch.setattr(chunks, "chunk_size", CHUNK_SIZE)
     dtype = torch.float32 if form == "autocast" else getattr(torch, form)
     t = torch.tensor(0.1, device=DEVICE) if learned else None
     autocast = torch.bfloat16 if form == "autocast" else None
@@ -220,9 +221,9 @@ def test_launches_of_both_directions(
     with Launches(monkeypatch) as seen:
         ours_both(call, grad)
     fitting = ["mul", "abs", "amax", "gt", "scalar_tensor", "where", "div"] if form == "float16" else []
-    products = ["weights_kernel", "product", "product"]  # the second one, of the keys
+    products = ["view_weights_kernel", "product", "product"]  # the second one, of the keys
     if not across:  # a chunk for each view, of which the second one has no keys but its own rows
-        products += ["weights_kernel", "product"]
+        products += ["view_weights_kernel", "product"]
     assert seen.found == [
         *("prepare_kernel", "statistics_kernel", "finish_views_kernel"),
         *(["prepare_kernel"] if form == "float16" else []),
@@ -264,7 +265,7 @@ def test_launches_of_one_direction(pointwise_form: str, monkeypatch: pytest.Monk
     if pointwise_form == "torch":
         pytest.skip("of the kernels")
     for module in (chunks, wide):
-        monkeypatch.setattr(module, "steps", STEPS)
+        monkeypatch.setattr(module, "chunk_size", CHUNK_SIZE)
     monkeypatch.setattr(chunks, "own_rows", len)
     query, key = (draw(24, 32, seed=seed, dtype=torch.float32) for seed in (0, 1))
     pairs = Pairs(band=[0, 23, 24])
@@ -285,6 +286,17 @@ def test_launches_of_one_direction(pointwise_form: str, monkeypatch: pytest.Monk
     ]
 
 
+def test_products_in_float32_where_a_gpu_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else halves are converted before they are multiplied: by torch's setting for float16, by the GPU for bfloat16."""
+    for capability, has in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(chunks, "_capability", lambda index, capability=capability: capability)
+        assert chunks.multiplies_to_float32(torch.bfloat16, 0) == has
+        assert chunks.multiplies_to_float32(torch.float16, 0)
+    with knobs.float16_summed_in_float16():
+        assert not chunks.multiplies_to_float32(torch.float16, 0)
+        assert chunks.multiplies_to_float32(torch.bfloat16, 0)
+
+
 def test_what_is_multiplied_ends_with_its_last_row(pointwise_form: str) -> None:
     """Blocks of features are powers of two, and what lies behind the last row is not theirs."""
     if pointwise_form == "torch":
@@ -300,7 +312,7 @@ def test_what_is_multiplied_ends_with_its_last_row(pointwise_form: str) -> None:
     scratch = torch.ones(1, device=DEVICE)
     prepare_kernel[(2,)](
         here, *here.stride(), there, *there.stride(), memory, width, None, rows, scratch, half,
-        D=d, WIDTH=width, FORM=_COPY, MEASURE=True, BLOCK_ROWS=4, BLOCK_D=128,
+        D=d, WIDTH=width, ROWS_AS=_COPY, MEASURE=True, BLOCK_ROWS=4, BLOCK_D=128,
     )  # fmt: skip
     out = memory[: 2 * half * width].view(2 * half, width)
     assert torch.equal(out[:, :d], torch.cat([here, there]))
@@ -326,17 +338,15 @@ def test_chunks_of_statistics(
     call = SymmetricLosses(*halves(views), across, t, given, 0.5 if dual else None, None, [1, 90], True, None, "wide")
     grad = torch.ones((), device=DEVICE)
     if DEVICE.type == "cuda":
-        monkeypatch.setattr(mutual, "STATISTICS", mutual.Tile(32, 64, 32, 4, 2, 2))
-        monkeypatch.setattr(mutual, "SQUARE", mutual.Tile(32, 32, 32, 4, 2, 2))
+        monkeypatch.setattr(mutual, "STATISTICS", mutual.TileSize(32, 64, 32, 4, 2, 2))
+        monkeypatch.setattr(mutual, "SQUARE", mutual.TileSize(32, 32, 32, 4, 2, 2))
     several, truth = ours_both(call, grad), dense_both(call, grad, torch.float64)
-    for name in ("STATISTICS", "WEIGHTS"):  # programs that visit several tiles, in one piece
-        monkeypatch.setattr(mutual, name, getattr(mutual, name)._replace(programs=1, pieces=1))
-    monkeypatch.setattr(mutual, "PARTS", 1)
+    monkeypatch.setattr(mutual, "STATISTICS_BYTES", 1)
     every = ours_both(call, grad)
-    monkeypatch.setattr(chunks, "steps", lambda n, k, *_: (min(n, 40), min(k, 70)))  # of several tiles each
+    monkeypatch.setattr(chunks, "chunk_size", lambda n, k, *_: (min(n, 40), min(k, 70)))  # of several tiles each
     monkeypatch.setattr(mutual, "WEIGHTS", mutual.WEIGHTS._replace(rows=32, keys=32))
     larger = ours_both(call, grad)
-    monkeypatch.setattr(chunks, "steps", STEPS)
+    monkeypatch.setattr(chunks, "chunk_size", CHUNK_SIZE)
     single = ours_both(call, grad)
     for name, x in single.items():
         for other in (several[name], every[name], larger[name]):
@@ -352,7 +362,7 @@ def test_statistics_of_rows_that_leave_no_room(
     """As many keys as a row of the workspace holds: what is stored behind them is the next row's."""
     if pointwise_form == "torch":
         pytest.skip("of the kernels")
-    monkeypatch.setattr(chunks, "steps", STEPS)
+    monkeypatch.setattr(chunks, "chunk_size", CHUNK_SIZE)
     call = SymmetricLosses(
         *halves(draw(2 * 40, D, dtype=torch.bfloat16)), across, 0.2, None, None, None, [1, 80], True, None, "wide"
     )
@@ -383,7 +393,7 @@ def test_one_of_two_temperatures_is_low(t: float, inter: float, learned: bool, p
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_fit_the_workspace(n: int, k: int, dtype: torch.dtype) -> None:
     like = torch.empty(0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
-    rows, columns = STEPS(n, k, like, dtype)
+    rows, columns = CHUNK_SIZE(n, k, like, dtype)
     assert 1 <= rows <= n
     assert 1 <= columns <= k
     assert rows * columns * pointwise.bytes_a_pair(like, dtype) <= chunks.WORKSPACE <= 64e6

@@ -63,13 +63,13 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (chunks, wide):
-        monkeypatch.setattr(module, "steps", lambda n, k, *_: (min(n, 9), min(k, 16)))
+        monkeypatch.setattr(module, "chunk_size", lambda n, k, *_: (min(n, 9), min(k, 16)))
         monkeypatch.setattr(module, "own_rows", lambda keys: 3 if keys.dim() == 3 else len(keys))
     if importlib.util.find_spec("triton") is not None and DEVICE.type == "cpu":
         from eqco_loss.ops.wide import mutual
 
         for name, keys in (("STATISTICS", 64), ("SQUARE", 32), ("WEIGHTS", 64)):
-            monkeypatch.setattr(mutual, name, mutual.Tile(32, keys, 16, 4, 1, 2))
+            monkeypatch.setattr(mutual, name, mutual.TileSize(32, keys, 16, 4, 1, 2))
 
 
 def case_of(engine: str, kind: str = "all", dtype: torch.dtype = torch.float32, **changes: Any) -> Case:

@@ -297,7 +297,7 @@ def dense(call: RowLosses, grad: Tensor, dtype: torch.dtype | None) -> Answers:
         q, p, sets = q.to(call.autocast), p.to(call.autocast), [k.to(call.autocast) for k in sets]
     keeps = [keep_of(one.pairs, len(q), one.keys.shape[-2]) for one in call.sets]
     rows = dense_rows(q, p, list(zip(sets, keeps, strict=True)), t, call.inter_temperature, call.alpha)
-    loss = rows[0] * call.ratio
+    loss = rows[0] * call.share_factor
     loss = loss.sum() if call.reduced else loss
     gradients = torch.autograd.grad((loss * grad.to(loss.dtype)).sum(), list(leaves.values()))
     metrics = {f"metric {metric.name}": x.detach() for metric, x in rows[1].items()}
@@ -364,7 +364,7 @@ def dense_both(call: SymmetricLosses, grad: Tensor, dtype: torch.dtype | None) -
         keep = keep_of(Pairs(band=[0, m - 1, m]), m, len(keys))
         rows = dense_rows(anchors, others, [(keys, keep)], t, call.inter_temperature, call.alpha)
         total = total + rows[0].sum()
-    loss = total * call.ratio
+    loss = total * call.share_factor
     assert isinstance(loss, Tensor)
     gradients = torch.autograd.grad(loss * grad.to(loss.dtype), list(leaves.values()))
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}

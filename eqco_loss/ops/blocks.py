@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
+from .calls import NORM_EPS, KeySet, Pairs, compute_dtype, either, gradient_eps, slices
 from .definition import cleaned
 
 TILE_ELEMENTS = 2**20  # similarities per tile: 4 MB in float32
-ROWS_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
+NORMALISED_AT_ONCE = 256  # of a gradient that passes through the rows' normalisation
 SMALL_ELEMENTS = 2**18  # similarities that one product gives sooner than several smaller ones
 # Equal ids are searched for, which takes less than to compare all, where there are as many similarities and queries:
 SEARCH_ELEMENTS = 2**20
@@ -50,8 +50,8 @@ def through_unit(gradient: Tensor, unit: Tensor, norm: Tensor | None) -> None:
     """From the gradient of unit vectors to that of the raw ones, in place, some rows at a time."""
     if norm is None:
         return
-    if len(unit) > ROWS_AT_ONCE:
-        for some in slices(len(unit), ROWS_AT_ONCE):
+    if len(unit) > NORMALISED_AT_ONCE:
+        for some in slices(len(unit), NORMALISED_AT_ONCE):
             through_unit(gradient[some], unit[some], norm[some])
     else:
         gradient.addcmul_(unit, (unit * gradient).sum(-1, keepdim=True), value=-1).div_(norm)
@@ -267,10 +267,10 @@ def _shared_tile(
         local = pairs.picked[rows] - columns.start
         absent = torch.ones((r, c + 1), dtype=torch.bool, device=keys.device)  # the last column takes what is outside
         absent.scatter_(1, torch.where((local >= 0) & (local < c), local, c), False)
-        drop = _either(drop, absent[:, :c])
+        drop = either(drop, absent[:, :c])
     if pairs.filled is not None:
         place = torch.arange(columns.start, columns.stop, device=keys.device)
-        drop = _either(drop, (place >= pairs.filled).expand(r, c))
+        drop = either(drop, (place >= pairs.filled).expand(r, c))
     alike = None if alike is None else alike.within(rows, columns)
     if not pairs.band:
         return Tile(keys, columns, drop, (), poison, None if drop is None else _few_rows(drop), alike)
@@ -278,7 +278,7 @@ def _shared_tile(
     if width < modulus - 1:
         ahead = torch.arange(columns.start - rows.stop + 1, columns.stop - rows.start, device=keys.device)
         outside = (ahead - (offset + 1)) % modulus >= width  # by how far the column is ahead of the row
-        return Tile(keys, columns, _either(drop, outside.unfold(0, c, 1).flip(0)), poison=poison)
+        return Tile(keys, columns, either(drop, outside.unfold(0, c, 1).flip(0)), poison=poison)
     # Only the row's own place is left out, once in every modulus columns: that is a diagonal of the tile.
     first = (rows.start + offset - columns.start + r) % modulus - r
     diagonals = tuple(x for x in range(first, c, modulus) if x > -r)
@@ -301,7 +301,7 @@ def _band_blocks(n: int, ready: Ready) -> Iterator[Block]:
         local = torch.arange(span, device=keys.device)
         place = (view_start + (rows.start + offset + 1 + local) % modulus).flatten()  # (views * span,)
         outside = ~torch.ones((r, span), dtype=torch.bool, device=keys.device).triu().tril(width - 1)
-        drop = _either(_drop_by_pair(pairs, rows, place), outside.repeat(1, views))
+        drop = either(_drop_by_pair(pairs, rows, place), outside.repeat(1, views))
         unit, poison = ready(keys[place])
         yield Block(rows, iter([Tile(unit, place, drop, poison=poison)]), True)
 
@@ -328,7 +328,7 @@ def _drop_by_pair(pairs: Pairs, rows: slice, columns: Columns) -> Tensor | None:
         drop = pairs.query_ids[rows, None] == _of_pairs(pairs.key_ids, rows, columns)
     if pairs.mask is not None:
         masked = ~_of_pairs(pairs.mask, rows, columns)
-        drop = _either(drop, masked.expand(rows.stop - rows.start, masked.shape[-1]))
+        drop = either(drop, masked.expand(rows.stop - rows.start, masked.shape[-1]))
     return drop
 
 
@@ -381,15 +381,7 @@ def _of_pairs(x: Tensor, rows: slice, columns: Columns) -> Tensor:
     return x[rows].gather(1, columns) if isinstance(columns, Tensor) and columns.dim() == 2 else x[rows, columns]
 
 
-def _either(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a | b
-
-
 def _split(n: int, k: int, elements: int, row_hint: int) -> tuple[int, int]:
     """Block sizes (rows, columns) of at most ``elements``: all the keys where they fit beside ``row_hint`` rows."""
     columns = max(1, min(k, elements // min(n, row_hint)))
     return max(1, min(n, elements // columns)), columns
-
-
-def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
-    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,9 +31,9 @@ class Row(IntEnum):
     TOTAL = 1  # the sum of 2 ** (x_ij - BASE_i)
     PULL = 2  # share * weight / (t TOTAL): the loss's derivative by s(q_i, n_j) is PULL_i * 2 ** (x_ij - BASE_i)
     POSITIVE = 3  # s(q, k)
-    TEMPERATURE_GRADIENT = 4  # the derivative by t of this row's share of the loss; 0 unless t is learned
-    # The others are kernels' own, which multiply rows as they are stored. The fused ones fill all; the wide engine's of
-    # both directions fill INVERSE and BOUNDED_PULL, which is of PULL there:
+    TEMPERATURE_GRADIENT = 4  # the derivative by t of this row's part of the loss; read only where t is learned
+    # The others serve kernels, which multiply rows as they are stored. The fused engine fills all of them. The wide
+    # engine's kernels of two views fill INVERSE and BOUNDED_PULL, which they make of PULL instead of STORED_PULL.
     INVERSE = 5  # 1 / length, or 1 where the query is taken as it is
     SCALE = 6  # from products to logits: INVERSE log2(e) / t
     STORED_PULL = 7  # PULL * INVERSE
@@ -119,7 +119,7 @@ class RowLosses(NamedTuple):
     kind: int = 0  # calls with the same number have the same fields and layouts, see ``once_a_kind``; 0: look at all
 
     @property
-    def ratio(self) -> float:
+    def share_factor(self) -> float:
         return self.share[0] / self.share[1]
 
     @property
@@ -134,7 +134,7 @@ class RowOutputs(NamedTuple):
     query_gradient: Tensor | None  # (N, D), of the sum over the rows of share * loss
     positive_gradient: Tensor | None  # (N, D); None also where the keys' has it, because they are one tensor
     keys_gradient: Tensor | None  # the first set's, in its shape; None also where the pass does not give it
-    rows: Tensor  # (len(Row), N)
+    rows: Tensor  # (len(Row), N); zeros where the pass leaves backward nothing to do (``square``)
     metrics: Tensor | None  # (len(Metric), N)
 
 
@@ -155,7 +155,7 @@ class SymmetricLosses(NamedTuple):
     kind: int = 0
 
     @property
-    def ratio(self) -> float:
+    def share_factor(self) -> float:
         return self.share[0] / self.share[1]
 
     @property
@@ -216,7 +216,9 @@ class LogSumExpOutputs(NamedTuple):
 
 
 class KeysGradient(NamedTuple):
-    """The gradient of a set's raw keys: dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i.
+    """The gradient of a set's keys, dL/dn_j = sum_i grad_i PULL_i 2 ** (x_ij - BASE_i) q_i.
+
+    Where keys are normalised this is the unit keys', which then passes through the normalisation to the raw ones.
 
     What else backward multiplies by ``grad`` comes along, so that a backend may do so in the same launch.
     """
@@ -262,25 +264,25 @@ def temperature_of(call: RowLosses | SymmetricLosses | SymmetricGradient | LogSu
 Result = TypeVar("Result")
 
 
-def plainly(function: Callable[[Any], Result]) -> Callable[[Any], Result]:
+def plainly(function: Callable[..., Result]) -> Callable[..., Result]:
     """Runs a backend's function without gradients and autocast, which are switched off only if they are on."""
 
-    def without_autocast(call: Any) -> Result:
+    def without_autocast(call: Any, *others: Any) -> Result:
         device = call[0].device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
-            return function(call)
+            return function(call, *others)
         torch.set_autocast_enabled(device, False)  # torch.autocast, which does the same, takes longer than a launch
         try:
-            return function(call)
+            return function(call, *others)
         finally:
             torch.set_autocast_enabled(device, True)
 
     @functools.wraps(function)
-    def plain(call: Any) -> Result:
+    def plain(call: Any, *others: Any) -> Result:
         if not torch.is_grad_enabled():
-            return without_autocast(call)
+            return without_autocast(call, *others)
         with torch.no_grad():
-            return without_autocast(call)
+            return without_autocast(call, *others)
 
     return plain
 
@@ -311,6 +313,7 @@ def once_a_kind(work_out: Callable[..., Found]) -> Callable[..., Found]:
     return looked_up
 
 
+MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 NORM_EPS = 1e-12  # the least length that a row is divided by
 TIE = 1e-5  # a negative that is less similar than the positive by so little, relatively, counts as more similar
 
@@ -322,6 +325,16 @@ def no_negatives(row: int) -> ValueError:
         "leave out. Leave such queries out, make ids finer, give more negatives (num_negatives=None: all), look "
         "whether the mask is True where a key is a negative, or prime a queue that is empty yet: queue.enqueue(keys)."
     )
+
+
+def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    """From ``start`` to ``stop``, ``step`` at a time."""
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def either(a: Tensor | None, b: Tensor) -> Tensor:
+    """Where one of two conditions holds, of which the first may be absent."""
+    return b if a is None else a | b
 
 
 def gradient_eps(dtype: torch.dtype) -> float:

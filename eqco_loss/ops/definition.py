@@ -20,7 +20,7 @@ def row_losses(call: RowLosses) -> Tensor:
     sets = [similarities(q, one) for one in call.sets]
     similarity, drop = (torch.cat(parts, 1) for parts in zip(*sets, strict=True))
     loss = losses((q * p).sum(1), similarity, drop, temperature_of(call), call.inter_temperature, call.alpha)
-    loss = loss * call.ratio
+    loss = loss * call.share_factor
     return loss.sum() if call.reduced else loss
 
 
@@ -35,7 +35,7 @@ def symmetric_losses(call: SymmetricLosses) -> Tensor:
         similarity, drop = similarities(anchors, KeySet(keys, pairs, normalize=False))
         s = (anchors * others).sum(1)
         total = total + losses(s, similarity, drop, temperature_of(call), call.inter_temperature, call.alpha).sum()
-    return total * call.ratio
+    return total * call.share_factor
 
 
 def logsumexp(call: LogSumExp) -> Tensor:

@@ -58,8 +58,7 @@ class _Pattern(NamedTuple):
 class _Kind(NamedTuple):
     """Launches of calls of one kind, which differ in nothing but where their tensors begin."""
 
-    tensors: Callable[[Sequence[Any]], tuple[Tensor, ...]]
-    last: tuple[Any, ...]
+    pattern: _Pattern
     runs: dict[tuple[int, ...], Callable[..., None]]  # by the tensors' alignments
 
 
@@ -92,7 +91,8 @@ class Launch:
             if len(pattern.compiled) >= MOST_KEPT:
                 pattern.compiled.clear()
             compiled = self.kernel[grid](*arguments, **self.constants)
-            if compiled is not None:  # None where a hook of Triton's has taken the compilation over
+            # None where a hook of Triton's has taken the compilation over; a promise where Triton compiles aside.
+            if hasattr(type(compiled), "__getitem__"):
                 pattern.compiled[key] = compiled
 
     def again(self, kind: Hashable, grid: tuple[int, ...], *arguments: Any) -> None:
@@ -101,9 +101,9 @@ class Launch:
         ``kind`` may be that of a call that makes one such launch (``calls.once_a_kind``); 0 promises nothing.
         """
         one = self.kinds.get(kind) if DIRECT else None
-        run = None if one is None else one.runs.get(_alignments(one.tensors(arguments)))
+        run = None if one is None else one.runs.get(_alignments(one.pattern.tensors(arguments)))
         if one is not None and run is not None:
-            run(*arguments, *one.last)
+            run(*arguments, *one.pattern.last)
             return
         self(grid, *arguments)
         if kind and DIRECT and not self.interpreted:
@@ -116,8 +116,8 @@ class Launch:
             return
         if len(self.kinds) >= MOST_KEPT:
             self.kinds.clear()
-        one = self.kinds.setdefault(kind, _Kind(pattern.tensors, pattern.last, {}))
-        one.runs[_alignments(one.tensors(arguments))] = compiled[(*grid, 1, 1)[:3]]
+        one = self.kinds.setdefault(kind, _Kind(pattern, {}))
+        one.runs[_alignments(pattern.tensors(arguments))] = compiled[(*grid, 1, 1)[:3]]
 
     def _pattern(self, types: tuple[type, ...]) -> _Pattern:
         parameters, places = self.kernel.params, range(len(types))

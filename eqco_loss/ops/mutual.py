@@ -9,6 +9,7 @@ from . import gap, square
 from .blocks import TILE_ELEMENTS, Scratch, Tile, mutual_tiles, through_unit, unit_rows
 from .calls import (
     LOG2E,
+    MINIMUM,
     Row,
     SymmetricGradient,
     SymmetricGradients,
@@ -20,7 +21,7 @@ from .calls import (
     rounded_log_sum,
     temperature_of,
 )
-from .running import MINIMUM, Running, fold, small
+from .running import Running, fold, small
 from .scaled import times_or_itself
 
 
@@ -45,14 +46,14 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     seen = [gap.Seen(s * (scale * one.ratio) - one.maximum, one.total) for one in passes]
     values = gap.values(loss_of(call), seen[-1], seen[0], call.negatives, call.alpha)
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(intra.maximum, intra.total)
-    rows[Row.PULL], rows[Row.POSITIVE] = values.weight * (call.ratio / t) / rows[Row.TOTAL], s
+    rows[Row.PULL], rows[Row.POSITIVE] = values.weight * (call.share_factor / t) / rows[Row.TOTAL], s
     if only is not None and call.need_gradient and _in_forward(call, intra.small):
         (some, tile, own, x), weight = only, rows[Row.PULL] / rows[Row.BASE].exp2()  # and kept is written anew
         _add(kept, x.mul_(weight[some, None] + weight[tile.place]), unit, some, tile, own, first=True)
         of_rows = _finished(kept, unit, norm, rows, rows[Row.PULL], t, call.learned_temperature is not None)
         if of_rows is not None:
             rows[Row.TEMPERATURE_GRADIENT] = of_rows
-    return SymmetricOutputs(values.loss.sum() * call.ratio, rows, kept)
+    return SymmetricOutputs(values.loss.sum() * call.share_factor, rows, kept)
 
 
 @plainly

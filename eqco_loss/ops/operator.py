@@ -25,6 +25,7 @@ _RECORDS = (RowLosses, KeysGradient, SymmetricLosses, SymmetricGradient, LogSumE
 _KEPT = 2  # counted up where ``SymmetricOutputs.kept`` gets another size
 LAYOUT = f"{len(Row)}_{sum(len(list(arguments(record))) for record in _RECORDS)}_{_KEPT}"
 Out = TypeVar("Out")  # what it returns
+Result = TypeVar("Result")
 Gradients = dict[str, Tensor]  # by the argument's name
 
 _PLAIN = frozenset({Tensor, nn.Parameter, NoneType, float, int, bool, str, list, torch.dtype})
@@ -86,7 +87,9 @@ class Operator(Generic[Call, Out]):
                 return [None] * len(self.differentiable)
             if ctx.call is None:
                 tuple(ctx.saved_tensors)  # raises torch's error of a second backward
-            found = backward(ctx, ctx.call, grad)
+            if not torch.compiler.is_compiling() and grad.is_neg():
+                grad = grad.resolve_neg()
+            found = _there(grad, backward, ctx, ctx.call, grad)
             _release(ctx)
             return [found.get(name) for name in self.differentiable]
 
@@ -125,15 +128,13 @@ class Operator(Generic[Call, Out]):
         return [name for name, x, need in found if need and x is not None]
 
     def run(self, call: Call) -> Any:
-        x: Tensor = call[0]
-        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-            return self.implementation(call)
-        with torch.cuda.device_of(x):
-            return self.implementation(call)
+        return _there(call[0], self.implementation, call)
 
     def __call__(self, call: Call) -> Out:
         flat = flatten(self.record, call)
         plain = not looked_on() and not without_memory(flat[0]) and _PLAIN.issuperset(map(type, flat))
+        # Memory that holds a tensor's negative, as that of z.conj().imag does, is copied by the dispatcher.
+        plain = plain and not any(x is not None and x.is_neg() for x in self.tensors(flat))
         if plain and self.function is not None:
             others: list[Tensor] = []
             loss = self.function.apply(call, flat, others, *self._leaves(flat))
@@ -163,6 +164,14 @@ class Operator(Generic[Call, Out]):
         if self.twins and leaves[self.twins[0]] is leaves[self.twins[1]]:
             leaves[self.twins[0]] = None
         return leaves
+
+
+def _there(x: Tensor, function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function`` with x's GPU as the current one, which is where Triton launches."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return function(*arguments)
+    with torch.cuda.device_of(x):
+        return function(*arguments)
 
 
 def _filled(call: Any, answer: Any, inputs: Sequence[Any] = ()) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
+from .calls import MINIMUM
 
 
 class Running(NamedTuple):
@@ -26,7 +26,7 @@ def small(largest: float | Tensor, dtype: torch.dtype) -> bool:
 
 
 def first(x: Tensor, is_small: bool, may_be_empty: bool) -> Running:
-    """Of a first tile's logits (R, C), which become exponentials in place."""
+    """The state after a first tile, whose logits (R, C) become exponentials in place."""
     if is_small:
         return Running(x.new_zeros(len(x)), x.exp2_().sum(1))
     maximum = x.amax(1)
@@ -36,7 +36,7 @@ def first(x: Tensor, is_small: bool, may_be_empty: bool) -> Running:
 
 
 def fold(before: Running, x: Tensor, is_small: bool) -> tuple[Running, Tensor | None]:
-    """The same of a later tile: what is new, and what earlier sums shrink by, if they do."""
+    """The state after one more tile, and the factor by which earlier sums shrink, None where they do not."""
     if is_small:
         return Running(before.maximum, before.total + x.exp2_().sum(1)), None
     new = torch.maximum(before.maximum, x.amax(1))
@@ -46,7 +46,7 @@ def fold(before: Running, x: Tensor, is_small: bool) -> tuple[Running, Tensor | 
 
 
 def merged(one: Running, other: Running) -> tuple[Running, Tensor, Tensor]:
-    """Of both, and what the exponentials of each shrink by."""
+    """The state of two passes together, and the factors by which the exponentials of each shrink."""
     maximum = torch.maximum(one.maximum, other.maximum)
     shrink, other_shrink = (one.maximum - maximum).exp2_(), (other.maximum - maximum).exp2_()
     return Running(maximum, one.total * shrink + other.total * other_shrink), shrink, other_shrink

@@ -67,7 +67,7 @@ def _in_range(call: RowLosses | SymmetricLosses, x: Tensor, count: int) -> bool:
     return small(bound, dtype) and 2 * bound + margin <= 0.9 * math.log2(torch.finfo(dtype).max)
 
 
-def _ratio(call: RowLosses | SymmetricLosses, count: int) -> float:
+def _margin_factor(call: RowLosses | SymmetricLosses, count: int) -> float:
     """c = alpha / K, by which EqCo's margin multiplies every negative's exponential."""
     return 1.0 if call.alpha is None else call.alpha / count
 
@@ -81,7 +81,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
     dtype, n, t, picked = compute_dtype(call.query), len(call.query), call.temperature, call.first.pairs.picked
     (q, q_norm), (k, k_norm) = (unit_rows(x, True, dtype) for x in (call.query, call.positive))
     width = _width(call.first.pairs)
-    whole, ratio, share = width == n - 1, _ratio(call, width), call.ratio / t
+    whole, margin_factor, per_logit = width == n - 1, _margin_factor(call, width), call.share_factor / t
     keys = k if whole or picked is not None else torch.cat([k, k[:width]])
     x = q.new_empty((n, len(keys))).addmm_(q, keys.T, beta=0, alpha=1 / t)
     places = None
@@ -92,14 +92,14 @@ def row_losses(call: RowLosses) -> RowOutputs:
     else:
         places = torch.cat([torch.arange(n, device=q.device)[:, None], picked], 1)
         near = x.gather(1, places)
-    if ratio != 1.0:
-        (near.diagonal() if whole else near[:, 0]).sub_(math.log(ratio))
+    if margin_factor != 1.0:
+        (near.diagonal() if whole else near[:, 0]).sub_(math.log(margin_factor))
     softmax = near.softmax(1)
     positive = softmax.diagonal() if whole else softmax[:, 0]
     of_positive = positive.clone()
     positive.zero_()
     total = softmax.sum(1)
-    loss = torch.div(total, of_positive).log1p_().sum().mul_(call.ratio)
+    loss = torch.div(total, of_positive).log1p_().sum().mul_(call.share_factor)
     query_gradient, keys_gradient = None, None
     if call.need_query_gradient or call.need_keys_gradient:
         torch.neg(total, out=positive)
@@ -111,12 +111,12 @@ def row_losses(call: RowLosses) -> RowOutputs:
         else:
             x = softmax
     if call.need_query_gradient:
-        query_gradient = torch.empty_like(q).addmm_(x, keys, beta=0, alpha=share)
+        query_gradient = torch.empty_like(q).addmm_(x, keys, beta=0, alpha=per_logit)
         through_unit(query_gradient, q, q_norm)
     if call.need_keys_gradient:
-        keys_gradient = torch.empty_like(k).addmm_(x[:, :n].T, q, beta=0, alpha=share)
+        keys_gradient = torch.empty_like(k).addmm_(x[:, :n].T, q, beta=0, alpha=per_logit)
         if len(keys) > n:
-            keys_gradient[:width].addmm_(x[:, n:].T, q, alpha=share)
+            keys_gradient[:width].addmm_(x[:, n:].T, q, alpha=per_logit)
         through_unit(keys_gradient, k, k_norm)
     return RowOutputs(loss, query_gradient, None, keys_gradient, q.new_zeros((len(Row), n)), None)
 
@@ -127,7 +127,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     A row's loss is log(1 + c T / p), its derivative by a negative's logit c e / (p + c T), and by the positive's
     -c T / (p + c T).
     """
-    m, t, ratio, views = len(call.first), call.temperature, _ratio(call, call.negatives), call.views
+    m, t, margin_factor, views = len(call.first), call.temperature, _margin_factor(call, call.negatives), call.views
     unit, norm = unit_rows(views, True, compute_dtype(views))
     rows, keys = (unit[:m], unit[m:]) if call.across else (unit, unit)
     x = unit.new_empty((len(rows), len(rows))).addmm_(rows, keys.T, beta=0, alpha=LOG2E / t).exp2_()
@@ -140,16 +140,16 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     at_positive.zero_()
     total = torch.stack([x.sum(1), x.sum(0)]) if call.across else x.sum(1).view(2, m)
     odds = torch.div(total, positive)
-    odds = odds if ratio == 1.0 else odds.mul_(ratio)
-    pull = torch.add(positive, total, alpha=ratio).reciprocal_()
+    odds = odds if margin_factor == 1.0 else odds.mul_(margin_factor)
+    pull = torch.add(positive, total, alpha=margin_factor).reciprocal_()
     if call.need_gradient:
         of_rows, of_keys = pull if call.across else (pull.view(-1),) * 2
         x.mul_(of_rows[:, None] + of_keys)
         at_positive.copy_(pull.mul_(total).sum(0).neg_())
-        views, share = torch.empty_like(unit), call.ratio * ratio / t
-        views[: len(rows)].addmm_(x, keys, beta=0, alpha=share)
+        views, per_logit = torch.empty_like(unit), call.share_factor * margin_factor / t
+        views[: len(rows)].addmm_(x, keys, beta=0, alpha=per_logit)
         if call.across:
-            views[m:].addmm_(x.T, rows, beta=0, alpha=share)
+            views[m:].addmm_(x.T, rows, beta=0, alpha=per_logit)
         through_unit(views, unit, norm)
-    loss = odds.log1p_().sum().mul_(call.ratio)
+    loss = odds.log1p_().sum().mul_(call.share_factor)
     return SymmetricOutputs(loss, unit.new_zeros((len(Row), 2 * m)), views)

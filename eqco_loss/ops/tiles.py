@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from . import flash, gap, square
-from .blocks import ROWS_AT_ONCE, Ready, Scratch, Tile, blocks, slices, through_unit, unit_rows
+from .blocks import NORMALISED_AT_ONCE, Ready, Scratch, Tile, blocks, through_unit, unit_rows
 from .calls import (
     LN2,
     LOG2E,
+    MINIMUM,
     TIE,
     KeysGradient,
     KeysGradients,
@@ -33,12 +34,13 @@ from .calls import (
     no_negatives,
     plainly,
     rounded_log_sum,
+    slices,
     temperature_of,
 )
 from .definition import cleaned
 from .mutual import symmetric_gradient as symmetric_gradient
 from .mutual import symmetric_losses as symmetric_losses
-from .running import MINIMUM, Running, first, fold, merged, small
+from .running import Running, first, fold, merged, small
 from .scaled import keeps as keeps
 from .scaled import times_or_itself, with_others
 from .scaled import unit_dtype as unit_dtype
@@ -58,7 +60,7 @@ def gives_keys_gradient(call: RowLosses) -> bool:
 def row_losses(call: RowLosses) -> RowOutputs:
     if square.serves(call):
         return square.row_losses(call)
-    t, dtype, ratio = temperature_of(call), compute_dtype(call.query), call.ratio
+    t, dtype, share = temperature_of(call), compute_dtype(call.query), call.share_factor
     learned = call.learned_temperature is not None
     q, q_norm = unit_rows(call.query, call.normalize, dtype)
     p, p_norm = unit_rows(call.positive, call.normalize, dtype)
@@ -91,7 +93,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
         values = _values(positive_logit[rows], maximum, seen, call)
         base, rest = rounded_log_sum(maximum, seen.total)
         losses.append(values.loss.sum() if call.reduced else values.loss)
-        factor = values.weight * (ratio / t)  # the derivative of the row's share by the similarity of its negatives
+        factor = values.weight * (share / t)  # the derivative of the row's share by the similarity of its negatives
         stats = [base, rest, factor / rest, s]  # as Row has them
         if query_gradient is not None:
             gradient = torch.div(seen.weighted, seen.total[:, None], out=query_gradient[rows]).sub_(its)
@@ -115,7 +117,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
             fused = True
         if metrics is not None:
             _write_metrics(metrics[:, rows], values, seen, scale)
-    loss = (functools.reduce(torch.add, losses) if call.reduced else torch.cat(losses)) * ratio
+    loss = (functools.reduce(torch.add, losses) if call.reduced else torch.cat(losses)) * share
     if keys_gradient_ is not None:
         base, pull = row_stats[Row.BASE], row_stats[Row.PULL]
         if not fused:
@@ -350,6 +352,6 @@ def _keys_through_unit(gradient: Tensor, ready: Ready) -> None:
     if ready.keys.normalize:
         keys: Tensor = ready.keys.keys
         gradient, keys = gradient.view(-1, gradient.shape[-1]), keys.reshape(-1, keys.shape[-1])
-        for some in slices(len(keys), ROWS_AT_ONCE):
+        for some in slices(len(keys), NORMALISED_AT_ONCE):
             part = cleaned(keys[some])[0] if ready.clean else keys[some]
             through_unit(gradient[some], *unit_rows(part, True, gradient.dtype))

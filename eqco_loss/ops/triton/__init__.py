@@ -11,6 +11,7 @@ from ..scaled import gives_keys_gradient, keeps
 from .arguments import capability, interpreted, kernels, unit_dtype
 from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
+from .tables import LITTLE_SHARED_MEMORY
 
 __all__ = [
     "gives_keys_gradient",
@@ -39,9 +40,15 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
         if x is not None and x.dtype not in DTYPES:
             return f"{str(x.dtype).removeprefix('torch.')}: the kernels take float16, bfloat16 and float32"
         if x is not None and x.shape[-2] > LARGEST_K:
-            return f"K = {x.shape[-2]}: the kernels take up to 2^24"
-    if query.shape[1] > LARGEST_D:
-        return f"D = {query.shape[1]}: the kernels take up to {LARGEST_D}"
+            return f"{'N' if x is query else 'K'} = {x.shape[-2]}: the kernels take up to 2^24"
+    d = query.shape[1]
+    if d > LARGEST_D:
+        return f"D = {d}: the kernels take up to {LARGEST_D}"
+    if d > 256 and query.is_cuda and not torch.is_autocast_enabled("cuda"):
+        major, minor = capability(query.device.index)
+        whole = any(x is not None and x.dtype == torch.float32 for x in (query, *keys))
+        if whole and 10 * major + minor in LITTLE_SHARED_MEMORY:
+            return f"D = {d} in float32: with 99 KB of shared memory the kernels take up to 256"
     return None
 
 

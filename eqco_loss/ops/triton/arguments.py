@@ -12,7 +12,7 @@ from torch import Tensor
 from ..calls import KeySet, Pairs
 from ..launcher import interpreted as interpreted
 from ..launcher import launch, multiprocessors
-from .tables import BITS, GRANULE, LITTLE_SHARED_MEMORY, Tile, power_of_two
+from .tables import BITS, GRANULE, LITTLE_SHARED_MEMORY, TileSize, power_of_two
 
 
 class Kernels(NamedTuple):
@@ -87,12 +87,12 @@ class Device(NamedTuple):
     multiprocessors: int
     warps: float = 8  # that a launch should give every multiprocessor; ``benchmarks.tune`` tries others
 
-    def fitting(self, tile: Tile, one: KeyFacts | None = None) -> Tile:
+    def fitting(self, tile: TileSize, one: KeyFacts | None = None) -> TileSize:
         """The tile, without a pipeline where there is no room for one."""
         by_pair = one is not None and 2 in (one.ids, one.masked)
         return tile._replace(stages=1) if by_pair or self.arch in LITTLE_SHARED_MEMORY else tile
 
-    def wave(self, tile: Tile, blocks: int) -> int:
+    def wave(self, tile: TileSize, blocks: int) -> int:
         """How many splits of so many blocks give every multiprocessor so many warps."""
         return max(1, int(self.warps * self.multiprocessors) // (tile.warps * blocks))
 

@@ -22,6 +22,7 @@ from ..calls import (
     SymmetricOutputs,
     gradient_eps,
     once_a_kind,
+    plainly,
 )
 from ..launcher import Launch, bind, launch
 from ..scaled import with_others
@@ -41,7 +42,7 @@ from .arguments import (
     strides_of,
 )
 from .launch import row_losses
-from .tables import Tile, keys_tile, pieces, power_of_two, symmetric_tile
+from .tables import TileSize, keys_tile, pieces, power_of_two, symmetric_tile
 
 # ------------------------------------------------------------------------------------------------------ keys' gradient
 
@@ -58,7 +59,7 @@ class _KeysPlan(NamedTuple):
     merge: Launch  # of the splits
 
 
-def keys_gradient(call: KeysGradient, tile: Tile | None = None) -> KeysGradients:
+def keys_gradient(call: KeysGradient, tile: TileSize | None = None) -> KeysGradients:
     """``tile`` is for tests and benchmarks; None takes the table's."""
     if call.first.own or call.first.keys.numel() == 0:
         return with_others(call, _own_keys_gradient(call))
@@ -79,7 +80,7 @@ def _multiply(d: int) -> Launch:
     return bind(kernels().keys.multiply_rows, {"D": d, "BLOCK_D": padded(d), "BLOCK": 8})
 
 
-def _shared_keys_gradient(call: KeysGradient, tile: Tile | None) -> KeysGradients:
+def _shared_keys_gradient(call: KeysGradient, tile: TileSize | None) -> KeysGradients:
     query, (n, d), one = call.query, call.query.shape, call.first
     keys, pairs, device = one.keys, one.pairs, call.query.device
     dtype = dot_dtype(query.dtype, keys.dtype, call.autocast)
@@ -137,7 +138,7 @@ def _own_keys_gradient(call: KeysGradient) -> Tensor:
 
 
 @once_a_kind
-def _keys_planned(call: KeysGradient, dtype: torch.dtype, wide: bool, tile: Tile | None) -> _KeysPlan:
+def _keys_planned(call: KeysGradient, dtype: torch.dtype, wide: bool, tile: TileSize | None) -> _KeysPlan:
     of, scalar = facts(call.first), call.grad.dim() == 0
     return _keys_plan(len(call.query), of, dtype, call.normalize, scalar, wide, tile, arguments.device(call.query))
 
@@ -150,7 +151,7 @@ def _keys_plan(
     normalize: bool,
     scalar: bool,  # whether the loss's gradient is one number
     wide: bool,  # whether offsets into the rows need 64 bits
-    tile: Tile | None,
+    tile: TileSize | None,
     device: Device,
 ) -> _KeysPlan:
     (k, d), count = one.shape, pieces(dtype, normalize)
@@ -172,7 +173,7 @@ def _keys_plan(
         "BLOCK_ROWS": tile.streamed,
         "BAND": band,
         "WHOLE": n == modulus,
-        "SMALL": modulus < tile.streamed,
+        "SHORT_BAND": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
         "NORMALIZE_KEYS": one.normalize,
@@ -180,7 +181,7 @@ def _keys_plan(
         "FOLDED": normalize and dtype != torch.float32 and scalar,
         "PIECES": count,
         "STAGES": tile.stages,
-        "WIDE": wide,
+        "FAR": wide,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": True,
@@ -261,7 +262,8 @@ def _merge_splits(
 # ----------------------------------------------------------------------------------- both directions between two views
 
 
-def symmetric_losses(call: SymmetricLosses, tile: Tile | None = None) -> SymmetricOutputs:
+@plainly  # or torch.cat would refuse the half dtype that is not autocast's
+def symmetric_losses(call: SymmetricLosses, tile: TileSize | None = None) -> SymmetricOutputs:
     """Both directions' losses; their gradients are ``symmetric_gradient``'s."""
 
     m, views = len(call.first), call.views
@@ -312,7 +314,7 @@ class _SymmetricPlan(NamedTuple):
     merge: Launch  # of the splits
 
 
-def symmetric_gradient(call: SymmetricGradient, tile: Tile | None = None) -> SymmetricGradients:
+def symmetric_gradient(call: SymmetricGradient, tile: TileSize | None = None) -> SymmetricGradients:
     views, (n, d), t = call.kept, call.kept.shape, call.learned_temperature
     dtype = views.dtype if call.autocast is None else call.autocast
     weights, prepared = _row_weights(call, True, dtype, True)
@@ -343,7 +345,7 @@ def _symmetric_plan(
     across: bool,
     one_exp: bool,
     wide: bool,  # whether offsets into the rows need 64 bits
-    tile: Tile | None,
+    tile: TileSize | None,
     device: Device,
 ) -> _SymmetricPlan:
     tile = device.fitting(tile or symmetric_tile(dtype, padded(d), n, device.arch))
@@ -357,10 +359,10 @@ def _symmetric_plan(
         "BLOCK_D": padded(d),
         "ACROSS": across,
         "ONE_EXP": one_exp,
-        "SMALL": n // 2 < tile.streamed,
+        "SHORT_BAND": n // 2 < tile.streamed,
         "PIECES": pieces(dtype, True),
         "STAGES": tile.stages,
-        "WIDE": wide,
+        "FAR": wide,
         "WHOLE_GRADIENT": splits == 1,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

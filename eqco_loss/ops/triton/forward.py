@@ -14,12 +14,10 @@ unit vector rounded to half would cost more exactness than everything else.
 import triton
 import triton.language as tl
 
-from ..gap_kernels import add_up, read_temperature
+from ..shared_kernels import LOG2E, MINIMUM, add_up, read_temperature
 from .ids import alike, may_be_alike
 from .parts import (
     CENTRE,
-    LOG2E,
-    MINIMUM,
     PART_COUNT,
     PART_INTER_MAXIMUM,
     PART_INTER_TOTAL,
@@ -27,7 +25,7 @@ from .parts import (
     PART_MAXIMUM,
     PART_RANK,
     PART_TOTAL,
-    UNIT,
+    PIECE_SCALE,
     add_product,
     cut,
     finish,
@@ -76,7 +74,7 @@ def prepare_rows(
             values = values * left[:, None]
             left = tl.full([BLOCK], 1.0, tl.float32)
         if PIECES == 2:
-            values = values * UNIT
+            values = values * PIECE_SCALE
         store_pieces(out, rows, count, values, D, BLOCK_D, PIECES)
     if factor is not None:
         if CLEAN:
@@ -95,10 +93,10 @@ def visit(
     mask, mask_stride_n, mask_stride_k, marks, first, modulus, width, limit, lo, hi, ratio, n, view,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPARE: tl.constexpr,  # "none", "tail" (columns beyond limit), "ends" (of a band) or "pairs" (any)
-    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    BAND: tl.constexpr, SHORT_BAND: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     FACTOR: tl.constexpr, CLEAN: tl.constexpr,
     BOUNDED: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
-    PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """Columns lo .. hi, by whole tiles. FACTOR: 1 / norm is "none", "loaded" from key_factor, or computed "here".
 
@@ -112,8 +110,8 @@ def visit(
         column = c + tl.arange(0, BLOCK_KEYS)
         place = column
         if BAND:
-            place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SMALL)
-            start = wrapped(start + BLOCK_KEYS, modulus, SMALL)
+            place = wrapped(start + tl.arange(0, BLOCK_KEYS), modulus, SHORT_BAND)
+            start = wrapped(start + BLOCK_KEYS, modulus, SHORT_BAND)
         elif COMPARE != "none":  # beyond the last key, that key is loaded again: a mask of the load takes registers
             place = tl.minimum(column, limit - 1)
         if COMPARE == "ends" or marks is not None:
@@ -131,7 +129,7 @@ def visit(
                     BLOCK_ROWS, BLOCK_KEYS,
                 )  # fmt: skip
         k, k_low, k_rest = load_pieces(
-            keys, stride_piece, place, stride_k, stride_d, limit, D, BLOCK_D, WIDE, PIECES if IN_PIECES else 1
+            keys, stride_piece, place, stride_k, stride_d, limit, D, BLOCK_D, FAR, PIECES if IN_PIECES else 1
         )
         raw: tl.constexpr = IN_PIECES or (PIECES == 1 and k.dtype == q.dtype)
         if FACTOR == "loaded":
@@ -144,7 +142,7 @@ def visit(
             if PIECES == 1:
                 k = k.to(q.dtype)
             if PIECES == 2:
-                k = k.to(tl.float32) * UNIT
+                k = k.to(tl.float32) * PIECE_SCALE
             k, k_low, k_rest = cut(k, PIECES)
         s = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)  # logits once multiplied by row_scale
         s = product(q, q_low, q_rest, tl.trans(k), tl.trans(k_low), tl.trans(k_rest), s, False, PIECES)
@@ -207,10 +205,10 @@ def attend(
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr,
-    BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    BAND: tl.constexpr, SHORT_BAND: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE: tl.constexpr, FACTOR: tl.constexpr, CLEAN: tl.constexpr, BOUNDED: tl.constexpr,
     ALPHA: tl.constexpr, LOSS: tl.constexpr, QUERY_GRADIENT: tl.constexpr, METRICS: tl.constexpr,
-    FINISH: tl.constexpr, WIDE: tl.constexpr,
+    FINISH: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """A block of rows against one split of the columns; with FINISH (one split) to the end."""
     t = read_temperature(temperature, temperature_tensor)
@@ -239,7 +237,7 @@ def attend(
     else:
         q = (raw_q.to(tl.float32) * inverse[:, None]).to(DOT)
     if PIECES == 2:
-        q, row_scale = q * UNIT, row_scale / (UNIT * UNIT)
+        q, row_scale = q * PIECE_SCALE, row_scale / (PIECE_SCALE * PIECE_SCALE)
     q, q_low, q_rest = cut(q, PIECES)
     row_ids = rows
     if IDS != 0 and marks is None:
@@ -278,14 +276,14 @@ def attend(
             keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
             mask, mask_stride_n, mask_stride_k, marks,
             first, modulus, width, limit, middle if rest else lo, hi if rest else middle, ratio, n, view,
-            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SMALL,
+            D, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, "none" if COMPARE == "tail" and not rest else COMPARE, BAND, SHORT_BAND,
             IDS, MASKED, FACTOR, CLEAN, BOUNDED, LOSS, QUERY_GRADIENT, METRICS, PIECES, IN_PIECES,
-            1 if rest else STAGES, WIDE,
+            1 if rest else STAGES, FAR,
         )  # fmt: skip
     if COMPARE == "tail":
         count += hi - lo
     if PIECES == 2:
-        mean_key = mean_key / UNIT
+        mean_key = mean_key / PIECE_SCALE
     if FINISH:
         losses = finish(
             raw_q, p, rows,

@@ -6,16 +6,10 @@
 import triton
 import triton.language as tl
 
-from ..gap_kernels import read_temperature
+from ..shared_kernels import ROW_BASE, ROW_PULL, ROW_SCALE, ROW_SHIFT, ROW_STORED_PULL, ROW_TOTAL, read_temperature
 from .ids import alike, may_be_alike
 from .parts import (
-    BASE,
-    PULL,
-    SCALE,
-    SHIFT,
-    STORED_PULL,
-    TOTAL,
-    UNIT,
+    PIECE_SCALE,
     add_product,
     cut,
     finite_rows,
@@ -57,13 +51,13 @@ def row_weights(
             if POWER:
                 factor = tl.exp2(tl.floor(tl.log2(inverse)))
             if PIECES == 2:
-                factor = inverse * UNIT
+                factor = inverse * PIECE_SCALE
             store_pieces(prepared, rows, n, q * factor[:, None], D, BLOCK_D, PIECES)
             inverse = inverse / factor
-    plane = n.to(tl.int64)
-    base = tl.load(rows_in + BASE * plane + rows, mask=valid, other=0.0)
-    total = tl.load(rows_in + TOTAL * plane + rows, mask=valid, other=0.0)
-    pull = tl.load(rows_in + PULL * plane + rows, mask=valid, other=0.0)
+    plane_size = n.to(tl.int64)
+    base = tl.load(rows_in + ROW_BASE * plane_size + rows, mask=valid, other=0.0)
+    total = tl.load(rows_in + ROW_TOTAL * plane_size + rows, mask=valid, other=0.0)
+    pull = tl.load(rows_in + ROW_PULL * plane_size + rows, mask=valid, other=0.0)
     if grad is not None:
         pull *= tl.load(grad + rows.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float32)
     store_weights(out, rows, n, base, total, pull, inverse, t)
@@ -79,16 +73,16 @@ def collect(
     query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks,
     n, first, modulus, width, offset, key_limit, lo, hi, key,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    COMPARE: tl.constexpr, BAND: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    COMPARE: tl.constexpr, BAND: tl.constexpr, SHORT_BAND: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     FACTOR: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
 ):  # fmt: skip
     """acc (C, D) += sum over the rows lo .. hi of weight * softmax * query.
 
     FACTOR: keys are still to be divided by their norms. FOLDED: SHIFT stands for BASE and STORED_PULL. ``marks``:
     see ``forward.visit``.
     """
-    plane = n.to(tl.int64)
+    plane_size = n.to(tl.int64)
     start = lo
     if BAND == "cyclic":
         start = (first + lo) % modulus
@@ -96,8 +90,8 @@ def collect(
         column = c + tl.arange(0, BLOCK_ROWS)
         row = column
         if BAND == "cyclic":
-            row = wrapped(start + tl.arange(0, BLOCK_ROWS), modulus, SMALL)
-            start = wrapped(start + BLOCK_ROWS, modulus, SMALL)
+            row = wrapped(start + tl.arange(0, BLOCK_ROWS), modulus, SHORT_BAND)
+            start = wrapped(start + BLOCK_ROWS, modulus, SHORT_BAND)
         present = row < n
         if COMPARE != "ends":  # beyond the last row, that row is loaded again: a mask of the load takes registers
             row = tl.minimum(row, n - 1)
@@ -115,21 +109,22 @@ def collect(
                     key, tl.minimum(key + BLOCK_KEYS, key_limit) - 1,
                     BLOCK_ROWS, BLOCK_KEYS,
                 )  # fmt: skip
-        q, q_low, q_rest = load_pieces(query, stride_piece, row, stride_n, stride_d, n, D, BLOCK_D, WIDE, PIECES)
-        scale = tl.load(weights + SCALE * plane + row)
+        q, q_low, q_rest = load_pieces(query, stride_piece, row, stride_n, stride_d, n, D, BLOCK_D, FAR, PIECES)
+        scale = tl.load(weights + ROW_SCALE * plane_size + row)
         if PIECES == 2:
-            scale = scale / UNIT
+            scale = scale / PIECE_SCALE
         s = tl.zeros([BLOCK_KEYS, BLOCK_ROWS], tl.float32)
         s = product(k, k_low, k_rest, tl.trans(q), tl.trans(q_low), tl.trans(q_rest), s, True, PIECES)
         if FACTOR:
             s = s * key_inverse[:, None]
         if FOLDED:
-            shift = tl.load(weights + SHIFT * plane + row) + tl.log2(prescale)
+            shift = tl.load(weights + ROW_SHIFT * plane_size + row) + tl.log2(prescale)
             if COMPARE == "tail":
                 shift = tl.where(present, shift, float("-inf"))
             x = tl.exp2(s * scale[None, :] + shift[None, :])
         else:
-            base, pull = tl.load(weights + BASE * plane + row), tl.load(weights + STORED_PULL * plane + row) * prescale
+            base = tl.load(weights + ROW_BASE * plane_size + row)
+            pull = tl.load(weights + ROW_STORED_PULL * plane_size + row) * prescale
             if COMPARE == "tail":
                 pull = tl.where(present, pull, 0.0)
             x = tl.exp2(s * scale[None, :] - base[None, :]) * pull[None, :]
@@ -170,9 +165,9 @@ def keys_gradient(
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks, key_count, out,
     n, k, offset, width, modulus, blocks_per_view, chunk,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BAND: tl.constexpr, WHOLE: tl.constexpr, SMALL: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
+    BAND: tl.constexpr, WHOLE: tl.constexpr, SHORT_BAND: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
-    STAGES: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """A block of keys against one split of the rows; ``query`` (PIECES, n, D) is in the dtype of the products.
 
@@ -202,7 +197,7 @@ def keys_gradient(
     if PIECES == 1:
         k_tile = k_tile.to(dot)
     if PIECES == 2:
-        k_tile = k_tile * UNIT
+        k_tile = k_tile * PIECE_SCALE
     k_tile, k_low, k_rest = cut(k_tile, PIECES)
     prescale = tl.full([], 1.0, tl.float32)
     if half:  # float16 would lose what is small, and be infinite where it is large
@@ -223,8 +218,8 @@ def keys_gradient(
         query, stride_piece, stride_n, stride_d, weights, prescale,
         query_ids, key_ids, ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks,
         n, first, modulus, width, offset, k, lo, hi, view_start + start,
-        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SMALL, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
-        PIECES, STAGES, WIDE,
+        D, BLOCK_KEYS, BLOCK_ROWS, BLOCK_D, COMPARE, BAND, SHORT_BAND, IDS, MASKED, NORMALIZE_KEYS and raw, FOLDED,
+        PIECES, STAGES, FAR,
     )  # fmt: skip
     if half:
         acc = acc / prescale

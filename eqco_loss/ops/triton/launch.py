@@ -43,7 +43,7 @@ from .arguments import (
     triton_dtype,
     unit_dtype,
 )
-from .tables import Part, Tile, combine_tile, forward_tile, pieces, power_of_two, small_tile
+from .tables import Part, TileSize, combine_tile, forward_tile, pieces, power_of_two, small_tile
 
 _CONVERSIONS = 16  # more blocks of rows than these do not convert the keys each for itself: a copy costs less
 _COLUMNS_AT_ONCE = 1024  # up to so many, a block of rows finishes on its own
@@ -100,7 +100,7 @@ class _Job(NamedTuple):
     reduced: bool  # whether the losses are added up: by ``combine``, or by torch where a single launch gives them
 
 
-def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowOutputs:
+def row_losses(call: RowLosses, tile: TileSize | None = None, half: int = 0) -> RowOutputs:
     """``half``: rows i and i + half are each other's positives, and ``positive`` is the query.
 
     ``tile`` is for tests and benchmarks; None takes the table's.
@@ -117,7 +117,7 @@ def row_losses(call: RowLosses, tile: Tile | None = None, half: int = 0) -> RowO
 
 
 @once_a_kind
-def _job(call: RowLosses, tile: Tile | None) -> _Job:
+def _job(call: RowLosses, tile: TileSize | None) -> _Job:
     options = _Options(
         loss=loss_of(call),
         normalize=call.normalize,
@@ -127,7 +127,7 @@ def _job(call: RowLosses, tile: Tile | None) -> _Job:
         alpha=call.alpha is not None,
         autocast=call.autocast,
     )
-    numbers = float(call.inter_temperature or 1.0), float(call.alpha or 1.0), call.ratio
+    numbers = float(call.inter_temperature or 1.0), float(call.alpha or 1.0), call.share_factor
     return _planned(call, call.sets, options, tile, call.positive, numbers, call.reduced)
 
 
@@ -152,7 +152,7 @@ def _planned(
     call: RowLosses | LogSumExp,
     sets: list[KeySet],
     options: _Options,
-    tile: Tile | None,
+    tile: TileSize | None,
     positive: Tensor,
     numbers: tuple[float, ...],
     reduced: bool = False,
@@ -224,7 +224,7 @@ def _plan(
     d: int,
     dtype: torch.dtype,  # of the query
     options: _Options,
-    tile: Tile | None,
+    tile: TileSize | None,
     sets: tuple[KeyFacts, ...],
     device: Device,
 ) -> _Plan:
@@ -274,7 +274,7 @@ def _shared_keys(
     d: int,
     query_dtype: torch.dtype,
     options: _Options,
-    tile: Tile | None,
+    tile: TileSize | None,
     one: KeyFacts,
     device: Device,
     common: dict[str, Any],
@@ -320,13 +320,13 @@ def _shared_keys(
         "IN_PIECES": prepared is not None and prepared.shape is not None and count > 1,
         "STAGES": tile.stages,
         "BAND": bool(one.band),
-        "SMALL": modulus < tile.streamed,
+        "SHORT_BAND": modulus < tile.streamed,
         "IDS": one.ids,
         "MASKED": one.masked,
         "FACTOR": how,
         "CLEAN": one.clean,
         "BOUNDED": bounded and count == 1,  # float16's pieces hold no weights above 2 ** 16
-        "WIDE": one.wide if prepared is None or prepared.shape is None else math.prod(prepared.shape) > 2**31,
+        "FAR": one.wide if prepared is None or prepared.shape is None else math.prod(prepared.shape) > 2**31,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -338,7 +338,7 @@ def _shared_keys(
 
 
 def _prepared(
-    one: KeyFacts, dtype: torch.dtype, count: int, row_blocks: int, tile: Tile
+    one: KeyFacts, dtype: torch.dtype, count: int, row_blocks: int, tile: TileSize
 ) -> tuple[_Prepared | None, str]:
     """How shared keys are prepared, and where the factors of their products come from."""
     converts, (k, d) = one.dtype != dtype, one.shape

@@ -6,13 +6,8 @@
 import triton
 import triton.language as tl
 
-from ..gap_kernels import read_temperature
+from ..shared_kernels import LOG2E, MINIMUM, ROW_BASE, ROW_SCALE, ROW_STORED_PULL, read_temperature
 from .parts import (
-    BASE,
-    LOG2E,
-    MINIMUM,
-    SCALE,
-    STORED_PULL,
     finish,
     finite_rows,
     fold,
@@ -117,9 +112,9 @@ def keys_gradient_own(
     row = tl.program_id(0) // blocks
     rows = row + tl.arange(0, 1)
     column = tl.program_id(0) % blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    plane = n.to(tl.int64)
-    scale, base = tl.load(weights + SCALE * plane + row), tl.load(weights + BASE * plane + row)
-    pull = tl.load(weights + STORED_PULL * plane + row)
+    plane_size = n.to(tl.int64)
+    scale, base = tl.load(weights + ROW_SCALE * plane_size + row), tl.load(weights + ROW_BASE * plane_size + row)
+    pull = tl.load(weights + ROW_STORED_PULL * plane_size + row)
     if grad is not None:
         pull *= tl.load(grad).to(tl.float32)
     row_ids = row
@@ -161,7 +156,7 @@ def keys_gradient_picked(
     unit = x
     if NORMALIZE_KEYS:
         unit = x * inverse_norm(x)[:, None]
-    plane = n.to(tl.int64)
+    plane_size = n.to(tl.int64)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     last = tl.load(starts + key + 1)
     for c in range(tl.load(starts + key), last, BLOCK_ROWS):
@@ -169,9 +164,9 @@ def keys_gradient_picked(
         keep = pick < last
         row = tl.where(keep, tl.load(order + pick, mask=keep, other=0) // picks, n)
         q = load_rows(query, row, stride_n, stride_d, n, D, BLOCK_D, True, True).to(tl.float32)
-        scale = tl.load(weights + SCALE * plane + row, mask=keep, other=0.0)
-        base = tl.load(weights + BASE * plane + row, mask=keep, other=0.0)
-        pull = tl.load(weights + STORED_PULL * plane + row, mask=keep, other=0.0)
+        scale = tl.load(weights + ROW_SCALE * plane_size + row, mask=keep, other=0.0)
+        base = tl.load(weights + ROW_BASE * plane_size + row, mask=keep, other=0.0)
+        pull = tl.load(weights + ROW_STORED_PULL * plane_size + row, mask=keep, other=0.0)
         row_ids = row
         if IDS != 0:
             row_ids = tl.load(query_ids + row, mask=keep, other=0)

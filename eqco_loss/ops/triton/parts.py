@@ -10,27 +10,39 @@ gives it. An absent tensor is None, which Triton compiles away.
 import triton
 import triton.language as tl
 
-from ..calls import LN2 as _LN2
-from ..calls import LOG2E as _LOG2E
-from ..calls import NORM_EPS as _NORM_EPS
 from ..calls import TIE as _TIE
-from ..calls import Metric, Row
-from ..gap_kernels import something, values
-from .tables import UNIT as _UNIT
+from ..shared_kernels import (
+    LN2,
+    LOG2E,
+    METRIC_COUNT,
+    METRIC_INTRA,
+    METRIC_LOG_WEIGHT,
+    METRIC_NEGATIVE,
+    METRIC_RANK,
+    METRIC_WEIGHT,
+    ROW_BASE,
+    ROW_BOUNDED_PULL,
+    ROW_INVERSE,
+    ROW_POSITIVE,
+    ROW_PULL,
+    ROW_SCALE,
+    ROW_SHIFT,
+    ROW_STORED_PULL,
+    ROW_TEMPERATURE_GRADIENT,
+    ROW_TOTAL,
+    inverse_length,
+    rounded_log_sum,
+    something,
+    values,
+)
+from .tables import PIECE_SCALE as _PIECE_SCALE
 from .tables import Part
 
-LOG2E, LN2, NORM_EPS, TIE = tl.constexpr(_LOG2E), tl.constexpr(_LN2), tl.constexpr(_NORM_EPS), tl.constexpr(_TIE)
-UNIT = tl.constexpr(_UNIT)
-CENTRE = tl.constexpr(-1.0)  # the fixed maximum of unit rows' logits: half of what float16 holds is on either side
-MINIMUM = tl.constexpr(-1e30)  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
+TIE, PIECE_SCALE = tl.constexpr(_TIE), tl.constexpr(_PIECE_SCALE)
+# With BOUNDED no pass seeks a maximum of unit rows' logits. This stands for it, which puts their exponentials in the
+# middle of what float16 holds.
+CENTRE = tl.constexpr(-1.0)
 
-BASE, TOTAL, PULL, POSITIVE = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL, Row.POSITIVE))
-TEMPERATURE_GRADIENT, INVERSE = tl.constexpr(int(Row.TEMPERATURE_GRADIENT)), tl.constexpr(int(Row.INVERSE))
-SCALE, STORED_PULL = tl.constexpr(int(Row.SCALE)), tl.constexpr(int(Row.STORED_PULL))
-BOUNDED_PULL, SHIFT = tl.constexpr(int(Row.BOUNDED_PULL)), tl.constexpr(int(Row.SHIFT))
-METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
-METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
-METRIC_RANK, METRIC_NEGATIVE = tl.constexpr(int(Metric.RANK)), tl.constexpr(int(Metric.NEGATIVE))
 PART_MAXIMUM, PART_TOTAL = tl.constexpr(int(Part.MAXIMUM)), tl.constexpr(int(Part.TOTAL))
 PART_COUNT, PART_RANK = tl.constexpr(int(Part.COUNT)), tl.constexpr(int(Part.RANK))
 PART_INTER_MAXIMUM, PART_INTER_TOTAL = tl.constexpr(int(Part.INTER_MAXIMUM)), tl.constexpr(int(Part.INTER_TOTAL))
@@ -43,11 +55,11 @@ PART_LOGIT_SUM = tl.constexpr(int(Part.LOGIT_SUM))
 @triton.jit
 def load_rows(
     x, rows, stride_row, stride_d, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
 ):  # fmt: skip
     """Rows of x, (R, BLOCK_D), zeros beyond D and, if MASKED, from ``limit`` on. WIDE: offsets need 64 bits."""
     d = tl.arange(0, BLOCK_D)
-    if WIDE:
+    if FAR:
         at = x + rows.to(tl.int64)[:, None] * stride_row + d.to(tl.int64)[None, :] * stride_d
     else:
         at = x + rows.to(tl.int32)[:, None] * stride_row + d[None, :] * stride_d
@@ -61,16 +73,17 @@ def load_rows(
 
 @triton.jit
 def load_pieces(
-    x, stride_piece, rows, stride_row, stride_d, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+    x, stride_piece, rows, stride_row, stride_d, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, FAR: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
     """Rows (R, BLOCK_D) of each of the PIECES whose sum they are; a piece that is not there is the first again."""
-    high = load_rows(x, rows, stride_row, stride_d, limit, D, BLOCK_D, False, WIDE)
+    high = load_rows(x, rows, stride_row, stride_d, limit, D, BLOCK_D, False, FAR)
     low, rest = high, high
     if PIECES >= 2:
-        low = load_rows(x + stride_piece, rows, stride_row, stride_d, limit, D, BLOCK_D, False, WIDE)
+        low = load_rows(x + stride_piece, rows, stride_row, stride_d, limit, D, BLOCK_D, False, FAR)
     if PIECES == 3:
-        rest = load_rows(x + 2 * stride_piece, rows, stride_row, stride_d, limit, D, BLOCK_D, False, WIDE)
+        third = x + 2 * tl.cast(stride_piece, tl.int64)  # 32 bits hold a stride of 2 ** 30, but not twice it
+        rest = load_rows(third, rows, stride_row, stride_d, limit, D, BLOCK_D, False, FAR)
     return high, low, rest
 
 
@@ -78,8 +91,8 @@ def load_pieces(
 def cut(x, PIECES: tl.constexpr):
     """float32 as a sum of halves, which the matrix unit multiplies; one piece is x itself.
 
-    Two pieces of float16 hold 22 bits of what lies between 2 ** -14 and 2 ** 16, as unit rows times UNIT and weights
-    do. Three pieces of bfloat16 hold all 24 bits of any float32 number.
+    Two pieces of float16 hold 22 bits of what lies between 2 ** -14 and 2 ** 16, as unit rows times PIECE_SCALE and
+    weights do. Three pieces of bfloat16 hold all 24 bits of any float32 number.
     """
     high, low, rest = x, x, x
     if PIECES == 2:
@@ -154,12 +167,12 @@ def add_product(acc, a, b, b_low, b_rest, PIECES: tl.constexpr):
 def store_pieces(out, rows, n, value, D: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
     """Rows (R, BLOCK_D), float32, into a contiguous (PIECES, n, D); a single piece is in the dtype of ``out``."""
     high, low, rest = cut(value, PIECES)
-    plane = n.to(tl.int64) * D
+    plane_size = n.to(tl.int64) * D
     store_rows(out, rows, n, high, D, BLOCK_D)
     if PIECES >= 2:
-        store_rows(out + plane, rows, n, low, D, BLOCK_D)
+        store_rows(out + plane_size, rows, n, low, D, BLOCK_D)
     if PIECES == 3:
-        store_rows(out + 2 * plane, rows, n, rest, D, BLOCK_D)
+        store_rows(out + 2 * plane_size, rows, n, rest, D, BLOCK_D)
 
 
 @triton.jit
@@ -172,7 +185,7 @@ def store_plane(out, plane: tl.constexpr, rows, n, value):
 def inverse_norm(x):
     """1 / length of each row of x (R, D), float32."""
     x = x.to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+    return inverse_length(tl.sum(x * x, 1))
 
 
 @triton.jit
@@ -227,9 +240,9 @@ def kept(
 
 
 @triton.jit
-def wrapped(place, modulus, SMALL: tl.constexpr):
+def wrapped(place, modulus, SHORT_BAND: tl.constexpr):
     """place % modulus, where place - modulus is less than a tile. SMALL: so is modulus."""
-    if SMALL:
+    if SHORT_BAND:
         return place % modulus
     else:
         return tl.where(place >= modulus, place - modulus, place)
@@ -261,27 +274,20 @@ def tie_broken(positive_logit):
 
 
 @triton.jit
-def rounded_log_sum(maximum, total):
-    """BASE and TOTAL, as ``calls.rounded_log_sum`` has them."""
-    base = maximum + tl.log2(total)
-    return base, total * tl.exp2(maximum - base)
-
-
-@triton.jit
 def store_weights(out, rows, n, base, total, pull, inverse, t):
     """What a row, multiplied as it is stored, brings to backward; ``out`` (len(Row), n)."""
     stored_pull = pull * inverse
-    store_plane(out, BASE, rows, n, base)
-    store_plane(out, TOTAL, rows, n, total)
-    store_plane(out, PULL, rows, n, pull)
-    store_plane(out, INVERSE, rows, n, inverse)
-    store_plane(out, SCALE, rows, n, inverse * (LOG2E / t))
-    store_plane(out, STORED_PULL, rows, n, stored_pull)
+    store_plane(out, ROW_BASE, rows, n, base)
+    store_plane(out, ROW_TOTAL, rows, n, total)
+    store_plane(out, ROW_PULL, rows, n, pull)
+    store_plane(out, ROW_INVERSE, rows, n, inverse)
+    store_plane(out, ROW_SCALE, rows, n, inverse * (LOG2E / t))
+    store_plane(out, ROW_STORED_PULL, rows, n, stored_pull)
     above = tl.minimum(base - LOG2E / t, 126.0)  # more only where raw rows have larger logits, and nobody asks for it
-    store_plane(out, BOUNDED_PULL, rows, n, stored_pull / tl.exp2(above))
+    store_plane(out, ROW_BOUNDED_PULL, rows, n, stored_pull / tl.exp2(above))
     size = tl.abs(stored_pull)
     shift = tl.where(size == 0.0, float("-inf"), tl.log2(tl.where(size == 0.0, 1.0, size)) - base)
-    store_plane(out, SHIFT, rows, n, shift)
+    store_plane(out, ROW_SHIFT, rows, n, shift)
 
 
 @triton.jit
@@ -314,7 +320,7 @@ def finish(
     base, rest = rounded_log_sum(maximum, total)
     factor = weight * share / t
     store_weights(out_rows, rows, n, base, rest, factor / rest, q_inverse, t)
-    store_plane(out_rows, POSITIVE, rows, n, s)
+    store_plane(out_rows, ROW_POSITIVE, rows, n, s)
     temperature_gradient = zero
     if query_gradient is not None:
         mean_key = mean_key / total[:, None]
@@ -324,7 +330,7 @@ def finish(
             change = (change - q * along[:, None]) * gradient_inverse(q_inverse, query_eps)[:, None]
         store_rows(query_gradient, rows, n, change, D, BLOCK_D)
         temperature_gradient = factor / t * (s - tl.sum(q * mean_key, 1))
-    store_plane(out_rows, TEMPERATURE_GRADIENT, rows, n, temperature_gradient)
+    store_plane(out_rows, ROW_TEMPERATURE_GRADIENT, rows, n, temperature_gradient)
     if positive_gradient is not None:
         change = q * (-factor)[:, None]
         if NORMALIZE:
@@ -351,8 +357,8 @@ def finish_logsumexp(
     base, rest = rounded_log_sum(maximum, total)
     zero = tl.zeros(rows.shape, tl.float32)
     store_weights(out_rows, rows, n, base, rest, 1.0 / (t * rest), zero + 1.0, t)
-    store_plane(out_rows, POSITIVE, rows, n, zero)
-    store_plane(out_rows, TEMPERATURE_GRADIENT, rows, n, zero)
+    store_plane(out_rows, ROW_POSITIVE, rows, n, zero)
+    store_plane(out_rows, ROW_TEMPERATURE_GRADIENT, rows, n, zero)
     if out_mean_key is not None:
         store_rows(out_mean_key, rows, n, mean_key / total[:, None], D, BLOCK_D)
 
@@ -362,18 +368,18 @@ def store_parts(
     parts, outs, split, splits, rows, n, maximum, total, mean_key, inter_maximum, inter_total, count, rank, logit_sum,
     D: tl.constexpr, BLOCK_D: tl.constexpr, LOSS: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
-    """One split's share: ``parts`` (len(Part), splits, n) and ``outs`` (splits, n, D)."""
+    """What one split saw: ``parts`` (len(Part), splits, n) and ``outs`` (splits, n, D)."""
     valid = rows < n
-    plane = splits.to(tl.int64) * n
+    plane_size = splits.to(tl.int64) * n
     at = parts + split.to(tl.int64) * n + rows
-    tl.store(at + PART_MAXIMUM * plane, maximum, mask=valid)
-    tl.store(at + PART_TOTAL * plane, total, mask=valid)
-    tl.store(at + PART_COUNT * plane, count, mask=valid)
+    tl.store(at + PART_MAXIMUM * plane_size, maximum, mask=valid)
+    tl.store(at + PART_TOTAL * plane_size, total, mask=valid)
+    tl.store(at + PART_COUNT * plane_size, count, mask=valid)
     if LOSS == "dual":
-        tl.store(at + PART_INTER_MAXIMUM * plane, inter_maximum, mask=valid)
-        tl.store(at + PART_INTER_TOTAL * plane, inter_total, mask=valid)
+        tl.store(at + PART_INTER_MAXIMUM * plane_size, inter_maximum, mask=valid)
+        tl.store(at + PART_INTER_TOTAL * plane_size, inter_total, mask=valid)
     if METRICS:
-        tl.store(at + PART_RANK * plane, rank, mask=valid)
-        tl.store(at + PART_LOGIT_SUM * plane, logit_sum, mask=valid)
+        tl.store(at + PART_RANK * plane_size, rank, mask=valid)
+        tl.store(at + PART_LOGIT_SUM * plane_size, logit_sum, mask=valid)
     if outs is not None:
         store_rows(outs + split.to(tl.int64) * n * D, rows, n, mean_key, D, BLOCK_D)

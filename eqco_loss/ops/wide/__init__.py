@@ -39,6 +39,7 @@ from ..calls import (
     once_a_kind,
     plainly,
     rounded_log_sum,
+    slices,
     temperature_of,
 )
 from ..scaled import gives_keys_gradient as gives_keys_gradient
@@ -51,16 +52,15 @@ from .chunks import (
     Passes,
     Workspace,
     arithmetic,
+    chunk_size,
     fitting,
     may_hold_anything,
     met_once,
-    own,
     own_rows,
     prepare,
     product,
     product_dtype,
-    slices,
-    steps,
+    shared_with,
 )
 from .pointwise import Plane, Seek, Side, new_state
 
@@ -163,9 +163,9 @@ def keys_gradient(call: KeysGradient) -> KeysGradients:
         return with_others(call, out)
     keys = prepare(one.keys, one.normalize, products, like, may_hold_anything(one))
     if call.normalize:
-        width, step = steps(len(one.keys), len(call.query), like, products)
+        width, step = chunk_size(len(one.keys), len(call.query), like, products)
     else:
-        step, width = steps(len(call.query), len(one.keys), like, products, True)
+        step, width = chunk_size(len(call.query), len(one.keys), like, products, True)
     for columns in slices(len(one.keys), width):
         part = keys.part(columns)
         gradient = (like.new_empty if len(call.query) else like.new_zeros)(part.multiplied.shape)
@@ -214,7 +214,7 @@ def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
     for some, several in _mutual(n, call.across, products, like):
         for columns in several:
             tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
-            first = own(some, columns)
+            first = shared_with(some, columns)
             pointwise.fold_both(tile, first, state[:, some], state[:, columns.start + first : columns.stop], seek)
     pointwise.dots(views.raw.part(slice(0, half)), views.raw.part(slice(half, n)), s[:half])
     s[half:] = s[:half]
@@ -255,7 +255,7 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
     for some, several in _mutual(n, call.across, products, like):
         gradient = like.new_empty((some.stop - some.start, d)) if call.across else sums[some]
         for columns in several:
-            first = own(some, columns)
+            first = shared_with(some, columns)
             tile = workspace.tile(views.part(some), views.part(columns), logit_scale[some], others, some, columns)
             weights = workspace.weights(tile.x)
             pointwise.weights_both(tile, anchors.part(some), anchors.part(columns), views.scale[some], weights)
@@ -274,11 +274,11 @@ def symmetric_gradient(call: SymmetricGradient) -> SymmetricGradients:
 
 @once_a_kind
 def _multiplied(call: SymmetricLosses | SymmetricGradient) -> tuple[torch.dtype, Any]:
-    """In which dtype, and the module whose kernels do so, or None."""
+    """The products' dtype, and ``wide/mutual.py`` where its kernels serve, or None."""
     products = product_dtype(call.autocast, call.first)
     return products, pointwise.mutual(products, arithmetic(call.first))
 
 
 def _mutual(n: int, across: bool, products: torch.dtype, like: Tensor) -> Iterator[tuple[slice, Iterator[slice]]]:
     anchors = n // 2 if across else n
-    return met_once(n, across, steps(anchors, anchors, like, products))
+    return met_once(n, across, chunk_size(anchors, anchors, like, products))

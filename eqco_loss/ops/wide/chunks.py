@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps
+from ..calls import NORM_EPS, KeySet, Pairs, compute_dtype, gradient_eps, slices
 from . import pointwise
 from .pointwise import Raw, Seek, Tile
 
 WORKSPACE = 2**25  # bytes that the similarities and weights of a chunk may take: they stay in the L2 of an H100
-ROWS_AT_ONCE = 512  # of a chunk, which an efficient product needs at the least
+ROWS_OF_PRODUCTS = 512  # of a chunk, which an efficient product needs at the least
 ROWS_OF_WEIGHTS = 4096  # the same where no similarity is stored: square chunks add to the gradients the fewest times
 
 
@@ -36,7 +36,7 @@ class Passes:
         self.workspace = Workspace(like, products)
         self.keys = [self._prepared(one, one.keys) if one.keys.dim() == 2 else None for one in self.sets]
         repeated = not query.raw.normalize
-        sizes = [steps(n, one.keys.shape[-2], like, products, repeated) for one in self.sets]
+        sizes = [chunk_size(n, one.keys.shape[-2], like, products, repeated) for one in self.sets]
         self.widths = [width for _, width in sizes]
         self.rows = slices(n, min([n, *(step for step, _ in sizes), *(own_rows(one.keys) for one in self.sets)]))
 
@@ -111,7 +111,7 @@ def _cut(pairs: Pairs, rows: slice, columns: slice) -> Pairs:
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """a @ b, of matrices or of batches of them, into ``out`` or added to it, in its dtype and without rounding."""
     batch, half = a.dim() == 3, a.dtype != out.dtype
-    if half and not a.is_cuda:
+    if half and not (a.is_cuda and multiplies_to_float32(a.dtype, a.device.index)):
         a, b, half = a.to(out.dtype), b.to(out.dtype), False
     if not half:
         (out.baddbmm_ if batch else out.addmm_)(a, b, beta=int(add))
@@ -121,6 +121,18 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
         out += (torch.bmm if batch else torch.mm)(a, b, out.dtype)
     else:
         torch.addmm(out, a, b, out.dtype, out=out)
+
+
+def multiplies_to_float32(dtype: torch.dtype, index: int | None) -> bool:
+    """Whether a device's products of halves come out in float32: torch refuses that to some GPUs and settings."""
+    if dtype == torch.bfloat16:
+        return _capability(index) >= (8, 0)
+    return not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)  # which may change at any time
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache
@@ -192,7 +204,7 @@ def prepare(x: Tensor, normalize: bool, products: torch.dtype, like: Tensor, cle
 
 def may_hold_anything(one: KeySet) -> bool:
     """Whether a key may be NaN or infinite and yet left out."""
-    return (one.pairs.by_pair or one.pairs.picked is not None) and not one.trusted
+    return one.pairs.by_pair and not one.trusted
 
 
 def product_dtype(autocast: torch.dtype | None, query: Tensor, *keys: Tensor) -> torch.dtype:
@@ -214,7 +226,7 @@ def fitting(pull: Tensor, products: torch.dtype) -> tuple[Tensor, Tensor | None]
     return pull / largest, largest
 
 
-def steps(
+def chunk_size(
     n: int, k: int, like: Tensor, products: torch.dtype, repeated: bool = False, stored: bool = True
 ) -> tuple[int, int]:
     """How many rows and how many keys a chunk has.
@@ -225,9 +237,9 @@ def steps(
     ``stored``: the similarities are; else only weights.
     """
     pairs = WORKSPACE // (pointwise.bytes_a_pair(like, products) if stored else products.itemsize)
-    width = max(128, pairs // min(n, ROWS_AT_ONCE if stored else ROWS_OF_WEIGHTS))
+    width = max(128, pairs // min(n, ROWS_OF_PRODUCTS if stored else ROWS_OF_WEIGHTS))
     width = _equal(k, width)
-    return _equal(n, ROWS_AT_ONCE if repeated else max(1, pairs // width)), width
+    return _equal(n, ROWS_OF_PRODUCTS if repeated else max(1, pairs // width)), width
 
 
 def _equal(length: int, most: int) -> int:
@@ -244,10 +256,6 @@ def own_rows(keys: Tensor) -> int:
     return max(1, WORKSPACE // (3 * 4 * keys[0].numel())) if keys.dim() == 3 else len(keys)
 
 
-def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
-    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
-
-
 def met_once(n: int, across: bool, step_and_width: tuple[int, int]) -> Iterator[tuple[slice, Iterator[slice]]]:
     """Chunks of rows, and of the keys that each of them meets, such that every pair of rows comes once.
 
@@ -259,7 +267,7 @@ def met_once(n: int, across: bool, step_and_width: tuple[int, int]) -> Iterator[
             yield some, slices(n, width, anchors if across else some.start)
 
 
-def own(rows: slice, columns: slice) -> int:
+def shared_with(rows: slice, columns: slice) -> int:
     """How many of the keys, the first ones, are among the rows."""
     found: int = max(0, min(rows.stop, columns.stop) - columns.start)
     return found

@@ -9,22 +9,30 @@ An absent tensor is None, which Triton compiles away. Statistics are float32.
 import triton
 import triton.language as tl
 
-from ..calls import LN2 as _LN2
-from ..calls import LOG2E as _LOG2E
-from ..calls import NORM_EPS as _NORM_EPS
-from ..calls import Metric, Row
-from ..gap_kernels import read_temperature, something, values
-from .pointwise import MINIMUM as _MINIMUM
+from ..shared_kernels import (
+    LN2,
+    LOG2E,
+    METRIC_COUNT,
+    METRIC_INTRA,
+    METRIC_LOG_WEIGHT,
+    METRIC_NEGATIVE,
+    METRIC_RANK,
+    METRIC_WEIGHT,
+    MINIMUM,
+    ROW_BASE,
+    ROW_BOUNDED_PULL,
+    ROW_POSITIVE,
+    ROW_PULL,
+    ROW_TEMPERATURE_GRADIENT,
+    ROW_TOTAL,
+    inverse_length,
+    read_temperature,
+    rounded_log_sum,
+    something,
+    values,
+)
 from .pointwise import Plane
 
-LN2, LOG2E, NORM_EPS = tl.constexpr(_LN2), tl.constexpr(_LOG2E), tl.constexpr(_NORM_EPS)
-MINIMUM = tl.constexpr(_MINIMUM)
-ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
-ROW_BOUNDED_PULL = tl.constexpr(int(Row.BOUNDED_PULL))
-ROW_POSITIVE, ROW_TEMPERATURE = tl.constexpr(int(Row.POSITIVE)), tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
-METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
-METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
-METRIC_RANK, METRIC_NEGATIVE = tl.constexpr(int(Metric.RANK)), tl.constexpr(int(Metric.NEGATIVE))
 MAXIMUM, TOTAL = tl.constexpr(int(Plane.MAXIMUM)), tl.constexpr(int(Plane.TOTAL))
 INTER_TOTAL, COUNT = tl.constexpr(int(Plane.INTER_TOTAL)), tl.constexpr(int(Plane.COUNT))
 RANK, LOGIT_SUM = tl.constexpr(int(Plane.RANK)), tl.constexpr(int(Plane.LOGIT_SUM))
@@ -223,8 +231,7 @@ def finished(
     above = s * (LOG2E / t) - maximum
     loss, intra_loss, weight, log_weight = values(above, total, above * (t / inter_t), inter_total, shift, LOSS)
     pull = weight * (share / t)
-    base = maximum + tl.log2(total)  # as calls.rounded_log_sum has it
-    rest = total * tl.exp2(maximum - base)
+    base, rest = rounded_log_sum(maximum, total)
     tl.store(out + ROW_BASE * n + rows, base, mask=inside)
     tl.store(out + ROW_TOTAL * n + rows, rest, mask=inside)
     tl.store(out + ROW_PULL * n + rows, pull / rest, mask=inside)
@@ -234,7 +241,7 @@ def finished(
     of_temperature = tl.zeros(s.shape, tl.float32)
     if LEARNED:
         of_temperature = pull * (above - weighted / total) * LN2
-    tl.store(out + ROW_TEMPERATURE * n + rows, of_temperature, mask=inside)
+    tl.store(out + ROW_TEMPERATURE_GRADIENT * n + rows, of_temperature, mask=inside)
     return loss * share, pull, intra_loss, weight, log_weight
 
 
@@ -293,8 +300,8 @@ def measure_kernel(
         inside = (rows < n)[:, None] & (at < d)[None, :]
         value = tl.load(at_rows + at.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
         total += value * value
-    length = tl.sqrt(tl.sum(total, 1))
-    by = 1.0 / tl.maximum(length, NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+    squares = tl.sum(total, 1)
+    length, by = tl.sqrt(squares), inverse_length(squares)
     tl.store(inverse + rows, by, mask=rows < n)
     of_gradient = 1.0 / tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL)
     tl.store(gradient_inverse + rows, of_gradient, mask=rows < n)

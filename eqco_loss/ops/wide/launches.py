@@ -80,7 +80,7 @@ def finish(call, similarity, state, known, metrics):
     launch(
         finish_kernel, (triton.cdiv(n, 128),),
         similarity, state, state.stride(0), float(call.temperature), call.learned_temperature,
-        float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.ratio,
+        float(call.inter_temperature or 1.0), float(known or 1), float(call.alpha or 1.0), call.share_factor,
         found.losses, found.factor, found.of_sums, found.rows, metrics, n,
         ALPHA=call.alpha is not None, LOSS=loss_of(call), KNOWN=bool(known), BLOCK=128,
         num_warps=4,

@@ -18,25 +18,26 @@ import torch
 import triton
 
 from ..calls import Row, SymmetricGradients, SymmetricOutputs, gradient_eps, loss_of, once_a_kind
-from ..launcher import Launch, bind, multiprocessors
+from ..launcher import Launch, bind
 from . import chunks
-from .mutual_kernels import _BOUNDED, _EITHER, _FOLLOWED, _LEAST, statistics_kernel, weights_kernel
+from .mutual_kernels import _BOUNDED, _EITHER, _FOLLOWED, _LEAST, statistics_kernel, view_weights_kernel
 from .pointwise import new_state
 from .view_kernels import (
     _COPY,
     _POWER,
     _UNIT,
     finish_views_kernel,
-    fold_kernel,
+    fold_parts_kernel,
     prepare_kernel,
     through_views_kernel,
 )
 
-PARTS = 2**25  # bytes that the tiles' statistics may take
+# Limits and tiles are arguments of what is cached below, because tests and benchmarks change them.
+STATISTICS_BYTES = 2**25  # that the tiles' statistics may take
 BLOCK_ROWS = 32  # of the kernels that put statistics together
 
 
-class Tile(NamedTuple):
+class TileSize(NamedTuple):
     """How a product of two views is cut."""
 
     rows: int
@@ -45,8 +46,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     group: int  # rows of tiles that programs which run at the same time share
-    programs: int = 0  # for each multiprocessor, which visit tile after tile; 0: a program for each tile
-    pieces: int = 2  # of keys, which what comes after the products takes one after the other
 
     @property
     def constants(self):
@@ -55,17 +54,12 @@ class Tile(NamedTuple):
             "BLOCK_KEYS": self.keys,
             "BLOCK_D": self.features,
             "GROUP": self.group,
-            "PIECES": self.pieces,
-            "PERSISTENT": self.programs > 0,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
-    def grid(self, tiles, multiprocessors):
-        return (min(tiles, self.programs * multiprocessors) if self.programs else tiles,)
 
-
-class Rows(NamedTuple):
+class RowBlocks(NamedTuple):
     """How kernels of whole rows are cut."""
 
     elements: int  # of a view, for each program, if a row has not more of them
@@ -76,12 +70,12 @@ class Rows(NamedTuple):
         return {"BLOCK_ROWS": max(1, self.elements // block_d), "BLOCK_D": block_d, "num_warps": self.warps}
 
 
-# Measured under autocast, N = 4096, D = 512: a whole forward pass 56.3 us, with 8 warps 60.3, with programs that stay
-# 59.2; a whole backward pass 114.9 us, with programs that stay 118.0.
-STATISTICS = Tile(128, 128, 64, 4, 3, 16)
-SQUARE = Tile(128, 128, 64, 4, 3, 16)  # of statistics where rows meet rows of their own view
-WEIGHTS = Tile(128, 128, 64, 4, 3, 16)
-ROWS = Rows(1024, 4)
+# Measured under autocast, N = 4096, D = 512: a whole forward pass 56.3 us, with 8 warps 60.3, and with programs that
+# stay for several tiles 59.2; a whole backward pass 114.9 us, with such programs 118.0.
+STATISTICS = TileSize(128, 128, 64, 4, 3, 16)
+SQUARE = TileSize(128, 128, 64, 4, 3, 16)  # of statistics where rows meet rows of their own view
+WEIGHTS = TileSize(128, 128, 64, 4, 3, 16)
+ROWS = RowBlocks(1024, 4)
 
 
 def symmetric_losses(call, products):
@@ -97,7 +91,7 @@ def symmetric_losses(call, products):
     for chunk in plan.chunks:
         plan.statistics.again(
             *(call.kind if len(plan.chunks) == 1 else 0, chunk.grid),
-            x, x.stride(0), scale, parts, chunk.of_keys, *temperatures, *chunk.places, n // 2, plan.steps,
+            x, x.stride(0), scale, parts, chunk.of_keys, *temperatures, *chunk.places, n // 2, plan.feature_steps,
         )  # fmt: skip
         if state is not None:
             for part, tiles, of_rows in (
@@ -111,7 +105,7 @@ def symmetric_losses(call, products):
     plan.finish.again(
         *(call.kind, plan.finish_grid),
         parts, one.tiles_of_keys, plan.rows_end, one.of_keys, one.tiles_of_rows, state, stride, *temperatures,
-        plan.known, float(call.alpha or 1.0), call.ratio, scratch, loss, rows, n,
+        plan.known, float(call.alpha or 1.0), call.share_factor, scratch, loss, rows, n,
     )  # fmt: skip
     return SymmetricOutputs(loss, rows, x if len(shape) == 2 else new(shape, dtype=dtype))
 
@@ -123,17 +117,18 @@ def _statistics(call, products):
     weigh, tile = call.learned_temperature is not None, STATISTICS if call.across else SQUARE
     shape = 2 * len(call.first), _width(call.first)
     of_loss = loss_of(call), call.alpha is not None
-    plan = _statistics_plan(*shape, call.across, form, weigh, *of_loss, tile, PARTS, parallel(call.first))
+    plan = _statistics_plan(*shape, call.across, form, weigh, *of_loss, tile, STATISTICS_BYTES)
     return plan, keeps(call, products)
 
 
 def symmetric_gradient(call, products):
-    """See ``symmetric_gradient`` of this folder."""
+    """Backward of ``symmetric_losses``; ``symmetric_gradient`` of this folder has the formula."""
     (half, d), rows, device = call.first.shape, call.rows, call.first.device
     n, x, scale = 2 * half, call.kept, None
     if x.numel() == 0:
         x, scale = _prepared(call, products, rows, None)
     elif products == call.first.dtype:  # the views themselves
+        # The views that forward kept: the caller may have changed those of the call since.
         call, scale = call._replace(first=x[:half], second=x[half:]), rows[Row.INVERSE]
     multiplied = x if x.shape[1] == d else x[:, :d]
     largest, factor = None, call.grad
@@ -156,12 +151,12 @@ def symmetric_gradient(call, products):
             *(call.kind if len(plan.chunks) == 1 else 0, grid),
             x, x.stride(0), scale, rows, n, factor, weights, stride,
             float(call.temperature), call.learned_temperature,
-            some.start, some.stop, columns.start, columns.stop, half, plan.steps,
+            some.start, some.stop, columns.start, columns.stop, half, plan.feature_steps,
         )  # fmt: skip
         gradient = sums[some] if plan.whole else gradients[:r]
         first = (some.start == 0 or call.across) and columns.start == (half if call.across else some.start)
         chunks.product(weights, multiplied[columns], gradient, add=not first)
-        own = chunks.own(some, columns)
+        own = chunks.shared_with(some, columns)
         if own < c:
             of_keys = sums[columns.start + own - first_key : columns.stop - first_key]
             chunks.product(weights[:, own:].T, multiplied[some], of_keys, add=some.start > 0)
@@ -179,7 +174,9 @@ def symmetric_gradient(call, products):
 @once_a_kind
 def _weights(call, products, width):
     form, n = _form(call.temperature, None, call.learned_temperature), 2 * len(call.first)
-    return _gradient_plan(n, width, call.across, products, form, WEIGHTS, chunks.steps, parallel(call.first))
+    anchors = n // 2 if call.across else n
+    size = chunks.chunk_size(anchors, anchors, call.first, products, False, False)
+    return _gradient_plan(n, width, call.across, products, form, WEIGHTS, size)
 
 
 # ---------------------------------------------------------------------------------------------------------- small steps
@@ -203,14 +200,17 @@ def _width(view):
 
 
 def _prepared(call, products, rows, scratch):
-    """What is multiplied, (2M, D) with zeros to whole steps, and its scale or None; and, if ``scratch``, ``rows``."""
+    """The rows that are multiplied, (2M, D) with zeros to whole steps of features, and their scale or None.
+
+    With ``scratch`` it fills ``rows``, too.
+    """
     here, there, (half, d) = call.first, call.second, call.first.shape
     plan = _rows_plan(half, d, _width(here), here.dtype, products, ROWS)
     out = torch.empty((2 * half, plan.width), dtype=products, device=here.device)
     scale, written = None, None
-    if plan.form == _POWER:
+    if plan.rows_as == _POWER:
         scale = written = torch.empty(2 * half, dtype=torch.float32, device=here.device)
-    elif plan.form == _COPY:
+    elif plan.rows_as == _COPY:
         scale = rows[Row.INVERSE]
     plan.prepare[scratch is not None].again(
         *(call.kind, plan.prepare_grid),
@@ -231,13 +231,8 @@ def _through(call, products, of_here, of_there, out, given, some, kind=0):
     )  # fmt: skip
 
 
-def parallel(x):
-    """How many multiprocessors there are; in the interpreter, so few that a program has several tiles."""
-    return multiprocessors(x.device.index) if x.is_cuda else 2
-
-
 def _form(temperature, inter_temperature, learned):
-    """Of ``mutual_kernels``."""
+    """What FORM of ``mutual_kernels`` is for these temperatures."""
     if learned is not None:
         return _EITHER
     return _BOUNDED if min(temperature, inter_temperature or temperature) >= _LEAST else _FOLLOWED
@@ -248,7 +243,7 @@ def _form(temperature, inter_temperature, learned):
 
 class _RowsPlan(NamedTuple):
     width: int  # of what is multiplied
-    form: int  # of ``prepare_kernel``
+    rows_as: int  # of ``prepare_kernel``
     least: float  # 1 / the least length that a gradient is divided by
     prepare_grid: tuple[int, ...]
     prepare: dict[bool, Launch]  # True: it measures the rows as well
@@ -258,11 +253,11 @@ class _RowsPlan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _rows_plan(count, d, width, dtype, products, how):
-    form = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
-    prepare, through = {"D": d, "WIDTH": width, "FORM": form} | how.constants(width), {"D": d} | how.constants(d)
+    rows_as = _UNIT if products != dtype else _POWER if products == torch.float16 else _COPY
+    prepare, through = {"D": d, "WIDTH": width, "ROWS_AS": rows_as} | how.constants(width), {"D": d} | how.constants(d)
     return _RowsPlan(
         width=width,
-        form=form,
+        rows_as=rows_as,
         least=1.0 / gradient_eps(dtype),
         prepare_grid=(triton.cdiv(count, prepare["BLOCK_ROWS"]),),
         prepare={measure: bind(prepare_kernel, {"MEASURE": measure} | prepare) for measure in (False, True)},
@@ -287,7 +282,7 @@ class _Chunk(NamedTuple):
 class _StatisticsPlan(NamedTuple):
     chunks: list[_Chunk]
     parts: int  # numbers
-    steps: int  # of features
+    feature_steps: int
     rows_end: int  # rows before this one are those whose parts come first
     known: float  # negatives of each row
     statistics: Launch
@@ -298,12 +293,13 @@ class _StatisticsPlan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, multiprocessors):
+def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most_bytes):
     dual = loss == "dual"
+    # Up to the last plane that is used; one between them may stay empty.
     planes = 4 if dual else 3 if weigh else 1 if form == _BOUNDED else 2
     anchors, first_key = (n // 2, n // 2) if across else (n, 0)
     of_a_row = 4 * planes * (triton.cdiv(n - first_key, tile.keys) + triton.cdiv(n - first_key, tile.rows))
-    step = max(tile.rows, most // of_a_row // tile.rows * tile.rows)
+    step = max(tile.rows, most_bytes // of_a_row // tile.rows * tile.rows)
     found, parts = [], 0
     for start in range(0, anchors, step):
         stop, key = min(start + step, anchors), first_key if across else start
@@ -312,7 +308,7 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
         of_keys = planes * tiles_of_keys * (stop - start)
         parts = max(parts, of_keys + planes * tiles_of_rows * (n - apart))
         places = start, stop, key, n, apart
-        grid = tile.grid(tiles_of_rows * tiles_of_keys, multiprocessors)
+        grid = (tiles_of_rows * tiles_of_keys,)
         found.append(_Chunk(start, stop, apart, tiles_of_rows, tiles_of_keys, of_keys, places, grid))
     sides, blocks = 2 if across else 1, triton.cdiv(anchors, BLOCK_ROWS)
     common = {"FORM": form, "WEIGH": weigh, "BLOCK_TILES": 32, "BLOCK_ROWS": BLOCK_ROWS, "num_warps": 4}
@@ -320,11 +316,11 @@ def _statistics_plan(n, width, across, form, weigh, loss, alpha, tile, most, mul
     return _StatisticsPlan(
         chunks=found,
         parts=parts,
-        steps=width // tile.features,
+        feature_steps=width // tile.features,
         rows_end=anchors,
         known=max(1.0, (n // 2 - 1) * (1.0 if across else 2.0)),
         statistics=bind(statistics_kernel, statistics | tile.constants),
-        fold=bind(fold_kernel, common | {"DUAL": dual}),
+        fold=bind(fold_parts_kernel, common | {"DUAL": dual}),
         finish_grid=(blocks, sides),
         scratch=1 + blocks * sides,
         finish=bind(finish_views_kernel, common | {"ALPHA": alpha, "LOSS": loss}),
@@ -335,28 +331,19 @@ class _GradientPlan(NamedTuple):
     chunks: list[tuple[slice, slice, tuple[int], int]]  # rows, keys, grid, and stride of the weights
     whole: bool  # whether the sums of all rows are held until the end, or those of a chunk's rows only until its end
     workspace: int  # weights
-    steps: int  # of features
+    feature_steps: int
     weights: Launch
 
 
 @functools.lru_cache(maxsize=1024)
-def _gradient_plan(n, width, across, products, form, tile, steps, multiprocessors):
-    found = [
-        (some, columns)
-        for some, several in chunks.met_once(
-            n, across, steps(*[n // 2 if across else n] * 2, None, products, False, False)
-        )
-        for columns in several
-    ]
+def _gradient_plan(n, width, across, products, form, tile, chunk_size):
+    found = [(some, columns) for some, several in chunks.met_once(n, across, chunk_size) for columns in several]
     strides = [columns.stop - columns.start + 7 & -8 for _, columns in found]
-    grids = [
-        tile.grid(triton.cdiv(r.stop - r.start, tile.rows) * triton.cdiv(c.stop - c.start, tile.keys), multiprocessors)
-        for r, c in found
-    ]
+    grids = [(triton.cdiv(r.stop - r.start, tile.rows) * triton.cdiv(c.stop - c.start, tile.keys),) for r, c in found]
     return _GradientPlan(
         chunks=[(*both, grid, stride) for both, grid, stride in zip(found, grids, strides, strict=True)],
         whole=not across or all(some == found[0][0] for some, _ in found),
         workspace=max((some.stop - some.start) * stride for (some, _), stride in zip(found, strides, strict=True)),
-        steps=width // tile.features,
-        weights=bind(weights_kernel, {"FORM": form} | tile.constants),
+        feature_steps=width // tile.features,
+        weights=bind(view_weights_kernel, {"FORM": form} | tile.constants),
     )

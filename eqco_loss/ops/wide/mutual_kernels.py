@@ -1,9 +1,10 @@
 """Products of two views' rows that are never stored: each tile ends in what its rows and its keys need of it.
 
-Every row is an anchor and a key. ``statistics_kernel`` makes one number of a tile for each of its rows and, in their
-role as anchors, for each of its keys, and ``weights_kernel`` writes the numbers that the gradient's two products are
-made of, in half precision. Between them the similarities are multiplied a second time, which costs less than to write
-and read them. A logit is a product times the scales of its two rows, which without ``scale`` are unit ones.
+Every row is an anchor and a key. ``statistics_kernel`` makes of a tile the statistics that each of its rows needs and,
+in their role as anchors, each of its keys, and ``view_weights_kernel`` writes the numbers that the gradient's two
+products are made of, in half precision. Between them the similarities are multiplied a second time, which costs less
+than to write and read them. A logit is a product times the scales of its two rows, which without ``scale`` are unit
+ones.
 
 FORM says how powers of two stay in float32. BOUNDED: no logit of unit rows passes log2(e) / t, which is little enough
 to stand for the maximum of all of them, and one power of two serves both roles. FOLLOWED: a maximum is sought. EITHER:
@@ -16,15 +17,10 @@ a learned temperature decides, which the host does not know.
 import triton
 import triton.language as tl
 
-from ..calls import LOG2E as _LOG2E
-from ..calls import Row
-from ..gap_kernels import read_temperature
-from .pointwise import MINIMUM as _MINIMUM
+from ..shared_kernels import LOG2E, MINIMUM, ROW_BASE, ROW_BOUNDED_PULL, ROW_PULL, read_temperature
 
 _LEAST = 0.05  # temperature whose logits of unit rows, at most 29 in base 2, need no maximum
-MINIMUM, LOG2E, LEAST = tl.constexpr(_MINIMUM), tl.constexpr(_LOG2E), tl.constexpr(_LEAST)
-ROW_BASE, ROW_PULL = tl.constexpr(int(Row.BASE)), tl.constexpr(int(Row.PULL))
-ROW_BOUNDED_PULL = tl.constexpr(int(Row.BOUNDED_PULL))
+LEAST = tl.constexpr(_LEAST)
 PART_TOTAL, PART_MAXIMUM, PART_WEIGHTED, PART_INTER = (tl.constexpr(place) for place in range(4))  # planes of parts
 _FOLLOWED, _BOUNDED, _EITHER = range(3)
 FOLLOWED, BOUNDED, EITHER = tl.constexpr(_FOLLOWED), tl.constexpr(_BOUNDED), tl.constexpr(_EITHER)
@@ -45,12 +41,10 @@ def tile_of(program, tiles_of_rows, tiles_of_keys, GROUP: tl.constexpr):
 def multiplied(
     views, stride, row, row_stop, key, key_stop, steps,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
-    PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Products of the rows from ``row`` on with the keys from ``key`` on, (BLOCK_ROWS, BLOCK_KEYS), in two halves of
-    keys if PIECES is 2, and else twice the same.
+    """Products of the rows from ``row`` on with the keys from ``key`` on, twice (BLOCK_ROWS, BLOCK_KEYS // 2).
 
-    What comes after the products takes numbers for each key, and of half the keys the registers hold them.
+    What comes after the products takes numbers for each key, and the registers hold those of half the keys.
     """
     rows, keys = row + tl.arange(0, BLOCK_ROWS), key + tl.arange(0, BLOCK_KEYS)
     at_rows = views + tl.minimum(rows, row_stop - 1).to(tl.int64)[:, None] * stride  # beyond the last row, that row
@@ -61,10 +55,7 @@ def multiplied(
         a = tl.load(at_rows + feature[None, :], cache_modifier=".ca")
         b = tl.load(at_keys + feature[None, :])
         x = tl.dot(a, tl.trans(b), acc=x)
-    left, right = x, x
-    if PIECES == 2:
-        left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, BLOCK_KEYS // 2)), (0, 2, 1)))
-    return left, right
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_ROWS, 2, BLOCK_KEYS // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -106,31 +97,31 @@ def is_bounded(temperature_tensor, inter_t, DUAL: tl.constexpr):
 
 
 @triton.jit
-def store_parts(
-    parts, plane, at, inside, total, maximum, weighted, inter,
+def store_statistics(
+    parts, plane_size, at, inside, total, maximum, weighted, inter,
     FOLLOW: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
 ):  # fmt: skip
-    tl.store(parts + PART_TOTAL * plane + at, total, mask=inside)
+    tl.store(parts + PART_TOTAL * plane_size + at, total, mask=inside)
     if FOLLOW:
-        tl.store(parts + PART_MAXIMUM * plane + at, maximum, mask=inside)
+        tl.store(parts + PART_MAXIMUM * plane_size + at, maximum, mask=inside)
     if WEIGH:
-        tl.store(parts + PART_WEIGHTED * plane + at, weighted, mask=inside)
+        tl.store(parts + PART_WEIGHTED * plane_size + at, weighted, mask=inside)
     if DUAL:
-        tl.store(parts + PART_INTER * plane + at, inter, mask=inside)
+        tl.store(parts + PART_INTER * plane_size + at, inter, mask=inside)
 
 
 @triton.jit
 def statistics_of(
     left, right, highest, to_inter, scale, row, row_stop, key, key_stop, half,
-    parts, plane, at_rows, key_parts, key_plane, at_keys, keys_of_their_own,
+    parts, plane_size, at_rows, key_parts, key_plane_size, at_keys, keys_of_their_own,
     FOLLOW: tl.constexpr, STORE_MAXIMUM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile: sums along the keys, which go on from half to half, and along the rows."""
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted, inter = total, total
     maximum = total + (MINIMUM if FOLLOW else highest)
-    for right_half in tl.static_range(PIECES):
+    for right_half in tl.static_range(2):
         first = key + right_half * KEYS
         x = lower_than(
             right if right_half else left, highest, scale, row, row_stop, first, key_stop, half, not FOLLOW,
@@ -164,41 +155,47 @@ def statistics_of(
         if DUAL:
             key_inter = tl.sum(tl.exp2(lower * to_inter), 0)
         beside = right_half * KEYS + tl.arange(0, KEYS)
-        store_parts(
-            key_parts, key_plane, at_keys + beside, keys_of_their_own & (key + beside < key_stop), key_total,
+        store_statistics(
+            key_parts, key_plane_size, at_keys + beside, keys_of_their_own & (key + beside < key_stop), key_total,
             key_maximum, key_weighted, key_inter, STORE_MAXIMUM, WEIGH, DUAL,
         )  # fmt: skip
     rows = row + tl.arange(0, BLOCK_ROWS)
-    store_parts(
-        parts, plane, at_rows + tl.arange(0, BLOCK_ROWS), rows < row_stop, total, maximum, weighted, inter,
+    store_statistics(
+        parts, plane_size, at_rows + tl.arange(0, BLOCK_ROWS), rows < row_stop, total, maximum, weighted, inter,
         STORE_MAXIMUM, WEIGH, DUAL,
     )  # fmt: skip
 
 
 @triton.jit
-def statistics_of_tile(
-    program, views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
+def statistics_kernel(
+    views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
     row_start, row_stop, key_start, key_stop, apart, half, steps,
     TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr,
 ):  # fmt: skip
+    """A tile's part of its rows' and its keys' statistics.
+
+    ``parts`` is (planes, tiles of keys, rows), and from ``of_keys`` on (planes, tiles of rows, keys from ``apart`` on).
+    TRIANGLE: the first keys are the rows, and a tile on one side of the diagonal serves both sides; its keys before
+    ``apart`` have their parts among those of the rows, at the place of the tile that is not visited.
+    """
     tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
     tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
-    i, j = tile_of(program, tiles_of_rows, tiles_of_keys, GROUP)
+    i, j = tile_of(tl.program_id(0), tiles_of_rows, tiles_of_keys, GROUP)
     row, key = row_start + i * BLOCK_ROWS, key_start + j * BLOCK_KEYS
+    if TRIANGLE:  # noqa: SIM102  # which is known when the kernel is compiled
+        if key < row:  # the tile that is this one turned around
+            return  # has done this one's work
     rows, keys = row_stop - row_start, key_stop - apart
-    plane = rows * tiles_of_keys
+    plane_size = rows * tiles_of_keys
     at_rows = j * rows + i * BLOCK_ROWS
-    key_plane, key_parts, at_keys = keys * tiles_of_rows, parts + of_keys, i * keys + key - apart
+    key_plane_size, key_parts, at_keys = keys * tiles_of_rows, parts + of_keys, i * keys + key - apart
     keys_of_their_own = key < key_stop
     if TRIANGLE:
         keys_of_their_own = key != row
         if key < apart:
-            key_plane, key_parts, at_keys = plane, parts, i * rows + key - row_start
-    left, right = multiplied(
-        views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PIECES
-    )  # fmt: skip
+            key_plane_size, key_parts, at_keys = plane_size, parts, i * rows + key - row_start
+    left, right = multiplied(views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D)
     highest = LOG2E / read_temperature(temperature, temperature_tensor)  # which no logit of unit rows passes
     to_inter = LOG2E / highest / inter_t
     follow: tl.constexpr = FORM == FOLLOWED
@@ -208,57 +205,21 @@ def statistics_of_tile(
     if follows:
         statistics_of(
             left, right, highest, to_inter, scale, row, row_stop, key, key_stop, half,
-            parts, plane, at_rows, key_parts, key_plane, at_keys, keys_of_their_own,
-            True, True, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
+            parts, plane_size, at_rows, key_parts, key_plane_size, at_keys, keys_of_their_own,
+            True, True, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // 2,
         )  # fmt: skip
     else:
         statistics_of(
             left, right, highest, to_inter, scale, row, row_stop, key, key_stop, half,
-            parts, plane, at_rows, key_parts, key_plane, at_keys, keys_of_their_own,
-            False, FORM == EITHER, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
-        )  # fmt: skip
-
-
-@triton.jit
-def statistics_kernel(
-    views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
-    row_start, row_stop, key_start, key_stop, apart, half, steps,
-    TRIANGLE: tl.constexpr, FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr, PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """Tiles' shares of their rows' and their keys' statistics: of one tile or, PERSISTENT, of several, one by one.
-
-    ``parts`` is (planes, tiles of keys, rows), and from ``of_keys`` on (planes, tiles of rows, keys from ``apart`` on).
-    TRIANGLE: the first keys are the rows, and a tile on one side of the diagonal serves both sides; its keys before
-    ``apart`` have their shares among those of the rows, at the place of the tile that is not visited.
-    """
-    tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
-    tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
-    tl.static_assert(not (TRIANGLE and PERSISTENT))
-    if PERSISTENT:  # the loads of a tile begin before the last tile's end
-        for program in tl.range(tl.program_id(0), tiles_of_rows * tiles_of_keys, tl.num_programs(0), flatten=True):
-            statistics_of_tile(
-                program, views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
-                row_start, row_stop, key_start, key_stop, apart, half, steps,
-                TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
-            )  # fmt: skip
-    else:
-        if TRIANGLE:
-            i, j = tile_of(tl.program_id(0), tiles_of_rows, tiles_of_keys, GROUP)
-            if key_start + j * BLOCK_KEYS < row_start + i * BLOCK_ROWS:  # the tile that is this one turned around
-                return  # has done this one's work
-        statistics_of_tile(
-            tl.program_id(0), views, stride, scale, parts, of_keys, temperature, temperature_tensor, inter_t,
-            row_start, row_stop, key_start, key_stop, apart, half, steps,
-            TRIANGLE, FORM, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
+            parts, plane_size, at_rows, key_parts, key_plane_size, at_keys, keys_of_their_own,
+            False, FORM == EITHER, WEIGH, DUAL, BLOCK_ROWS, BLOCK_KEYS // 2,
         )  # fmt: skip
 
 
 @triton.jit
 def store_weights(
     left, right, highest, scale, base, pull, row, row_stop, key, key_stop, half, factor, at_rows, FOLLOW: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Both halves of a tile, to ``at_rows`` (BLOCK_ROWS, 1), where the first key's weights lie."""
     rows = row + tl.arange(0, BLOCK_ROWS)
@@ -270,7 +231,7 @@ def store_weights(
     if scale is not None:
         row_length = tl.load(scale + rows, mask=in_rows, other=0.0)
         row_pull *= row_length
-    for right_half in tl.static_range(PIECES):
+    for right_half in tl.static_range(2):
         first = key + right_half * KEYS
         keys = first + tl.arange(0, KEYS)
         in_keys = keys < key_stop
@@ -295,18 +256,21 @@ def store_weights(
 
 
 @triton.jit
-def weights_of_tile(
-    program, views, stride, scale, rows, plane, grad, out, out_stride, temperature, temperature_tensor,
+def view_weights_kernel(
+    views, stride, scale, rows, plane_size, grad, out, out_stride, temperature, temperature_tensor,
     row_start, row_stop, key_start, key_stop, half, steps,
     FORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr,
 ):  # fmt: skip
-    i, j = tile_of(program, tl.cdiv(row_stop - row_start, BLOCK_ROWS), tl.cdiv(key_stop - key_start, BLOCK_KEYS), GROUP)
+    """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) scale_i scale_j.
+
+    Bases and pulls are those of ``rows`` (len(Row), 2M), these times ``grad``.
+    """
+    tiles_of_rows = tl.cdiv(row_stop - row_start, BLOCK_ROWS)
+    tiles_of_keys = tl.cdiv(key_stop - key_start, BLOCK_KEYS)
+    i, j = tile_of(tl.program_id(0), tiles_of_rows, tiles_of_keys, GROUP)
     row, key = row_start + i * BLOCK_ROWS, key_start + j * BLOCK_KEYS
-    left, right = multiplied(
-        views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, PIECES
-    )  # fmt: skip
+    left, right = multiplied(views, stride, row, row_stop, key, key_stop, steps, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D)
     highest = LOG2E / read_temperature(temperature, temperature_tensor)  # which no logit of unit rows passes
     factor = tl.load(grad).to(tl.float32)
     places = i * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -317,41 +281,11 @@ def weights_of_tile(
         follows = not is_bounded(temperature_tensor, 1.0, False)
     if follows:
         store_weights(
-            left, right, highest, scale, rows + ROW_BASE * plane, rows + ROW_PULL * plane,
-            row, row_stop, key, key_stop, half, factor, at_rows, True,
-            BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
+            left, right, highest, scale, rows + ROW_BASE * plane_size, rows + ROW_PULL * plane_size,
+            row, row_stop, key, key_stop, half, factor, at_rows, True, BLOCK_ROWS, BLOCK_KEYS // 2,
         )  # fmt: skip
     else:
         store_weights(
-            left, right, highest, scale, None, rows + ROW_BOUNDED_PULL * plane,
-            row, row_stop, key, key_stop, half, factor, at_rows, False,
-            BLOCK_ROWS, BLOCK_KEYS // PIECES, PIECES,
-        )  # fmt: skip
-
-
-@triton.jit
-def weights_kernel(
-    views, stride, scale, rows, plane, grad, out, out_stride, temperature, temperature_tensor,
-    row_start, row_stop, key_start, key_stop, half, steps,
-    FORM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PIECES: tl.constexpr, PERSISTENT: tl.constexpr,
-):  # fmt: skip
-    """out_ij = (pull_i 2 ** (x_ij - base_i) + pull_j 2 ** (x_ij - base_j)) scale_i scale_j.
-
-    Bases and pulls are those of ``rows`` (len(Row), 2M), these times ``grad``.
-    """
-    if PERSISTENT:
-        tiles = tl.cdiv(row_stop - row_start, BLOCK_ROWS) * tl.cdiv(key_stop - key_start, BLOCK_KEYS)
-        for program in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            weights_of_tile(
-                program, views, stride, scale, rows, plane, grad, out, out_stride, temperature,
-                temperature_tensor, row_start, row_stop, key_start, key_stop, half, steps,
-                FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
-            )  # fmt: skip
-    else:
-        weights_of_tile(
-            tl.program_id(0), views, stride, scale, rows, plane, grad, out, out_stride, temperature,
-            temperature_tensor, row_start, row_stop, key_start, key_stop, half, steps,
-            FORM, BLOCK_ROWS, BLOCK_KEYS, BLOCK_D, GROUP, PIECES,
+            left, right, highest, scale, None, rows + ROW_BOUNDED_PULL * plane_size,
+            row, row_stop, key, key_stop, half, factor, at_rows, False, BLOCK_ROWS, BLOCK_KEYS // 2,
         )  # fmt: skip

@@ -16,10 +16,22 @@ import torch
 from torch import Tensor
 
 from .. import gap
-from ..calls import LN2, LOG2E, Metric, Pairs, Row, RowLosses, SymmetricLosses, loss_of, rounded_log_sum, temperature_of
+from ..calls import (
+    LN2,
+    LOG2E,
+    MINIMUM,
+    Metric,
+    Pairs,
+    Row,
+    RowLosses,
+    SymmetricLosses,
+    either,
+    loss_of,
+    rounded_log_sum,
+    slices,
+    temperature_of,
+)
 from ..launcher import interpreted
-
-MINIMUM = -1e30  # where a running maximum starts: -inf would make inf - inf on a tile with nothing in it
 
 
 class Plane(IntEnum):
@@ -64,11 +76,11 @@ class Tile(NamedTuple):
             ahead = columns + (self.key - offset - 1)  # by how far a key is ahead of its first possible place
             drop = (ahead - (rows + self.row)[:, None]).remainder_(modulus) >= width
         if pairs.filled is not None:
-            drop = _either(drop, columns[None] >= pairs.filled - self.key)
+            drop = either(drop, columns[None] >= pairs.filled - self.key)
         if pairs.query_ids is not None and pairs.key_ids is not None:
-            drop = _either(drop, pairs.query_ids[:, None] == pairs.key_ids)
+            drop = either(drop, pairs.query_ids[:, None] == pairs.key_ids)
         if pairs.mask is not None:
-            drop = _either(drop, ~(pairs.mask if pairs.mask.dim() == 2 else pairs.mask[None]))
+            drop = either(drop, ~(pairs.mask if pairs.mask.dim() == 2 else pairs.mask[None]))
         return drop
 
     def logits(self) -> Tensor:
@@ -104,8 +116,7 @@ class Side(NamedTuple):
 def fold(tile: Tile, state: Tensor, seek: Seek, weights: Tensor | None = None, first: bool = False) -> Tensor:
     """A tile's logits into the state of its rows; by how much sums under the old maximum shrink, (R,).
 
-    ``first``: the state is a new one, of ``first_state``.
-
+    ``first``: the state comes from ``first_state``, holds nothing yet and is not read.
     ``weights`` (R, C) gets 2 ** (logit - new maximum) times the key's scale, 0 where a pair is left out.
     """
     kernels = _kernels(tile.x)
@@ -183,7 +194,7 @@ def dots(a: Raw, b: Raw, out: Tensor) -> None:
     if kernels is not None:
         kernels.dots(a, b, out)
         return
-    for some in _slices(*a.rows.shape):
+    for some in _some_rows(*a.rows.shape):
         torch.sum(a.rows[some].to(out.dtype) * b.rows[some].to(out.dtype), 1, out=out[some])
     out *= a.inverse * b.inverse
 
@@ -210,7 +221,7 @@ def finish(
     if call.inter_temperature is not None:
         inter = gap.Seen(intra.above * (t / call.inter_temperature), state[Plane.INTER_TOTAL])
     values = gap.values(loss_of(call), intra, inter, count, call.alpha)
-    factor, rows = values.weight * (call.ratio / t), similarity.new_zeros((len(Row), len(similarity)))
+    factor, rows = values.weight * (call.share_factor / t), similarity.new_zeros((len(Row), len(similarity)))
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, total)
     rows[Row.PULL], rows[Row.POSITIVE] = factor / rows[Row.TOTAL], similarity
     if call.learned_temperature is not None:
@@ -220,7 +231,7 @@ def finish(
         metrics[Metric.LOG_WEIGHT] = 0.0 if values.log_weight is None else values.log_weight
         metrics[Metric.COUNT], metrics[Metric.RANK] = count, state[Plane.RANK]
         metrics[Metric.NEGATIVE] = state[Plane.LOGIT_SUM] / (count * scale)
-    return Finished(values.loss * call.ratio, rows, factor, factor / total)
+    return Finished(values.loss * call.share_factor, rows, factor, factor / total)
 
 
 class Raw(NamedTuple):
@@ -251,7 +262,7 @@ def through_unit(
         kernels.through_unit(raw, gradient, factor, other, other_factor, out)
         return
     dtype = raw.inverse.dtype
-    for some in _slices(*out.shape):
+    for some in _some_rows(*out.shape):
         g = torch.zeros_like(out[some], dtype=dtype)
         if gradient is not None:
             torch.mul(gradient[some], 1.0 if factor is None else factor[some, None], out=g)
@@ -286,14 +297,9 @@ def _fold(x: Tensor, state: Tensor, seek: Seek) -> Tensor:
     return shrink
 
 
-def _slices(n: int, d: int) -> Iterator[slice]:
+def _some_rows(n: int, d: int) -> Iterator[slice]:
     """Rows of D features, so many at a time that their copies are small."""
-    step = max(1, 2**21 // d)
-    return (slice(first, min(first + step, n)) for first in range(0, n, step))
-
-
-def _either(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a | b
+    return slices(n, max(1, 2**21 // d))
 
 
 def _kernels(x: Tensor) -> Any:

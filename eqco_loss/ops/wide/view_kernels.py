@@ -6,32 +6,22 @@
 import triton
 import triton.language as tl
 
-from ..calls import Row
-from ..gap_kernels import add_up, read_temperature, something
-from .kernels import (
-    INTER_TOTAL,
+from ..shared_kernels import (
     LOG2E,
-    MAXIMUM,
-    NORM_EPS,
+    MINIMUM,
+    ROW_INVERSE,
     ROW_POSITIVE,
     ROW_PULL,
     ROW_TOTAL,
-    TOTAL,
-    WEIGHTED,
-    finished,
-    load_plane,
+    add_up,
+    inverse_length,
+    read_temperature,
+    something,
 )
-from .mutual_kernels import (
-    BOUNDED,
-    MINIMUM,
-    PART_INTER,
-    PART_MAXIMUM,
-    PART_TOTAL,
-    PART_WEIGHTED,
-)
+from .kernels import INTER_TOTAL, MAXIMUM, TOTAL, WEIGHTED, finished, load_plane
+from .mutual_kernels import BOUNDED, PART_INTER, PART_MAXIMUM, PART_TOTAL, PART_WEIGHTED
 
-ROW_INVERSE = tl.constexpr(int(Row.INVERSE))
-_UNIT, _POWER, _COPY = range(3)
+_UNIT, _POWER, _COPY = range(3)  # what ROWS_AS may be
 UNIT, POWER, COPY = tl.constexpr(_UNIT), tl.constexpr(_POWER), tl.constexpr(_COPY)
 
 
@@ -40,11 +30,6 @@ def load_features(x, rows, stride_r, stride_d, at, inside, D: tl.constexpr):
     """Some features of some rows, (R, BLOCK_D), in float32."""
     where = x + rows.to(tl.int64)[:, None] * stride_r + at.to(tl.int64)[None, :] * stride_d
     return tl.load(where, mask=inside[:, None] & (at < D)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def inverse_length(squares):
-    return 1.0 / tl.maximum(tl.sqrt(squares), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -59,19 +44,19 @@ def power_of_two_for(inverse):
 def prepare_kernel(
     here, here_stride_r, here_stride_d, there, there_stride_r, there_stride_d, out, out_stride, scale, rows_out,
     scratch, half,
-    D: tl.constexpr, WIDTH: tl.constexpr, FORM: tl.constexpr, MEASURE: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS_AS: tl.constexpr, MEASURE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of both rows of some images 1 / length and what is multiplied, ``out`` (2M, WIDTH), with zeros beyond D.
 
-    That is the unit row (FORM = UNIT), the row times a power of two (POWER), of which the rest is ``scale``, or the row
-    itself (COPY). ``rows_out`` (len(Row), 2M) gets INVERSE and, with MEASURE, POSITIVE; without, it has INVERSE.
+    That is the unit row (ROWS_AS = UNIT), the row times a power of two (POWER), of which the rest is ``scale``, or the
+    row itself (COPY). ``rows_out`` (len(Row), 2M) gets INVERSE and, with MEASURE, POSITIVE; without, it has INVERSE.
     ``scratch`` is set to 0, for the count of ``finish_views_kernel``.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = rows < half
-    plane = 2 * half
-    inverses = rows_out + ROW_INVERSE * plane + rows
+    plane_size = 2 * half
+    inverses = rows_out + ROW_INVERSE * plane_size + rows
     if MEASURE:
         left = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
         right, both = left, left
@@ -88,29 +73,29 @@ def prepare_kernel(
         by_left = tl.load(inverses, mask=inside, other=1.0)
         by_right = tl.load(inverses + half, mask=inside, other=1.0)
     of_left, of_right = by_left, by_right
-    if FORM == POWER:
+    if ROWS_AS == POWER:
         of_left, rest_left = power_of_two_for(by_left)
         of_right, rest_right = power_of_two_for(by_right)
     for first in range(0, WIDTH, BLOCK_D):
         at = first + tl.arange(0, BLOCK_D)
         a = load_features(here, rows, here_stride_r, here_stride_d, at, inside, D)
         b = load_features(there, rows, there_stride_r, there_stride_d, at, inside, D)
-        if FORM != COPY:
+        if ROWS_AS != COPY:
             a, b = a * of_left[:, None], b * of_right[:, None]
         stored = inside[:, None] & (at < WIDTH)[None, :]
         to = out + rows.to(tl.int64)[:, None] * out_stride + at[None, :]
         tl.store(to, a.to(out.dtype.element_ty), mask=stored)
         to = out + (rows + half).to(tl.int64)[:, None] * out_stride + at[None, :]
         tl.store(to, b.to(out.dtype.element_ty), mask=stored)
-    if FORM == POWER:
+    if ROWS_AS == POWER:
         tl.store(scale + rows, rest_left, mask=inside)
         tl.store(scale + half + rows, rest_right, mask=inside)
     if MEASURE:
         tl.store(scratch, 0.0)
         tl.store(inverses, by_left, mask=inside)
         tl.store(inverses + half, by_right, mask=inside)
-        tl.store(rows_out + ROW_POSITIVE * plane + rows, similarity, mask=inside)
-        tl.store(rows_out + ROW_POSITIVE * plane + half + rows, similarity, mask=inside)
+        tl.store(rows_out + ROW_POSITIVE * plane_size + rows, similarity, mask=inside)
+        tl.store(rows_out + ROW_POSITIVE * plane_size + half + rows, similarity, mask=inside)
 
 
 @triton.jit
@@ -119,13 +104,13 @@ def folded(
     FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """Some rows' statistics with those of ``parts`` (planes, tiles, n), in a fixed order. BOUNDED: of one maximum."""
-    plane = tiles * n
+    plane_size = tiles * n
     new = maximum
     if FORM != BOUNDED:
         for first in range(0, tiles, BLOCK_TILES):
             tile = first + tl.arange(0, BLOCK_TILES)
             at, there = tile[:, None] * n + rows[None, :], (tile < tiles)[:, None] & inside[None, :]
-            new = tl.maximum(new, tl.max(tl.load(parts + PART_MAXIMUM * plane + at, mask=there, other=MINIMUM), 0))
+            new = tl.maximum(new, tl.max(tl.load(parts + PART_MAXIMUM * plane_size + at, mask=there, other=MINIMUM), 0))
         fall = maximum - new
         shrink = tl.exp2(fall)
         weighted = (weighted + fall * total) * shrink
@@ -134,13 +119,13 @@ def folded(
     for first in range(0, tiles, BLOCK_TILES):
         tile = first + tl.arange(0, BLOCK_TILES)
         at, there = tile[:, None] * n + rows[None, :], (tile < tiles)[:, None] & inside[None, :]
-        share = tl.load(parts + PART_TOTAL * plane + at, mask=there, other=0.0)
+        share = tl.load(parts + PART_TOTAL * plane_size + at, mask=there, other=0.0)
         if WEIGH:
-            of_weighted = tl.load(parts + PART_WEIGHTED * plane + at, mask=there, other=0.0)
+            of_weighted = tl.load(parts + PART_WEIGHTED * plane_size + at, mask=there, other=0.0)
         if DUAL:
-            of_inter = tl.load(parts + PART_INTER * plane + at, mask=there, other=0.0)
+            of_inter = tl.load(parts + PART_INTER * plane_size + at, mask=there, other=0.0)
         if FORM != BOUNDED:
-            below = tl.load(parts + PART_MAXIMUM * plane + at, mask=there, other=MINIMUM) - new[None, :]
+            below = tl.load(parts + PART_MAXIMUM * plane_size + at, mask=there, other=MINIMUM) - new[None, :]
             if WEIGH:
                 of_weighted = (of_weighted + below * share) * tl.exp2(below)
             if DUAL:
@@ -155,7 +140,7 @@ def folded(
 
 
 @triton.jit
-def fold_kernel(
+def fold_parts_kernel(
     parts, tiles, n, state, state_stride, temperature, temperature_tensor, inter_t,
     FORM: tl.constexpr, WEIGH: tl.constexpr, DUAL: tl.constexpr,
     BLOCK_TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -237,11 +222,11 @@ def through_views_kernel(
     places = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows = start + places
     inside = rows < stop
-    plane = 2 * half
-    inverses = rows_in + ROW_INVERSE * plane + rows
+    plane_size = 2 * half
+    inverses = rows_in + ROW_INVERSE * plane_size + rows
     by_left = tl.load(inverses, mask=inside, other=1.0)
     by_right = tl.load(inverses + half, mask=inside, other=1.0)
-    pulls, totals = rows_in + ROW_PULL * plane + rows, rows_in + ROW_TOTAL * plane + rows
+    pulls, totals = rows_in + ROW_PULL * plane_size + rows, rows_in + ROW_TOTAL * plane_size + rows
     pull = tl.load(pulls, mask=inside, other=0.0) * tl.load(totals, mask=inside, other=0.0)
     pull += tl.load(pulls + half, mask=inside, other=0.0) * tl.load(totals + half, mask=inside, other=0.0)
     pull *= tl.load(grad).to(tl.float32)

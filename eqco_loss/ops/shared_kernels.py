@@ -1,5 +1,5 @@
-"""What the kernels of both Triton backends share: the temperature, and ``gap`` for kernels, which is what they do once
-their passes over the negatives are over.
+"""What the kernels of both Triton backends share: the names of planes, lengths and the temperature, and ``gap`` for
+kernels, which is what they do once their passes over the negatives are over.
 """
 
 # mypy: ignore-errors
@@ -8,9 +8,19 @@ their passes over the negatives are over.
 import triton
 import triton.language as tl
 
-from .calls import LN2 as _LN2
+from . import calls
+from .calls import Metric, Row
 
-LN2 = tl.constexpr(_LN2)
+LN2, LOG2E = tl.constexpr(calls.LN2), tl.constexpr(calls.LOG2E)
+NORM_EPS, MINIMUM = tl.constexpr(calls.NORM_EPS), tl.constexpr(calls.MINIMUM)
+
+ROW_BASE, ROW_TOTAL, ROW_PULL = (tl.constexpr(int(row)) for row in (Row.BASE, Row.TOTAL, Row.PULL))
+ROW_POSITIVE, ROW_TEMPERATURE_GRADIENT = tl.constexpr(int(Row.POSITIVE)), tl.constexpr(int(Row.TEMPERATURE_GRADIENT))
+ROW_INVERSE, ROW_SCALE, ROW_SHIFT = (tl.constexpr(int(row)) for row in (Row.INVERSE, Row.SCALE, Row.SHIFT))
+ROW_STORED_PULL, ROW_BOUNDED_PULL = tl.constexpr(int(Row.STORED_PULL)), tl.constexpr(int(Row.BOUNDED_PULL))
+METRIC_WEIGHT, METRIC_COUNT = tl.constexpr(int(Metric.WEIGHT)), tl.constexpr(int(Metric.COUNT))
+METRIC_LOG_WEIGHT, METRIC_INTRA = tl.constexpr(int(Metric.LOG_WEIGHT)), tl.constexpr(int(Metric.INTRA_LOSS))
+METRIC_RANK, METRIC_NEGATIVE = tl.constexpr(int(Metric.RANK)), tl.constexpr(int(Metric.NEGATIVE))
 
 
 @triton.jit
@@ -21,6 +31,19 @@ def read_temperature(number, tensor):
         t = tl.load(tensor).to(tl.float32)
         t = tl.where(t > 0.0, t, float("nan"))
     return t
+
+
+@triton.jit
+def inverse_length(squares):
+    """1 / length of rows whose squares add up to these."""
+    return 1.0 / tl.maximum(tl.sqrt(squares), NORM_EPS, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rounded_log_sum(maximum, total):
+    """BASE and TOTAL, as ``calls.rounded_log_sum`` has them."""
+    base = maximum + tl.log2(total)
+    return base, total * tl.exp2(maximum - base)
 
 
 @triton.jit
@@ -42,8 +65,9 @@ def softplus_over_sigmoid(x):
     """softplus(-x) / sigmoid(-x) without the overflow of either."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
-    ratio = tl.where(u == 1.0, 1.0, tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))  # log1p(e) / e
-    return tl.where(x < 0, (tl.maximum(-x, 0.0) + ratio * e) * u, tl.where(u == 1.0, 1.0 + 0.5 * e, ratio * u))
+    log1p_over_e = tl.where(u == 1.0, 1.0, tl.log(u) / tl.where(u == 1.0, 1.0, u - 1.0))
+    negative = (tl.maximum(-x, 0.0) + log1p_over_e * e) * u
+    return tl.where(x < 0, negative, tl.where(u == 1.0, 1.0 + 0.5 * e, log1p_over_e * u))
 
 
 @triton.jit
@@ -54,10 +78,12 @@ def something(total):
 
 @triton.jit
 def values(above, total, inter_above, inter_total, shift, LOSS: tl.constexpr):
-    """Of a loss of ``calls.loss_of``: its value, its value at the first temperature alone, -d loss / d gap, and the
-    logarithm of the dual temperature's weight.
+    """Of a loss of ``calls.loss_of``: loss, intra_loss, weight and log_weight, (R,) each.
+
+    These are its value, its value at the first temperature alone, -d loss / d gap, and the logarithm of the dual
+    temperature's weight. ``above`` is the positive's logit less the maximum, whose difference is exact.
     """
-    gap = (above - tl.log2(total)) * LN2 - shift  # ``above``: the positive's logit less the maximum, which is exact
+    gap = (above - tl.log2(total)) * LN2 - shift
     intra_loss = softplus(-gap)
     weight, log_weight, loss = sigmoid(-gap), gap * 0.0, intra_loss
     if LOSS == "dual":
