@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ._names import TO_THE_CALL
 from .distributed import check_gather
+from .ops import observers
 from .queue import FLOATS, INTEGERS, MomentumQueue, check_dense
 from .settings import Backend, InBatch, Inputs, Reduction, Sampling, Settings
 
 BACKENDS, IN_BATCH, REDUCTIONS, SAMPLINGS = (get_args(each) for each in (Backend, InBatch, Reduction, Sampling))
-LARGEST = 1e38  # float32 ends at 3.4e38
+LARGEST = 1e37  # float32 ends at 3.4e38
 
 Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
 
@@ -76,11 +77,17 @@ def inter_temperature(value: Any) -> None:
 
 
 def positive_number(name: str, value: Any, advice: str) -> None:
+    _number(name, value, "a positive number", advice)
+    if not 1 / LARGEST < float(value) < LARGEST:  # a number of NumPy's may be narrower than its bounds
+        raise ValueError(
+            f"{name}: expected a finite number > 0, from {1 / LARGEST:g} to {LARGEST:g}, got {value!r}. {advice}"
+        )
+
+
+def _number(name: str, value: Any, expected: str, advice: str) -> None:
     real: type[Any] = numbers.Real  # NumPy's too
     if isinstance(value, bool) or not isinstance(value, real):
-        raise TypeError(f"{name}: expected a positive number, got {type(value).__name__} {value!r}. {advice}")
-    if not 0 < value < LARGEST:
-        raise ValueError(f"{name}: expected a finite number > 0, under {LARGEST:g}, got {value!r}. {advice}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}. {advice}")
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
@@ -101,13 +108,8 @@ def temperature(value: Any) -> None:
             f"{value.dtype}. "
             + ("Use temperature.squeeze().float(), or one loss per temperature." if value.dim() < 2 else TO_THE_CALL)
         )
-    # A device's value would have to be waited for, and a traced or mapped one is not to be had.
-    if (
-        value.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_batchedtensor(value)
-        and not 0 < float(value.detach()) < float("inf")
-    ):
+    # A device's value would have to be waited for, and a traced, mapped or fake one is not to be had.
+    if value.device.type == "cpu" and not observers.looked_on() and not 0 < float(value.detach()) < float("inf"):
         raise ValueError(
             f"temperature: expected a finite value > 0, got a tensor of {float(value.detach())!r}. {advice} "
             "A learned one stays positive as log_t.exp(), of CLIP's scale, log(1 / t), as (-scale).exp()."
@@ -226,20 +228,17 @@ def call(chosen: Settings, given: Inputs) -> None:
 
 
 def reverse_mode() -> None:
-    if torch.autograd.forward_ad._current_level >= 0:  # which a compiler sees, too
+    if observers.in_forward_mode():
         raise NotImplementedError(
             "eqco_loss: expected reverse-mode differentiation, got forward mode (torch.func.jvp, forward_ad), which an "
             "operator cannot serve and would take for 0. Use torch.autograd.grad, with create_graph=True for more."
         )
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._is_tracing():  # torch.jit.trace
+    if observers.is_traced():
         raise NotImplementedError(
             "eqco_loss: expected a call outside torch.jit.trace, which would keep this batch's result as a constant. "
             "Use torch.compile, or torch.export.export."
         )
-    transforms = torch._C._functorch.get_interpreter_stack() or []
-    if any(one.key() == torch._C._functorch.TransformType.Grad for one in transforms):
+    if observers.is_transformed_by_grad():
         raise NotImplementedError(
             "eqco_loss: expected a call outside torch.func.grad, vjp and jacrev, whose transform an operator cannot "
             "serve. Use torch.autograd.grad(loss, inputs), with create_graph=True for more."
@@ -363,7 +362,9 @@ def logsumexp_inputs(query: Any, keys: Any, *, query_ids: Any, key_ids: Any, key
 
 
 def cosine_momentum(step: Any, total_steps: Any, base: Any, final: Any) -> None:
-    if step < 0 or total_steps < 1:
+    for name, value in (("step", step), ("total_steps", total_steps), ("base", base), ("final", final)):
+        _number(name, value, "a number", "Steps are those of the optimiser, momenta from 0 to 1.")
+    if not (step >= 0 and total_steps >= 1):
         raise ValueError(
             f"step, total_steps: expected step >= 0 and total_steps >= 1, got {step!r} and {total_steps!r}. Count "
             f"optimiser steps from 0."
@@ -386,12 +387,8 @@ def _mask(name: str, value: Any, shapes: Shapes, query: Tensor, keys: str) -> No
             f"{name}: expected bool, True where a {keys} is a negative of the query, got {value.dtype}. Of ones and "
             f"zeros it is {name}.bool(), of 0 and -inf, as they are added to logits, {name} == 0."
         )
-    if tuple(value.shape) not in shapes:
-        raise ValueError(
-            f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. It has one place for each {keys}, "
-            "for all queries or in a row for each; the batch's own keys are left out by query_ids."
-        )
-    _alike(name, value, query, dtype=False)
+    way = "for all queries or in a row for each; the batch's own keys are left out by query_ids."
+    _fits(name, value, shapes, query, f"It has one place for each {keys}, {way}")
 
 
 def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
@@ -403,10 +400,13 @@ def _ids(name: str, value: Any, shapes: Shapes, query: Tensor) -> None:
     check_dense(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers (int8 to int64, or uint8), got {value.dtype}. Use {name}.long().")
-    if tuple(value.shape) not in shapes:
-        raise ValueError(
-            f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. One id for each embedding."
-        )
+    _fits(name, value, shapes, query, "One id for each embedding.")
+
+
+def _fits(name: str, value: Tensor, shapes: Shapes, query: Tensor, way: str) -> None:
+    # The number of dimensions comes first, or a program that is exported for every N would be told that N is not K.
+    if not any(value.dim() == len(shape) and tuple(value.shape) == shape for shape in shapes):
+        raise ValueError(f"{name}: expected shape {_either(shapes)}, got {tuple(value.shape)}. {way}")
     _alike(name, value, query, dtype=False)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or dist.is_available():  # not only for checkers: a command line reads the hints when it runs
     from torch.distributed import ProcessGroup
+else:
 
-Gather = Union[bool, "ProcessGroup"]  # False, True for the default group, or a group
+    class ProcessGroup:
+        """Stands in where torch was built without ``torch.distributed``; nothing is one."""
+
+
+Gather = bool | ProcessGroup  # False, True for the default group, or a group
 
 
 class Ranks(NamedTuple):
@@ -63,26 +67,32 @@ class SavedGroup:
         return "a process group that was saved to a file"
 
 
+class _Carried(NamedTuple):
+    """A group on its way from a module to a copy, which is given the same one, or to a file, which is not."""
+
+    group: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Carried:
+        return self
+
+    def __reduce__(self) -> tuple[type[SavedGroup], tuple[()]]:
+        return SavedGroup, ()
+
+
 class HoldsGroup(nn.Module):
     """A module whose ``gather`` may be a process group: a copy uses the same group, and a file leaves it out."""
 
     gather: Gather
 
-    def __copy__(self) -> HoldsGroup:
-        new = type(self).__new__(type(self))
-        new.__dict__ = self.__dict__.copy()
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsGroup:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        memo[id(self.gather)] = self.gather
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return new
-
     def __getstate__(self) -> dict[str, Any]:
-        held = {} if isinstance(self.gather, bool) else {"gather": SavedGroup()}
-        return self.__dict__ | held
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state if isinstance(self.gather, bool) else state | {"gather": _Carried(self.gather)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        carried = state.get("gather")
+        if isinstance(carried, _Carried):
+            state = state | {"gather": carried.group}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 def check_gather(gather: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Criterion(HoldsGroup):
     normalize: bool
     reduction: Reduction
     backend: Backend
+    _has_two_temperatures: ClassVar[bool]
 
     def __init__(self, settings: Settings, positional: tuple[object, ...]) -> None:
         super().__init__()
@@ -41,7 +42,14 @@ class Criterion(HoldsGroup):
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
-        return Settings(*[getattr(self, name) for name in Settings._fields])
+        chosen = Settings(*[getattr(self, name) for name in Settings._fields])
+        if (chosen.inter_temperature is not None) != self._has_two_temperatures:
+            raise ValueError(
+                f"inter_temperature: expected {'a number' if self._has_two_temperatures else 'None'} in "
+                f"{type(self).__name__}, got {chosen.inter_temperature!r}. EqCoLoss has one temperature, "
+                "DualTempInfoNCE has two: construct the other one."
+            )
+        return chosen
 
     if TYPE_CHECKING:  # nn.Module's says nothing about arguments and returns Any
 
@@ -84,7 +92,10 @@ class Criterion(HoldsGroup):
         negative_ids: Tensor | None = None,
         negative_mask: Tensor | None = None,
     ) -> LossMetrics:
-        """The loss and what to log beside it, as a NamedTuple. Arguments and shapes: see the class."""
+        """The loss and what to log beside it, as a NamedTuple. Arguments and shapes: see the class.
+
+        It computes both itself: a subclass's ``forward`` and hooks of the module see none of it.
+        """
         return functional.compute_metrics(
             self.settings, Inputs(query, positive_key, negative_keys, query_ids, negative_ids, negative_mask)
         )
@@ -185,6 +196,8 @@ class EqCoLoss(Criterion):
         tensor(16.)
     """
 
+    _has_two_temperatures = False
+
     @explains_names
     def __init__(
         self,
@@ -250,6 +263,8 @@ class DualTempInfoNCE(Criterion):
         >>> query = torch.randn(256, 128, requires_grad=True)
         >>> criterion(query, torch.randn(256, 128)).backward()
     """
+
+    _has_two_temperatures = True
 
     @explains_names
     def __init__(

@@ -90,6 +90,8 @@ def momentum_update(
         copied, averaged = averaged + copied, []
     for q, k in copied:
         k.copy_(q)
+    # Two parameters that are one memory are one weight, which must not step twice.
+    averaged = list({(_memory(k), k.shape, k.stride()): (q, k) for q, k in averaged}.values())
     if averaged:
         same = [q.to(device=k.device, dtype=k.dtype) for q, k in averaged]
         torch._foreach_lerp_([k for _, k in averaged], same, 1 - momentum)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # t
 
 
 def check_dense(name: str, x: Tensor) -> None:
+    sharded = None if torch.compiler.is_compiling() else sys.modules.get("torch.distributed.tensor")
+    if sharded is not None and isinstance(x, sharded.DTensor):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor. Use {name}.full_tensor(), or, of rows that ranks share "
+            f"out, {name}.to_local() with gather=True."
+        )
     if x.is_nested:
         rows = f"Put its rows into one: torch.cat({name}.unbind())."
         pad = f"Pad it, {name}.to_padded_tensor(0.0); negative_mask says what is padding."
@@ -132,20 +139,22 @@ class MomentumQueue(HoldsGroup):
             unit = ranks.gather(self._unit(keys))[-size:]
             ids = None if ids is None else ranks.gather(ids.to(torch.int64))
         unit = self._without_nonfinite(unit)
-        n = len(unit)
+        n = unit.shape[0]
         slots = (self.cursor + torch.arange(n, device=unit.device)) % size
         if self.slot_ids is not None and ids is not None:
             self.slot_ids.index_copy_(0, slots, ids[-size:].to(torch.int64))
         self.contents.index_copy_(0, slots, unit.to(self.contents.dtype))
         self.cursor.add_(n).remainder_(size)
         self.count.add_(n).clamp_(max=size)
-        self._known_to_hold_keys = self._known_to_hold_keys or n > 0
+        if not torch.compiler.is_compiling():  # an exported program has no attributes to set
+            self._known_to_hold_keys = self._known_to_hold_keys or n > 0
 
     @torch.no_grad()
     def reset(self) -> None:
         """Empty the queue, as it was constructed; also after ``to_empty()``, which leaves anything in the buffers."""
-        for buffer in self.buffers():
-            buffer.zero_()
+        for buffer in (self.contents, self.cursor, self.count, self.replaced, self.slot_ids):
+            if buffer is not None:
+                buffer.zero_()
         self._known_to_hold_keys = False
 
     reset_parameters = reset  # which those who construct modules on the meta device call
@@ -211,10 +220,11 @@ class MomentumQueue(HoldsGroup):
                 "queue: expected a MomentumQueue without ids, since MoCo stores none, got store_ids=True. "
                 "Construct it with store_ids=False."
             )
-        if (isinstance(pointer, Tensor) and pointer.numel() != 1) or not 0 <= int(pointer) < size:
+        place = pointer.item() if isinstance(pointer, Tensor) and pointer.numel() == 1 else pointer
+        if not isinstance(place, int) or not 0 <= place < size:
             raise ValueError(f"pointer: expected 0 <= pointer < {size}, got {pointer}. MoCo calls it queue_ptr.")
         self.contents.copy_(self._without_nonfinite(self._unit(queue.T)))
-        self.cursor.fill_(int(pointer))
+        self.cursor.fill_(place)
         self.count.fill_(size)
         self._known_to_hold_keys = True
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "repeats": {"ops", "queue", "settings"},
     "negatives": {"distributed", "ops", "queue", "settings"},
     "_agree": {"_validate", "distributed", "queue", "settings"},
-    "_validate": {"_names", "distributed", "queue", "settings"},
+    "_validate": {"_names", "distributed", "ops", "queue", "settings"},
     "settings": {"distributed", "queue"},
     "queue": {"_names", "distributed"},
     "_names": set(),

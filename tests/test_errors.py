@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, momentum_update
 from tests import cases
@@ -28,6 +31,7 @@ Q = rows()
 SCALE = torch.tensor(1.6, requires_grad=True)  # CLIP's parameter
 KEYS = rows(K)
 IDS = torch.arange(N)
+NAN: Any = float("nan")
 KEY_IDS = torch.arange(K)
 
 
@@ -607,6 +611,8 @@ TABLE = [
     ),
     Row("cosine_momentum total", lambda: functional.cosine_momentum(0, 0), ValueError, "total_steps", "0"),
     Row("cosine_momentum step < 0", lambda: functional.cosine_momentum(-1, 10), ValueError, "step", "-1"),
+    Row("cosine_momentum nan", lambda: functional.cosine_momentum(NAN, 10), ValueError, "step", "nan"),
+    Row("cosine_momentum text", lambda: functional.cosine_momentum("1", 10), TypeError, "step", "number", "str"),  # type: ignore
     Row("cosine_momentum base", lambda: functional.cosine_momentum(1, 10, base=1.1), ValueError, "base", "1.1"),
     Row("cosine_momentum final", lambda: functional.cosine_momentum(1, 10, final=-0.1), ValueError, "final", "-0.1"),
     # ---------------------------------------------------------------------------------------------- negatives_logsumexp
@@ -813,6 +819,24 @@ def test_tensors_that_are_not_dense() -> None:
         EqCoLoss()(Q, keys, query_ids=torch.arange(len(Q)).to_sparse())
     with pytest.raises(TypeError, match=r"Use negative_mask\.to_dense\(\)"):
         EqCoLoss()(Q, keys, keys, negative_mask=torch.ones(len(Q), dtype=torch.bool).to_sparse())
+
+
+def test_sharded_tensors() -> None:
+    """A rank's own rows, or all of them, are what a loss takes."""
+    queue = MomentumQueue(5, D)
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = DTensor.from_local(Q, init_device_mesh("cpu", (1,)), [Shard(0)])
+        for name, call in {
+            "query": lambda: EqCoLoss()(sharded, sharded),
+            "negative_keys": lambda: EqCoLoss()(Q, Q, sharded),
+            "keys": lambda: queue.enqueue(sharded),
+        }.items():
+            with pytest.raises(TypeError, match=rf"^{name}: expected a plain tensor, got a DTensor.*full_tensor\(\)"):
+                call()  # type: ignore[no-untyped-call]
+    finally:
+        dist.destroy_process_group()
+    assert not queue.primed
 
 
 def test_backend_says_what_it_chose() -> None:

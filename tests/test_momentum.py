@@ -253,6 +253,20 @@ def test_encoders_that_share_parameters_are_an_error(share: str) -> None:
         momentum_update(query, key)
 
 
+def test_two_parameters_that_are_one_memory_step_once() -> None:
+    """As ``second.weight.data = first.weight.data`` ties them; one Parameter in two modules is one anyway."""
+
+    def tied() -> tuple[nn.Linear, nn.ModuleList]:
+        first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        second.weight.data = first.weight.data
+        return first, nn.ModuleList([first, second])
+
+    (query, query_encoder), (key, key_encoder) = tied(), tied()
+    before = key.weight.detach().clone()
+    momentum_update(query_encoder, key_encoder, 0.9)
+    torch.testing.assert_close(key.weight.detach(), 0.9 * before + 0.1 * query.weight.detach())
+
+
 def test_parameters_without_an_address_are_not_taken_for_shared() -> None:
     """Meta tensors, and subclasses that wrap others, as quantised weights are."""
     from torch.testing._internal.two_tensor import TwoTensor

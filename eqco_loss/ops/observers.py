@@ -3,7 +3,7 @@
 Private names of torch that are used here:
 
 - ``torch._C._len_torch_dispatch_stack``, ``torch._C._functorch.peek_interpreter_stack``: whether a mode or a transform
-  looks on. The dispatcher's wrappers cost 0.1 to 0.3 ms.
+  looks on. The dispatcher's wrappers cost 0.1 to 0.3 ms. ``get_interpreter_stack`` and ``TransformType``: which one.
 - ``torch._C._autograd._top_saved_tensors_default_hooks``: whether what is kept for backward may come back otherwise.
 - ``torch.autograd.forward_ad._current_level``, ``torch._C._is_tracing``: forward differentiation, torch.jit.trace.
 - ``torch._C._autograd._get_current_graph_task_keep_graph``: whether a backward may come again. An older torch may not
@@ -19,9 +19,27 @@ from torch import Tensor
 
 def unobserved() -> bool:
     """Whether no compiler, mode, transform, tracer, forward differentiation or hook of saved tensors looks on."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or in_forward_mode():
         return False
-    return not looked_on() and not torch._C._is_tracing() and _saved_tensors_hooks(True) is None
+    return not looked_on() and not is_traced() and _saved_tensors_hooks(True) is None
+
+
+def in_forward_mode() -> bool:
+    """Whether torch.func.jvp or forward_ad differentiates, which a compiler sees, too."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def is_transformed_by_grad() -> bool:
+    """Whether torch.func.grad, vjp or jacrev transforms the call, which a compiler sees to itself."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    return any(one.key() == torch._C._functorch.TransformType.Grad for one in transforms)
 
 
 # Without it every call is taken for one that a hook looks on at.
