@@ -17,7 +17,8 @@ from .queue import FLOATS, INTEGERS, MomentumQueue, check_dense
 from .settings import Backend, InBatch, Inputs, Reduction, Sampling, Settings
 
 BACKENDS, IN_BATCH, REDUCTIONS, SAMPLINGS = (get_args(each) for each in (Backend, InBatch, Reduction, Sampling))
-LARGEST = 1e37  # float32 ends at 3.4e38
+LARGEST = 1e38  # float32 ends at 3.4e38
+LEAST_TEMPERATURE = 1e-37  # logits of unit rows, log2(e) / t, are then numbers of float32
 
 Shapes = tuple[tuple[int, ...], ...]  # those that an argument may have
 
@@ -70,18 +71,16 @@ def inter_temperature(value: Any) -> None:
     if isinstance(value, Tensor):
         raise TypeError(
             "inter_temperature: expected a number > 0, got a tensor. The dual-temperature weight is detached, so no "
-            "gradient reaches it: "
-            "pass float(inter_temperature)."
+            "gradient reaches it: pass float(inter_temperature)."
         )
-    positive_number("inter_temperature", value, "The paper uses 1.0.")
+    positive_number("inter_temperature", value, "The paper uses 1.0.", LEAST_TEMPERATURE)
 
 
-def positive_number(name: str, value: Any, advice: str) -> None:
+def positive_number(name: str, value: Any, advice: str, least: float = 0.0) -> None:
     _number(name, value, "a positive number", advice)
-    if not 1 / LARGEST < float(value) < LARGEST:  # a number of NumPy's may be narrower than its bounds
-        raise ValueError(
-            f"{name}: expected a finite number > 0, from {1 / LARGEST:g} to {LARGEST:g}, got {value!r}. {advice}"
-        )
+    if not least < float(value) < LARGEST:  # a number of NumPy's may be narrower than its bounds
+        bounds = f"between {least:g} and {LARGEST:g}"
+        raise ValueError(f"{name}: expected a finite number > 0, {bounds}, got {value!r}. {advice}")
 
 
 def _number(name: str, value: Any, expected: str, advice: str) -> None:
@@ -100,7 +99,8 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> None:
 def temperature(value: Any) -> None:
     advice = "Papers use 0.05 to 0.5 (SiMo and MoCo v2: 0.2)."
     if not isinstance(value, Tensor):
-        positive_number("temperature", value, advice + " A learned one is a 0-dim tensor that requires a gradient.")
+        advice += " A learned one is a 0-dim tensor that requires a gradient."
+        positive_number("temperature", value, advice, LEAST_TEMPERATURE)
         return
     if value.dim() != 0 or not value.is_floating_point():
         raise ValueError(

@@ -101,8 +101,8 @@ def random_negatives(
         own = torch.arange(offset + first, offset + first + picked.shape[0], device=device)
         return place.add_(place >= own[:, None]).add_(view, alpha=total)
 
-    # Floyd's sampling: k steps over all rows at once. A GPU's are launches; a CPU compares eight pairs in the time that
-    # it takes to draw a number and to look for the largest.
+    # Floyd's sampling takes k steps over all rows at once. On a GPU each is a few launches; on a CPU a comparison takes
+    # an eighth of the time of drawing a number and looking for the largest.
     if k * k < others * (8 if device.type == "cpu" else 1):
         fewest = others - k + 1  # that a step draws from; each next one draws from one more
         if has_float64(device):

@@ -160,14 +160,14 @@ class Tile(NamedTuple):
         return count
 
     def add_weighted(self, out: Tensor, weight: Tensor, first: bool) -> None:
-        """out (R, D) += weight (R, C) @ keys; ``first``: whatever is in out."""
+        """out (R, D) += weight (R, C) @ keys; ``first``: ``out`` is written and not added to."""
         if self.keys.dim() == 3:
             out.unsqueeze(1).baddbmm_(weight[:, None, :], self.keys, beta=0 if first else 1)
         else:
             out.addmm_(weight, self.keys, beta=0 if first else 1)
 
     def add_transposed(self, out: Tensor, weight: Tensor, rows: Tensor, first: bool = False) -> None:
-        """out[place] += weight.T (C, R) @ rows (R, D); ``first``: whatever is in out."""
+        """out[place] += weight.T (C, R) @ rows (R, D); ``first``: ``out`` is written and not added to."""
         part = out[self.place] if self.keys.dim() == 2 and isinstance(self.place, slice) else None
         if first and (part is None or len(part) < len(out)):
             out.zero_()

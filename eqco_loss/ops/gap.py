@@ -41,7 +41,7 @@ def values(loss: str, intra: Seen, inter: Seen | None, count: int | Tensor, alph
     """
     shift: float | Tensor = 0.0
     if alpha is not None:
-        # Of a quotient the least alpha would be 0.
+        # A quotient of the least alpha would be 0.
         shift = math.log(alpha) - (torch.log(count) if isinstance(count, Tensor) else math.log(count))
     gap = intra.gap(shift)
     minus = -gap

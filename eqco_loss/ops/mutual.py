@@ -116,7 +116,7 @@ def _in_forward(call: SymmetricLosses | SymmetricGradient, is_small: bool) -> bo
 
 
 def _add(out: Tensor, weight: Tensor, unit: Tensor, rows: slice, tile: Tile, own: bool, *, first: bool = False) -> None:
-    """What a tile's pairs, weighted by (R, C), give to both of their rows; ``first``: whatever is in out."""
+    """Adds to ``out`` what a tile's pairs, weighted by (R, C), give to both of their rows; ``first`` overwrites it."""
     beta = 0 if first else 1
     out[rows].addmm_(weight, tile.keys, beta=beta)
     if not own:
@@ -126,7 +126,10 @@ def _add(out: Tensor, weight: Tensor, unit: Tensor, rows: slice, tile: Tile, own
 def _finished(
     out: Tensor, unit: Tensor, norm: Tensor | None, rows: Tensor, pull: Tensor, t: float | Tensor, learned: bool
 ) -> Tensor | None:
-    """To the sums over pairs the positives, and from unit rows to raw ones, in place; the gradient of t, if learned."""
+    """Adds the positives to sums over pairs, ``out``, and goes from unit rows to raw ones, in place.
+
+    Returns the derivative of each row's loss by t, if that is learned.
+    """
     m, a, of_temperature = len(out) // 2, pull * rows[Row.TOTAL], None
     if learned:  # every pair's similarity is in the product twice, once a role
         of_temperature = (a * rows[Row.POSITIVE] - (unit * out).sum(1) / 2) / t

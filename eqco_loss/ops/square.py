@@ -122,10 +122,10 @@ def row_losses(call: RowLosses) -> RowOutputs:
 
 
 def symmetric_losses(call: SymmetricLosses) -> SymmetricOutputs:
-    """Of exponentials e, p the positive's and T their sum over the negatives, which both of a pair's rows have use for.
+    """Both directions by one softmax, each of whose exponentials serves both rows of its pair.
 
-    A row's loss is log(1 + c T / p), its derivative by a negative's logit c e / (p + c T), and by the positive's
-    -c T / (p + c T).
+    Let e be a negative's exponential, p the positive's, T the sum over the negatives, and c = alpha / K. A row's loss
+    is log(1 + c T / p), its derivative by a negative's logit c e / (p + c T), and by the positive's -c T / (p + c T).
     """
     m, t, margin_factor, views = len(call.first), call.temperature, _margin_factor(call, call.negatives), call.views
     unit, norm = unit_rows(views, True, compute_dtype(views))

@@ -48,8 +48,10 @@ def dot_dtype(query: torch.dtype, keys: torch.dtype, autocast: torch.dtype | Non
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients before backward multiplies them. bfloat16's are rounded once, as grad is mostly 1 or a power of two;
-    float16's might not fit before a loss scale."""
+    """The dtype of gradients as forward leaves them, which backward multiplies.
+
+    bfloat16's are rounded once, as grad is mostly 1 or a power of two; float16's might not fit before a loss scale.
+    """
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
@@ -141,7 +143,7 @@ def marked(left: tuple[Any, ...], n: int, k: int) -> Tensor:
 
 
 def _two_strides(x: Tensor | None) -> tuple[int, int]:
-    """Of (N, K); of (K,) a row's is 0."""
+    """Both strides of an (N, K) tensor; of (K,), which all rows share, the first is 0."""
     if x is None:
         return 0, 0
     return (0, x.stride(0)) if x.dim() == 1 else (x.stride(0), x.stride(1))
@@ -152,7 +154,7 @@ def piece_dtype(dtype: torch.dtype, count: int) -> torch.dtype:
 
 
 def strides_of(x: Tensor) -> tuple[int, ...]:
-    """Of (PIECES, R, D); of (R, D) a piece's is 0."""
+    """The three strides of (PIECES, R, D); of (R, D), a single piece, the first is 0."""
     return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 

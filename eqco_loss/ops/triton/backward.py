@@ -105,7 +105,7 @@ def _shared_keys_gradient(call: KeysGradient, tile: TileSize | None) -> KeysGrad
 
 
 def _kind(call: KeysGradient | SymmetricGradient) -> int:
-    """Of launches that get the loss's gradient; 0 where it is one number a row, whose stride may be any."""
+    """The kind of launches that read the loss's gradient; 0, none, where that is a vector, whose stride may change."""
     return 0 if call.grad.dim() else call.kind
 
 
@@ -309,7 +309,7 @@ class _SymmetricPlan(NamedTuple):
 
     blocks: int  # of rows
     splits: int  # of the rows that a block meets
-    chunk: int  # how many of them a split has
+    per_split: int  # how many of them a split has
     launch: Launch
     merge: Launch  # of the splits
 
@@ -327,7 +327,7 @@ def symmetric_gradient(call: SymmetricGradient, tile: TileSize | None = None) ->
     plan.launch.again(
         *(call.kind, (plan.blocks, splits)),
         prepared, *strides_of(prepared), views, *views.stride(), weights, _largest(weights, prepared.dtype),
-        call.grad, t, parts, along, n, n // 2, plan.chunk, float(call.temperature), gradient_eps(views.dtype),
+        call.grad, t, parts, along, n, n // 2, plan.per_split, float(call.temperature), gradient_eps(views.dtype),
     )  # fmt: skip
     if splits > 1:
         _merge_splits(call.kind, plan.merge, parts, views, out)

@@ -193,7 +193,7 @@ def visit(
 
 @triton.jit(
     do_not_specialize=[
-        "n", "half", "k", "offset", "width", "modulus", "chunk", "splits_per_view", "first_split", "splits"
+        "n", "half", "k", "offset", "width", "modulus", "per_split", "splits_per_view", "first_split", "splits"
     ]
 )  # fmt: skip
 def attend(
@@ -201,7 +201,7 @@ def attend(
     keys, stride_piece, stride_k, stride_d, key_factor, query_ids, key_ids, ids_stride_n, ids_stride_k,
     mask, mask_stride_n, mask_stride_k, marks, key_count, temperature_tensor,
     parts, outs, loss, scratch, query_gradient, positive_gradient, out_rows, metrics,
-    n, half, k, offset, width, modulus, chunk, splits_per_view, first_split, splits,
+    n, half, k, offset, width, modulus, per_split, splits_per_view, first_split, splits,
     temperature, inter_t, alpha, share, query_eps, positive_eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     DOT: tl.constexpr, PIECES: tl.constexpr, IN_PIECES: tl.constexpr, STAGES: tl.constexpr,
@@ -261,8 +261,8 @@ def attend(
             key_factor = key_factor + view
         if IDS != 0:
             key_ids = key_ids + view.to(tl.int64) * ids_stride_k
-    lo = split % splits_per_view * chunk
-    hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
+    lo = split % splits_per_view * per_split
+    hi = tl.maximum(lo, tl.minimum(lo + per_split, columns))
     ratio = t / inter_t
     PAIRS: tl.constexpr = (IDS != 0 and marks is None) or MASKED != 0
     COMPARE: tl.constexpr = "pairs" if PAIRS else "ends" if BAND else "tail"

@@ -53,8 +53,8 @@ def may_be_alike(marks, n, row, last_row, key, last_key, ROWS: tl.constexpr, KEY
 def alike(row_ids, row_at, key_ids, key_at):
     """Which pairs have equal ids, (R, C). ``row_at`` and ``key_at``: places in the ids of rows and keys.
 
-    Ids of 64 bits are compared by halves, which takes fewer registers. It is the address of all ids that is turned into
-    one of halves: of a tile's addresses Triton would go on to believe that they follow each other.
+    Ids of 64 bits are compared by halves, which takes fewer registers. The address of all ids is cast, and not a tile's
+    addresses, because Triton would go on to believe that those follow each other.
     """
     if row_ids.dtype.element_ty == tl.int64:
         rows, keys = row_ids.to(tl.pointer_type(tl.int32)), key_ids.to(tl.pointer_type(tl.int32))

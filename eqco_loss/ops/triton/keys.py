@@ -159,11 +159,11 @@ def collect(
     return acc
 
 
-@triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "chunk"])
+@triton.jit(do_not_specialize=["n", "k", "offset", "width", "modulus", "blocks_per_view", "per_split"])
 def keys_gradient(
     query, stride_piece, stride_n, stride_d, keys, stride_k, key_stride_d, weights, largest, grad, query_ids, key_ids,
     ids_stride_n, ids_stride_k, mask, mask_stride_n, mask_stride_k, marks, key_count, out,
-    n, k, offset, width, modulus, blocks_per_view, chunk,
+    n, k, offset, width, modulus, blocks_per_view, per_split,
     D: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BAND: tl.constexpr, WHOLE: tl.constexpr, SHORT_BAND: tl.constexpr, IDS: tl.constexpr, MASKED: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr, CLEAN: tl.constexpr, FOLDED: tl.constexpr, PIECES: tl.constexpr,
@@ -211,8 +211,8 @@ def keys_gradient(
     columns, first = n, 0
     if BAND == "cyclic":
         columns, first = width + BLOCK_KEYS - 1, start - width - offset + 2 * modulus
-    lo = tl.program_id(1) * chunk
-    hi = tl.maximum(lo, tl.minimum(lo + chunk, columns))
+    lo = tl.program_id(1) * per_split
+    hi = tl.maximum(lo, tl.minimum(lo + per_split, columns))
     acc = collect(
         acc, k_tile, k_low, k_rest, inverse, key_row, view_start + key_row,
         query, stride_piece, stride_n, stride_d, weights, prescale,

@@ -77,7 +77,9 @@ class _Visit(NamedTuple):
     kernel: Any
     splits: int  # of all views
     rows: int  # blocks of rows
-    sizes: tuple[int, ...]  # the kernel's integers: offset, width and modulus of a band, columns of a split, splits
+    # The kernel's integers. Of shared keys: offset, width and modulus of a band, columns of a split, splits per view;
+    # of own keys: how many each query has.
+    sizes: tuple[int, ...]
     constants: dict[str, Any]  # all but FINISH, which is known once all sets are planned
     prepared: _Prepared | None
     marks: bool  # whether ids are compared only in tiles that ``ids.mark_alike`` marks
@@ -279,7 +281,7 @@ def _shared_keys(
     device: Device,
     common: dict[str, Any],
 ) -> tuple[_Visit, int]:
-    """Also how many rows a program keeps."""
+    """How shared keys are visited, and how many rows a program keeps."""
     arch, dtype = device.arch, dot_dtype(query_dtype, one.dtype, options.autocast)
     (k, _), count = one.shape, pieces(dtype, options.normalize)
     offset, width, modulus = one.band or (0, k, 1)
@@ -308,8 +310,8 @@ def _shared_keys(
     columns = width + (tile.resident - 1 if one.band else 0)
     waves = 1 if options.query_gradient else 2  # a split's share is (N, D) numbers, or only (N,)
     wanted = 1 if small else device.wave(tile, rows * views) * waves
-    chunk = max(blocks_of(blocks_of(columns, tile.streamed), wanted), 1 if small else 2) * tile.streamed
-    splits_per_view = blocks_of(columns, chunk)
+    per_split = max(blocks_of(blocks_of(columns, tile.streamed), wanted), 1 if small else 2) * tile.streamed
+    splits_per_view = blocks_of(columns, per_split)
     prepared, how = _prepared(one, dtype, count, rows, tile)
     bounded = options.normalize and options.warm >= _lowest_bounded(dtype, how)
     constants = {
@@ -330,7 +332,7 @@ def _shared_keys(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    sizes = offset, width if one.band else 0, modulus, chunk, splits_per_view
+    sizes = offset, width if one.band else 0, modulus, per_split, splits_per_view
     visit = _Visit(
         kernels().forward.attend, views * splits_per_view, rows, sizes, constants | common, prepared, marks
     )  # fmt: skip
@@ -377,6 +379,7 @@ def _lowest_bounded(dtype: torch.dtype, factor: str) -> float:
 
 
 def _warm(call: RowLosses) -> float:
+    """The largest bound of ``WARM`` that both temperatures reach; 0 if none, where each softmax follows its maximum."""
     if call.learned_temperature is not None:  # of which the host knows nothing
         return 0.0
     lowest = min(call.temperature, call.inter_temperature or call.temperature)

@@ -20,10 +20,10 @@ from ..shared_kernels import (
 from .parts import add_product, inverse_norm, load_pieces, load_rows, product, store_rows, through_unit, wrapped
 
 
-@triton.jit(do_not_specialize=["n", "m", "chunk"])
+@triton.jit(do_not_specialize=["n", "m", "per_split"])
 def symmetric_rows(
     views, stride_piece, stride_n, stride_d, raw_views, raw_stride_n, raw_stride_d, weights, largest,
-    grad, temperature_tensor, out, along, n, m, chunk, temperature, eps,
+    grad, temperature_tensor, out, along, n, m, per_split, temperature, eps,
     D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     ACROSS: tl.constexpr, ONE_EXP: tl.constexpr, SHORT_BAND: tl.constexpr, PIECES: tl.constexpr, STAGES: tl.constexpr,
     FAR: tl.constexpr, WHOLE_GRADIENT: tl.constexpr,
@@ -62,7 +62,7 @@ def symmetric_rows(
     width = m - 1
     per_view = tl.cdiv(BLOCK_ROWS - 1 + width, BLOCK_KEYS) * BLOCK_KEYS
     first = block * BLOCK_ROWS + 1
-    lo, hi = split * chunk, tl.minimum((split + 1) * chunk, (1 if ACROSS else 2) * per_view)
+    lo, hi = split * per_split, tl.minimum((split + 1) * per_split, (1 if ACROSS else 2) * per_view)
     start = (first + lo % per_view) % m
     for visited in tl.range(lo, hi, BLOCK_KEYS, num_stages=STAGES):
         second = visited >= per_view
