@@ -9,7 +9,7 @@ from torch import Tensor
 from . import tiles, triton, wide
 
 # Each is a module with row_losses, symmetric_losses, symmetric_gradient, logsumexp and keys_gradient, which take and
-# return the records of ``calls``, and with gives_keys_gradient, keeps, unit_dtype, times and, but for torch's, refusal.
+# return the records of ``calls``, and with GIVES_KEYS_GRADIENT, keeps, unit_dtype, times and, but for torch's, refusal.
 BACKENDS: dict[str, Any] = {"torch": tiles, "triton": triton, "wide": wide}
 
 

@@ -327,6 +327,19 @@ def no_negatives(row: int) -> ValueError:
     )
 
 
+def checked_maxima(maximum: Tensor, count: Tensor, may_raise: bool, first: int = 0) -> Tensor:
+    """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise.
+
+    ``count`` (R,) says how many each row has, and ``first`` where the first of the rows stands.
+    """
+    empty = count == 0
+    if not (empty.is_cpu and may_raise):
+        return torch.where(empty, math.nan, maximum)
+    if bool(empty.any()):
+        raise no_negatives(first + int(empty.nonzero()[0]))
+    return maximum
+
+
 def slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
     """From ``start`` to ``stop``, ``step`` at a time."""
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))

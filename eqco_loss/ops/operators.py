@@ -43,7 +43,7 @@ def _times(call: RowLosses, unit: Tensor, grad: Tensor, dtype: torch.dtype) -> T
 
 def _row_losses_fake(call: RowLosses) -> RowOutputs:
     n, dtype, backend = call.query.shape[0], compute_dtype(call.query), BACKENDS[call.backend]
-    in_forward = call.need_keys_gradient and backend.gives_keys_gradient(call)
+    in_forward = call.need_keys_gradient and call.reduced and backend.GIVES_KEYS_GRADIENT
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return call.query.new_empty(shape, dtype=dtype)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calls import KeysGradient, KeysGradients, RowLosses, SymmetricLosses
+from .calls import KeysGradient, KeysGradients, SymmetricLosses
 from .observers import graph_is_kept
+
+# Whether row_losses returns the keys' gradient of a reduced loss. Where it is one more pass, it is left to backward.
+GIVES_KEYS_GRADIENT = False
 
 
 def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
@@ -16,13 +19,8 @@ def keeps(call: SymmetricLosses) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of gradients before backward multiplies them by the loss's."""
+    """The dtype of gradients as forward leaves them, which backward multiplies by the loss's."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def gives_keys_gradient(call: RowLosses) -> bool:
-    """Whether row_losses returns the keys' gradient: where it is one more pass, which backward makes if it must."""
-    return False
 
 
 def times(unit: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,9 +29,9 @@ from .calls import (
     Row,
     RowLosses,
     RowOutputs,
+    checked_maxima,
     compute_dtype,
     loss_of,
-    no_negatives,
     plainly,
     rounded_log_sum,
     slices,
@@ -48,12 +48,8 @@ from .scaled import unit_dtype as unit_dtype
 # ---------------------------------------------------------------------------------------------------------- row losses
 
 
+GIVES_KEYS_GRADIENT = True  # of a reduced loss, whose gradient backward multiplies by one number
 times = times_or_itself
-
-
-def gives_keys_gradient(call: RowLosses) -> bool:
-    """Whether row_losses returns the keys' gradient: backward multiplies it by one number if the loss is one."""
-    return call.reduced
 
 
 @plainly
@@ -68,7 +64,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
     similarity = (q * p).sum(1)
     positive_logit = similarity * scale
     losses: list[Tensor] = []
-    give_keys = call.need_keys_gradient and gives_keys_gradient(call)
+    give_keys = call.need_keys_gradient and call.reduced
     together = give_keys and call.need_positive_gradient and call.positive is call.first.keys
     query_gradient = q.new_empty((n, d)) if call.need_query_gradient else None
     positive_gradient = q.new_empty((n, d)) if call.need_positive_gradient and not together else None
@@ -89,7 +85,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
     fused = False  # whether the keys' gradient came out of the same pass
     for rows, seen, only in passes:
         mine, its, s = q[rows], p[rows], similarity[rows]
-        maximum = _checked(seen, rows.start, call.may_raise)
+        maximum = _maximum(seen, rows.start, call.may_raise)
         values = _values(positive_logit[rows], maximum, seen, call)
         base, rest = rounded_log_sum(maximum, seen.total)
         losses.append(values.loss.sum() if call.reduced else values.loss)
@@ -152,7 +148,7 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
     # Unit rows are not asked for, so a softmax that backward computes again needs its maximum and sum.
     wanted = _Wanted(mean_key=call.need_query_gradient, again=True)
     for some, seen, _ in _attend(q, LOG2E / t, Ready(call.first, q.dtype), wanted):
-        maximum = _checked(seen, some.start, True)
+        maximum = _maximum(seen, some.start, True)
         rows[Row.BASE, some], rows[Row.TOTAL, some] = rounded_log_sum(maximum, seen.total)
         if mean_key is not None:
             torch.div(seen.weighted, seen.total[:, None], out=mean_key[some])
@@ -311,19 +307,11 @@ def _both(seen: _Seen, other: _Seen) -> _Seen:
     )
 
 
-def _checked(seen: _Seen, first: int, may_raise: bool) -> Tensor:
-    """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
-    if seen.known:
-        return seen.maximum
-    empty = seen.negatives == 0
-    if empty.is_cpu and may_raise:
-        if bool(empty.any()):
-            raise no_negatives(first + int(empty.nonzero()[0]))
-        return seen.maximum
-    return torch.where(empty, math.nan, seen.maximum)
+def _maximum(seen: _Seen, first: int, may_raise: bool) -> Tensor:
+    return seen.maximum if seen.known else checked_maxima(seen.maximum, seen.negatives, may_raise, first)
 
 
-# -------------------------------------------------------------------------------------------------------- small pieces
+# -------------------------------------------------------------------------------------------------- what passes share
 
 
 def _add_keys_gradient(

@@ -7,14 +7,14 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..scaled import gives_keys_gradient, keeps
+from ..scaled import GIVES_KEYS_GRADIENT, keeps
 from .arguments import capability, interpreted, kernels, unit_dtype
 from .backward import keys_gradient, symmetric_gradient, symmetric_losses, times
 from .launch import logsumexp, row_losses
 from .tables import LITTLE_SHARED_MEMORY
 
 __all__ = [
-    "gives_keys_gradient",
+    "GIVES_KEYS_GRADIENT",
     "keeps",
     "keys_gradient",
     "logsumexp",

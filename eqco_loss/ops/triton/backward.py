@@ -61,7 +61,9 @@ class _KeysPlan(NamedTuple):
 
 def keys_gradient(call: KeysGradient, tile: TileSize | None = None) -> KeysGradients:
     """``tile`` is for tests and benchmarks; None takes the table's."""
-    if call.first.own or call.first.keys.numel() == 0:
+    if call.first.keys.numel() == 0:
+        return with_others(call, torch.empty_like(call.first.keys))
+    if call.first.own:
         return with_others(call, _own_keys_gradient(call))
     return _shared_keys_gradient(call, tile)
 
@@ -113,8 +115,7 @@ def _own_keys_gradient(call: KeysGradient) -> Tensor:
     query, (n, d), one = call.query, call.query.shape, call.first
     keys, pairs, device, found = one.keys, one.pairs, call.query.device, facts(call.first)
     out, eps = torch.empty(keys.shape, dtype=keys.dtype, device=device), gradient_eps(keys.dtype)
-    if out.numel() == 0:
-        return out
+    # Each query multiplies its own keys one by one, not as a matrix: it is prepared as it lies, without pieces.
     weights, prepared = _row_weights(call, call.normalize, query.dtype, False)
     grad = None if call.grad.dim() else call.grad
     rows = (prepared, *prepared.stride(), keys, *keys.stride(), weights, grad)

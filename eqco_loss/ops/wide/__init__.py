@@ -11,7 +11,6 @@ their inverse lengths scale logits and weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,14 +34,14 @@ from ..calls import (
     SymmetricGradients,
     SymmetricLosses,
     SymmetricOutputs,
-    no_negatives,
+    checked_maxima,
     once_a_kind,
     plainly,
     rounded_log_sum,
     slices,
     temperature_of,
 )
-from ..scaled import gives_keys_gradient as gives_keys_gradient
+from ..scaled import GIVES_KEYS_GRADIENT as GIVES_KEYS_GRADIENT
 from ..scaled import keeps as kept_views
 from ..scaled import times as times
 from ..scaled import unit_dtype as unit_dtype
@@ -69,9 +68,6 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     """Why this backend cannot serve these tensors; None if it can."""
     if query.device.type not in ("cuda", "cpu"):
         return f"{query.device.type} tensors: the wide backend is for CUDA (and CPU, to test)"
-    for x in (query, *keys):
-        if x is not None and x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            return f"{str(x.dtype).removeprefix('torch.')}: the products take float16, bfloat16, float32 and float64"
     return None
 
 
@@ -105,7 +101,7 @@ def row_losses(call: RowLosses) -> RowOutputs:
     for some in passes.rows:
         passes.attend(some, state[:, some], seek.part(some), None if query_gradient is None else query_gradient[some])
     if not known:
-        state[Plane.MAXIMUM] = _checked(state, call.may_raise)
+        state[Plane.MAXIMUM] = checked_maxima(state[Plane.MAXIMUM], state[Plane.COUNT], call.may_raise)
     metrics = like.new_empty((len(Metric), n)) if call.need_metrics else None
     done = pointwise.finish(call, s, state, known, metrics)
     losses, rows = done.losses, done.rows
@@ -130,7 +126,7 @@ def logsumexp(call: LogSumExp) -> LogSumExpOutputs:
         passes.attend(some, state[:, some], Seek(negatives=not passes.known), out)
         if out is not None and passes.sets:
             out /= state[Plane.TOTAL, some, None]
-    maximum = state[Plane.MAXIMUM] if passes.known else _checked(state, True)
+    maximum = state[Plane.MAXIMUM] if passes.known else checked_maxima(state[Plane.MAXIMUM], state[Plane.COUNT], True)
     rows[Row.BASE], rows[Row.TOTAL] = rounded_log_sum(maximum, state[Plane.TOTAL])
     rows[Row.PULL] = 1 / (t * rows[Row.TOTAL])
     return LogSumExpOutputs((maximum + state[Plane.TOTAL].log2()) * LN2, mean_key, rows)
@@ -185,14 +181,6 @@ def _to_inter(call: RowLosses | SymmetricLosses, like: Tensor) -> Tensor | None:
         return None
     ratio = temperature_of(call) / call.inter_temperature
     return ratio if isinstance(ratio, Tensor) else like.new_full((), ratio)
-
-
-def _checked(state: Tensor, may_raise: bool) -> Tensor:
-    """The maxima of rows that have a negative: else an error, or NaN on a device that cannot raise."""
-    empty = state[Plane.COUNT] == 0
-    if empty.is_cpu and may_raise and bool(empty.any()):
-        raise no_negatives(int(empty.nonzero()[0]))
-    return torch.where(empty, math.nan, state[Plane.MAXIMUM])
 
 
 # ----------------------------------------------------------------------------------- both directions between two views
