@@ -160,12 +160,21 @@ def ours_and_plain(rows: list[Row], situation: Situation, dtype: str) -> tuple[R
     return (pair[0], pair[1]) if pair[0] and pair[1] else None
 
 
+def times_faster(row: Row, other: Row, column: str) -> float | None:
+    """How a way compares with another: both over the plain code of their own turn, since two turns met two machines.
+
+    None where one of the turns has no plain code to compare with.
+    """
+    return float(row[column]) / float(other[column]) if row[column] and other[column] else None
+
+
 def advice(ours: Row, plain: Row) -> str:
     """What the figures say: a GPU's own time counts in a busy step, and wall-clock where the GPU waits for Python."""
-    wall = float(plain["ms"]) / float(ours["ms"])
-    if not (ours["graph_us"] and plain["graph_us"]):
+    wall, graph = (times_faster(ours, plain, column) for column in ("times_faster", "times_faster_graph"))
+    if wall is None:
+        return ""
+    if graph is None:
         return "ours" if wall > 1 + SAME else "torch.compile" if wall < 1 - SAME else "either"
-    graph = float(plain["graph_us"]) / float(ours["graph_us"])
     if graph < 1 - SAME:
         return "torch.compile"
     if graph <= 1 + SAME:
@@ -196,14 +205,23 @@ def one_row_a_workload() -> str:
     lines = []
     for title in ONE_A_WORKLOAD:
         cells = []
-        for device, key, unit in (("gpu", "graph_us", " us"), ("cpu", "ms", " ms")):
+        for device, key, unit, column in (
+            ("gpu", "graph_us", " us", "times_faster_graph"),
+            ("cpu", "ms", " ms", "times_faster"),
+        ):
             pair = found.get(title, {}).get(device)
-            cells += ["", ""] if pair is None else [number(pair[0][key], ".3g", unit) + mark(pair[0])]
-            cells += [] if pair is None else [number(pair[1][key], ".3g", unit)]
+            if pair is None:
+                cells += ["", "", ""]
+                continue
+            ratio = times_faster(*pair, column)
+            cells += [number(pair[0][key], ".3g", unit) + mark(pair[0]), number(pair[1][key], ".3g", unit)]
+            cells.append("" if ratio is None else f"{ratio:.2f}")
         lines.append([title, *cells])
     used = [row for pairs in found.values() for pair in pairs.values() for row in pair]
     names = {device: next((p[device][0]["device"] for p in found.values() if device in p), "") for device in DEVICES}
-    head = ["", f"{names['gpu']}: ours", "compiled", f"{names['cpu']}: ours", "compiled"]
+    head = [""]
+    for device in DEVICES:
+        head += [f"{names[device]}: ours", "compiled", "times faster"]
     return "\n".join([*table(head, lines), *footnotes(used)])
 
 
@@ -246,7 +264,7 @@ def case_lines(case: list[Row], width: int, graph: bool) -> list[list[str]]:
     """The case, who is faster than ours, every way that was timed, and why others were not."""
     lines = [[f"**{case[0]['dtype']}, {case_of(case[0]).size}**: {faster_than_ours(case)}", *[""] * (width - 1)]]
     reasons: dict[str, list[str]] = {}
-    for row in sorted(case, key=lambda row: (float(row["graph_us"] or "inf"), float(row["ms"] or "inf"))):
+    for row in sorted(case, key=lambda row: [-float(row[column] or 0) for column in FASTER]):
         name = f"{row['peer']} {row['version']}".strip()
         if row["status"] != "timed":
             reasons.setdefault(row["status"], []).append(name)
@@ -265,11 +283,13 @@ def faster_than_ours(case: list[Row]) -> str:
     ours = next((row for row in case if row["peer"] == "eqco_loss" and row["status"] == "timed"), None)
     if ours is None:
         return "ours has not been measured"
+    if not ours["times_faster"]:
+        return "nobody has been compared with ours, beside which no plain code was timed"
     found: dict[str, float] = {}
     for row in case:
         if row["status"] != "timed" or is_ours(row):
             continue
-        ratios = {unit: float(ours[key] or 0) / float(row[key] or "inf") for key, unit in FASTER.items()}
+        ratios = {unit: times_faster(row, ours, column) or 0.0 for column, unit in FASTER.items()}
         better = [f"{ratio:.2f} x {unit}" for unit, ratio in ratios.items() if round(ratio, 2) > 1]
         if better:
             found[f"{row['peer']} ({', '.join(better)})"] = max(ratios.values())
@@ -277,7 +297,7 @@ def faster_than_ours(case: list[Row]) -> str:
     return f"faster than ours: {'; '.join(order)}" if order else "nobody is faster than ours"
 
 
-FASTER = {"graph_us": "on the GPU", "ms": "in wall-clock"}
+FASTER = {"times_faster_graph": "on the GPU", "times_faster": "in wall-clock"}
 
 # ------------------------------------------------------------------------------------------- steps, engines, scaling
 

@@ -220,14 +220,14 @@ def test_what_the_tests_showed_on_a_gpu(results: Path, tmp_path: Path) -> None:
 
 def test_those_that_beat_us_come_first_and_what_is_missing_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "age", lambda commit: Age.CURRENT)
-    ours = gpu_row(graph_us="20", ms="2")
+    ours = gpu_row(times_faster_graph="5", times_faster="2")
     rows = [
         ours,
-        gpu_row(peer="slow", graph_us="40", ms="4"),
-        gpu_row(peer="sooner", graph_us="30", ms="1", host_ms="0.5"),
-        gpu_row(peer="fast", graph_us="5", ms="3", peak_extra_mb=""),
-        gpu_row(peer="waiting", graph_us="", no_graph="waits for the host", ms="4", times_faster_graph=""),
-        gpu_row(peer="absent", status="out of memory"),
+        gpu_row(peer="slow", times_faster_graph="2.5", times_faster="1"),
+        gpu_row(peer="sooner", times_faster_graph="3", times_faster="4", host_ms="0.5"),
+        gpu_row(peer="fast", times_faster_graph="20", times_faster="1.5", peak_extra_mb=""),
+        gpu_row(peer="waiting", graph_us="", no_graph="waits for the host", times_faster="1", times_faster_graph=""),
+        gpu_row(peer="absent", status="out of memory") | dict.fromkeys(pages.FASTER, ""),
     ]
     first, *lines = pages.case_lines(rows, 9, graph=True)
     assert first[0].endswith("faster than ours: fast (4.00 x on the GPU); sooner (2.00 x in wall-clock)")
@@ -244,6 +244,22 @@ def test_those_that_beat_us_come_first_and_what_is_missing_is_blank(monkeypatch:
     assert lines[5][1] == "out of memory"
     assert pages.faster_than_ours([ours]) == "nobody is faster than ours"
     assert pages.faster_than_ours(rows[1:]) == "ours has not been measured"
+    alone = ours | dict.fromkeys(pages.FASTER, "")
+    assert pages.faster_than_ours([alone, *rows[1:]]).startswith("nobody has been compared with ours")
+
+
+def test_ways_of_two_turns_are_compared_over_the_plain_code_of_each() -> None:
+    """A turn of a quicker machine makes nobody faster: 1.3 times our ms, and 0.8 of what ours is over plain code."""
+    ours = gpu_row(ms="1.618", times_faster="1.263", graph_us="60", times_faster_graph="6.9")
+    other = gpu_row(peer="other", ms="1.209", times_faster="1.019", graph_us="50", times_faster_graph="1.5")
+    assert pages.times_faster(other, ours, "times_faster") == pytest.approx(1.019 / 1.263)
+    assert pages.times_faster(other, ours | {"times_faster_graph": ""}, "times_faster_graph") is None
+    assert pages.faster_than_ours([ours, other]) == "nobody is faster than ours"
+    assert pages.advice(ours, other) == "ours"
+    assert [line[0].strip("*").split()[0] for line in pages.case_lines([other, ours], 9, graph=True)[1:]] == [
+        "eqco_loss",
+        "other",
+    ]
 
 
 def test_figures_are_for_a_person() -> None:
@@ -259,17 +275,19 @@ def test_figures_are_for_a_person() -> None:
 @pytest.mark.parametrize(
     ("plain", "expected"),
     [
-        ({"graph_us": "10", "ms": "3"}, "torch.compile"),
-        ({"graph_us": "20", "ms": "1"}, "either"),
-        ({"graph_us": "30", "ms": "1"}, "ours; in a CUDA graph where the GPU waits for Python"),
-        ({"graph_us": "30", "ms": "2"}, "ours"),
-        ({"graph_us": "", "ms": "1"}, "torch.compile"),
-        ({"graph_us": "", "ms": "2.05"}, "either"),
-        ({"graph_us": "", "ms": "3"}, "ours"),
+        (("10", "2"), "torch.compile"),
+        (("6", "9"), "either"),
+        (("4", "9"), "ours; in a CUDA graph where the GPU waits for Python"),
+        (("4", "3"), "ours"),
+        (("", "9"), "torch.compile"),
+        (("", "2.95"), "either"),
+        (("", "2"), "ours"),
+        (("4", ""), ""),
     ],
 )
-def test_advice(plain: Row, expected: str) -> None:
-    assert pages.advice(gpu_row(graph_us="20", ms="2"), gpu_row(**plain)) == expected
+def test_advice(plain: tuple[str, str], expected: str) -> None:
+    compiled = gpu_row(**dict(zip(pages.FASTER, plain, strict=True)))
+    assert pages.advice(gpu_row(times_faster_graph="6", times_faster="3"), compiled) == expected
 
 
 def test_no_row_is_above_the_limit() -> None:
