@@ -21,7 +21,7 @@ import tyro
 
 from .history import ROOT, Age, add, age, is_ours, shown, without_marks
 from .measure import RESULTS, Row, read_csv
-from .pages import PAGES, case_of, limit_share, seconds
+from .pages import PAGES, case_of, limit_share, most_of, seconds
 from .runner import place as in_matrix
 from .workloads import DTYPES, WORKLOADS
 
@@ -116,6 +116,7 @@ def draw_bars(rows: list[Row]) -> Any:
     import matplotlib.pyplot as plt
 
     cases = [[r for r in rows if r["workload"] == name and r["status"] == "timed"] for name in WORKLOADS]
+    most = most_of(rows)
     usual = DRAWN["gpu" if any(r["graph_us"] for r in rows) else "cpu"]
     cases = [[r for r in case if place(r, *usual) == max(place(x, *usual) for x in case)] for case in cases if case]
     heights = [len(case) for case in cases]
@@ -131,7 +132,7 @@ def draw_bars(rows: list[Row]) -> Any:
         bars.bar_label(bars.containers[0], fmt="%.2f", padding=2, fontsize=8)
         bars.axvline(1, color="0.3", linewidth=0.8)
         bars.set_title(f"{case[0]['workload']}: {case_of(case[0]).size}, {case[0]['dtype']}", fontsize=9, loc="left")
-        share.barh(names, [float(limit_share(r).removesuffix(" %") or "nan") for r in case], color=colors)
+        share.barh(names, [float(limit_share(r, most).removesuffix(" %") or "nan") for r in case], color=colors)
         share.bar_label(share.containers[0], fmt="%.1f", padding=2, fontsize=8)
         share.set_yticks([])
         for one in (bars, share):
@@ -213,7 +214,9 @@ def draw_sweeps(sweeps: list[Sweep]) -> Any:
 
 
 def digest(rows: list[Row]) -> str:
-    return hashlib.sha256(repr([sorted(row.items()) for row in rows]).encode()).hexdigest()
+    """Of all that is drawn of them."""
+    most = most_of(rows)
+    return hashlib.sha256(repr([(sorted(row.items()), limit_share(row, most)) for row in rows]).encode()).hexdigest()
 
 
 def digest_in(path: Path) -> str:

@@ -69,7 +69,7 @@ FIGURES = (
     "relative_error",
     "rounds",
     "limit_share",  # the least that the machine's limits allow, over the time
-    "limit_operations",  # a second: the most that products, or a way, reached here
+    "limit_operations",  # a second: the most that products, or a way, reached in this run
     "limit_bytes",
 )
 Wants = Callable[[Case, Peer], bool]
@@ -97,7 +97,7 @@ def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
     check_out(plan.out, (*CASE, *FIGURES, *WORK, *origin))
     print(f"{origin['device']}; torch {origin['torch']}, triton {origin['triton']}; commit {origin['commit']}")
     queue = [(case, part) for part in parts(plan.deadline is not None) for case in chosen]
-    operations: dict[str, float] = {}  # the most that was reached, by dtype
+    most: dict[object, float] = {}
     started, done = time.monotonic(), 0
     try:
         for case, part in tqdm(queue, desc="cases", unit="case", disable=not sys.stderr.isatty()):
@@ -108,7 +108,7 @@ def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
             if end is not None and now + (now - started) / max(done, 1) > end:
                 print(f"\nno time for {len(queue) - done} more cases: what is finished is written", flush=True)
                 break
-            rows = attempt(case, wanted, plan, operations, end)
+            rows = attempt(case, wanted, plan, most, end)
             done += 1
             if rows:
                 show(case, rows)
@@ -134,15 +134,22 @@ def parts(by_worth: bool) -> list[Wants]:
 
 
 def attempt(
-    case: Case, wanted: list[Peer], plan: Plan, operations: dict[str, float], end: float | None = None
+    case: Case, wanted: list[Peer], plan: Plan, most: dict[object, float], end: float | None = None
 ) -> list[Row]:
-    """The rows of the wanted; the baseline runs with them, for the ratio. A case that does not fit is rows too."""
+    """The rows of the wanted; the baseline runs with them, for the ratio. A case that does not fit is rows too.
+
+    ``most`` is what the run reached so far: operations by dtype, and bytes, on a CPU by how many were copied, since its
+    caches serve few of them faster.
+    """
+    copies = "a GPU's memory" if plan.device == "cuda" else case.bytes
     baseline = WORKLOADS[case.workload].baseline
     extra = [] if any(one.name == baseline for one in wanted) else [one for one in PEERS if one.name == baseline]
     ways = [one for one in extra if one.wanted(case)] + wanted
     try:
         machine = limits(plan.device, case.dtype, case.bytes)
-        machine = machine._replace(operations=max(machine.operations, operations.get(case.dtype, 0.0)))
+        most[case.dtype] = max(machine.operations, most.get(case.dtype, 0.0))
+        most[copies] = max(machine.bytes, most.get(copies, 0.0))
+        machine = Limits(most[case.dtype], most[copies])
         rows = run(case, ways, plan.device, plan.rounds, plan.step_limit, machine, end)
     except (RuntimeError, MemoryError) as failure:
         reason = reason_of(failure)
@@ -150,8 +157,9 @@ def attempt(
             raise LostDeviceError(f"{case.workload} {case.size} {reason}") from failure
         free(plan.device)
         rows = [row_of(case, one, f"the case as a whole: {reason}") for one in ways]
-    reached = [float(row["limit_operations"]) for row in rows if row["limit_operations"]]
-    operations[case.dtype] = max([*reached, operations.get(case.dtype, 0.0)])
+    for row in rows:
+        for key, column in ((case.dtype, "limit_operations"), (copies, "limit_bytes")):
+            most[key] = max(float(row[column] or 0), most.get(key, 0.0))
     return [row for row in rows if row["peer"] not in {one.name for one in extra}]
 
 

@@ -144,7 +144,7 @@ def test_marks_are_of_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert history.mark(gpu_row(commit="new")) == ""
     assert history.mark({"what": "the whole step, eqco_loss, K = 16", "commit": "old"}) == " †"
     assert history.mark({"engine": "wide", "commit": "old"}) == " †"
-    text = "\n".join(" | ".join(line) for line in pages.case_lines([gpu_row(commit="old")], 10, graph=True))
+    text = "\n".join(" | ".join(line) for line in pages.case_lines([gpu_row(commit="old")], 10, True, {}))
     assert "eqco_loss †" in text
 
 
@@ -229,7 +229,7 @@ def test_those_that_beat_us_come_first_and_what_is_missing_is_blank(monkeypatch:
         gpu_row(peer="waiting", graph_us="", no_graph="waits for the host", times_faster="1", times_faster_graph=""),
         gpu_row(peer="absent", status="out of memory") | dict.fromkeys(pages.FASTER, ""),
     ]
-    first, *lines = pages.case_lines(rows, 9, graph=True)
+    first, *lines = pages.case_lines(rows, 9, True, {})
     assert first[0].endswith("faster than ours: fast (4.00 x on the GPU); sooner (2.00 x in wall-clock)")
     assert [line[0].strip("*") for line in lines] == [
         "fast",
@@ -256,7 +256,7 @@ def test_ways_of_two_turns_are_compared_over_the_plain_code_of_each() -> None:
     assert pages.times_faster(other, ours | {"times_faster_graph": ""}, "times_faster_graph") is None
     assert pages.faster_than_ours([ours, other]) == "nobody is faster than ours"
     assert pages.advice(ours, other) == "ours"
-    assert [line[0].strip("*").split()[0] for line in pages.case_lines([other, ours], 9, graph=True)[1:]] == [
+    assert [line[0].strip("*").split()[0] for line in pages.case_lines([other, ours], 9, True, {})[1:]] == [
         "eqco_loss",
         "other",
     ]
@@ -293,15 +293,37 @@ def test_advice(plain: tuple[str, str], expected: str) -> None:
 def test_no_row_is_above_the_limit() -> None:
     """Of no CSV; and a row for which another count of operations was taken has none."""
     for path in (RESULTS / f"{name}.csv" for name in ("cpu", "gpu", "scaling-cpu")):
-        shares = [pages.limit_share(row) for row in history.shown(path) if row["status"] == "timed"]
+        most = pages.most_of(history.shown(path))
+        shares = [pages.limit_share(row, most) for row in history.shown(path) if row["status"] == "timed"]
         assert any(shares)
         assert all(float(share.removesuffix(" %")) <= 100 for share in shares if share)
     row = gpu_row(limit_share="0.5", limit_operations="")
-    assert pages.limit_share(row) == "50 %"
-    assert pages.limit_share(row | {"operations": "1e+09"}) == ""
-    case = pages.case_of(row)
-    kept = {"limit_operations": str(4 * case.operations), "limit_bytes": "1e30", "graph_us": "1e6"}
-    assert pages.limit_share(row | kept | {"operations": "1e+09"}) == "25 %"
+    assert pages.limit_share(row, {}) == "50 %"
+    assert pages.limit_share(row | {"operations": "1e+09"}, {}) == ""
+
+
+def test_all_rows_of_a_device_are_held_against_the_same_limit() -> None:
+    """The best of all runs: of one that found a slow GPU, one that kept no limit, and a way beyond both."""
+    case = pages.case_of(gpu_row())
+    good = gpu_row(limit_operations=str(4 * case.operations), limit_bytes="1e30", graph_us="1e6")
+    low = good | {"peer": "low", "limit_operations": str(2 * case.operations), "limit_share": "0.5"}
+    none = good | {"peer": "none", "limit_operations": "", "limit_bytes": "", "operations": "1e+09"}
+    other = good | {"device": "another", "limit_operations": str(8 * case.operations)}
+    most = pages.most_of([good, low, none, other, good | {"status": "out of memory", "graph_us": "", "ms": ""}])
+    assert [pages.limit_share(row, most) for row in (good, low, none, other)] == ["25 %", "25 %", "25 %", "12.5 %"]
+    fast = good | {"peer": "fast", "graph_us": "1e5"}
+    most = pages.most_of([good, fast])
+    assert [pages.limit_share(row, most) for row in (good, fast)] == ["10 %", "100 %"]
+    assert pages.limit_share(good | {"status": "out of memory"}, most) == ""
+
+
+def test_a_cpus_copies_are_as_large_as_the_case() -> None:
+    """A cache's rate is no limit of a case that no cache holds."""
+    small = gpu_row(kernels="", graph_us="", ms="1e6", limit_operations="1e30", limit_bytes="1e30")
+    large = small | {"n": "65536", "k": "65535", "limit_bytes": str(pages.case_of(small).bytes)}
+    most = pages.most_of([small, large])
+    assert float(pages.limit_share(small, most).split()[0]) < 1e-9
+    assert float(pages.limit_share(large, most).split()[0]) == pytest.approx(100 * 16 / 1e3)
 
 
 def test_growth_is_shown_of_a_cpu_and_a_gpu() -> None:

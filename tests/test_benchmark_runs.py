@@ -1,5 +1,6 @@
 """A run of the benchmarks: what comes first, what a failure leaves, and the ways of a GPU as far as a CPU can tell."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -218,19 +219,48 @@ def test_nothing_is_above_the_limit() -> None:
 
 
 def test_a_limit_that_was_reached_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For later cases, also after one that has no row."""
+    """For later cases, also after one that has no row: operations of the dtype, and bytes of copies as large."""
     given = []
 
     def record(
         case: Case, wanted: list[Peer], device: str, rounds: int, step_limit: float, machine: Limits, *of: Any
     ) -> Any:
-        given.append(machine.operations)
-        known = {"limit_operations": "5e18"} if case is S1 else {}
+        given.append((machine.operations, machine.bytes))
+        known = {"limit_operations": "5e18", "limit_bytes": "3e18"} if case is S1 else {}
         return [runner.row_of(case, one, "out of memory", known) for one in wanted]
 
     monkeypatch.setattr(runner, "run", record)
     runner.run_all([S1, C1, SMALL[0]], lambda case, one: one.name == "eqco_loss", plan)
-    assert given == [1e18, 5e18, 5e18]
+    assert given == [(1e18, 1e18), (5e18, 3e18), (5e18, 1e18)]  # C1's arrays are as large as S1's
+
+
+def test_a_gpus_limits_are_measured_anew_by_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a second of work, for its clock; an eighth of a small or busy GPU's memory is copied."""
+    busy: list[bool] = []
+    sizes: list[int] = []
+
+    @functools.cache
+    def most_bytes(device: str, size: int) -> float:
+        sizes.append(size)
+        return 1.0
+
+    monkeypatch.setattr(measure, "keep_busy", lambda: busy.append(True))
+    monkeypatch.setattr(measure, "products_a_second", lambda device, dtype, shape: 1.0 + len(busy))
+    monkeypatch.setattr(measure, "most_bytes", most_bytes)
+    free = iter((1e11, 1e11, 8e8))
+    monkeypatch.setattr(measure, "available_bytes", lambda device: next(free))
+    assert [measure.limits("cuda", "bfloat16", 1.0).operations for _ in range(3)] == [2.0, 3.0, 4.0]
+    assert sizes == [2**31, 2**31, 10**8]
+
+
+def test_the_best_is_taken_until_nothing_better_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that rises: the first five are slow, the next half as slow, and then it is steady."""
+    seconds = iter([4.0] * 5 + [2.0] * 5 + [1.0] * 10)
+    monkeypatch.setattr(measure, "wall_clock", lambda step, device: next(seconds))
+    assert measure.best(lambda: None, "cpu", longest=1e9) == 1.0
+    assert next(seconds, None) is None
+    seconds = iter([4.0] * 5 + [2.0])
+    assert measure.best(lambda: None, "cpu", longest=10.0) == 4.0
 
 
 def test_the_limit_counts_what_a_way_may_convert_to(monkeypatch: pytest.MonkeyPatch) -> None:
