@@ -105,8 +105,19 @@ def position(commit: str) -> int | None:
     return None if found is None else int(found)
 
 
+FOR_WANT = ("no time", "needs about", "out of memory", "too slow", "the case as a whole")  # a status begins with
+
+
+def says_nothing(row: Row) -> bool:
+    """Whether it was not timed for want of time, memory or a package, which says nothing of the way itself."""
+    status = row.get("status", "")
+    return status.startswith(FOR_WANT) or "is not installed" in status
+
+
 def replaces(row: Row, other: Row) -> bool:
-    """By date, then by commit, then because it comes later."""
+    """Because it says something of the way, then by date, then by commit, then because it comes later."""
+    if says_nothing(row) != says_nothing(other):
+        return says_nothing(other)
     if row["date"] != other["date"]:
         return row["date"] > other["date"]
     mine, its = position(row["commit"]), position(other["commit"])

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .console import show
+from .history import says_nothing
 from .measure import (
     CALL,
     BrokenWayError,
@@ -178,13 +179,17 @@ def lost(device: str) -> bool:
 
 
 def add_rows(out: Path, rows: list[Row]) -> None:
-    """Beside what the file has; a row of the same case, way and device replaces the one before."""
+    """Beside what the file has; a row of the same case, way and device replaces the one before, if it says as much."""
 
     def key(row: Row) -> tuple[object, ...]:
         return place(row), row["peer"], row["device"]
 
     new = {key(row): row for row in rows}
-    old = [row for row in (read_csv(out) if out.exists() else []) if key(row) not in new]
+    old = read_csv(out) if out.exists() else []
+    for row in old:
+        if key(row) in new and says_nothing(new[key(row)]) and not says_nothing(row):
+            del new[key(row)]
+    old = [row for row in old if key(row) not in new]
     write_csv(out, sorted([*old, *new.values()], key=place))  # of a case the newest last, for a tree without git
 
 

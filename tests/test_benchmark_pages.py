@@ -10,7 +10,7 @@ import pytest
 from benchmarks import history, pages, report
 from benchmarks.history import Age
 from benchmarks.measure import RESULTS, Row, read_csv, write_csv
-from benchmarks.runner import place
+from benchmarks.runner import add_rows, place
 from benchmarks.workloads import WORKLOADS
 
 
@@ -160,6 +160,33 @@ def test_the_newest_row_of_a_case_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert history.newest([rows[0], rows[1] | {"date": "2026-01-03"}], key)[0]["commit"] == "a"
     assert history.newest([rows[0], rows[0] | {"commit": "new"}], key)[0]["commit"] == "new"  # it comes later
     assert len(history.newest([rows[0], rows[0] | {"device": "another"}, rows[0] | {"peer": "b"}], key)) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "goes"),
+    [
+        ("no time: three rounds take about 9 s, and 4 s are left", False),
+        ("needs about 824 GB, over four fifths of the 23 that are free", False),
+        ("out of memory", False),
+        ("the case as a whole: fails: RuntimeError: no", False),
+        ("too slow: a step took 31.0 s, over 30", False),
+        ('lightly is not installed (No module): pip install -e ".[benchmarks]"', False),
+        ("wrong: relative error 1.0e-02, over 2e-05", True),
+        ("fails: RuntimeError: no such kernel", True),
+        ("timed", True),
+    ],
+)
+def test_a_row_that_says_nothing_of_a_way_leaves_what_was_measured(status: str, goes: bool, tmp_path: Path) -> None:
+    """Whether a run is added to the committed rows or goes on with a CSV of its own."""
+    old, new = gpu_row(date="2026-01-01"), gpu_row(date="2026-01-02", status=status)
+    assert history.newest([old, new], history.KEYS["gpu"]) == [new if goes else old]
+    assert history.newest([new, old], history.KEYS["gpu"]) == [new if goes else old]
+    out = tmp_path / "gpu.csv"
+    write_csv(out, [old])
+    add_rows(out, [new])
+    assert read_csv(out) == [new if goes else old]
+    add_rows(out, [old])
+    assert read_csv(out) == [old]
 
 
 def test_a_case_is_of_one_device(tmp_path: Path) -> None:
