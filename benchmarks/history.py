@@ -1,4 +1,4 @@
-"""Which rows count: the newest of each case and way, of one device a case; and if the kernels have changed since."""
+"""Which rows count: the newest of each case, way and device; and if the kernels have changed since."""
 
 from __future__ import annotations
 
@@ -136,14 +136,32 @@ def newest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
 
 
 def shown(path: Path) -> list[Row]:
-    """The rows of a CSV that count; none where there is no such file. A case has one device: that of its newest row."""
+    """The rows of a CSV that count; none where there is no such file.
+
+    Those of the device with the most, which pages are about, and the cases that others measured last or alone.
+    """
     rows = newest(read_csv(path), key_of(path)) if path.exists() else []
     latest: dict[tuple[str, ...], Row] = {}
     for row in rows:
         case = case_key(row)
         if case not in latest or replaces(row, latest[case]):
             latest[case] = row
-    return [row for row in rows if row["device"] == latest[case_key(row)]["device"]]
+    last = [row for row in rows if row["device"] == latest[case_key(row)]["device"]]
+    most = next(iter(by_device(last)), None)
+    return [row for row in rows if row["device"] in (most, latest[case_key(row)]["device"])]
+
+
+def by_device(rows: list[Row]) -> dict[str, list[Row]]:
+    """The device with the most rows first: ways on two devices are no comparison."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["device"], []).append(row)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def of_one_device(rows: list[Row]) -> list[Row]:
+    """Of that with the most."""
+    return next(iter(by_device(rows).values()), [])
 
 
 def case_key(row: Row) -> tuple[str, ...]:

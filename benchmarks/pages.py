@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .history import is_ours, mark, notes, shown
+from .history import by_device, is_ours, mark, notes, of_one_device, shown
 from .measure import RESULTS, Limits, Row, read_csv
 from .ranks import FORMS, largest_world, projection, traffic
 from .workloads import WORKLOADS, Case
@@ -148,10 +148,9 @@ SITUATIONS = (
 
 
 def which_way() -> str:
-    """Ours against torch.compile of plain code, and what follows for a user."""
+    """Ours against torch.compile of plain code, and what follows for a user: a table for each device."""
     parts = []
-    for device in DEVICES:
-        rows = shown(RESULTS / f"{device}.csv")
+    for rows in (rows for device in DEVICES for rows in by_device(shown(RESULTS / f"{device}.csv")).values()):
         gpu = any(row["graph_us"] for row in rows)
         lines, used = [], []
         for situation in SITUATIONS:
@@ -227,10 +226,10 @@ ONE_A_WORKLOAD = (  # places in SITUATIONS
 
 
 def one_row_a_workload() -> str:
-    """Times of both devices side by side, without advice: for a reader's first look."""
+    """Times of a GPU and a CPU side by side, without advice: for a reader's first look."""
     found: dict[str, dict[str, tuple[Row, Row]]] = {}
     for device in DEVICES:
-        rows = shown(RESULTS / f"{device}.csv")
+        rows = of_one_device(shown(RESULTS / f"{device}.csv"))
         for one in SITUATIONS:
             pair = next(filter(None, (ours_and_plain(rows, one, dtype) for dtype in one.dtypes)), None)
             if one.title in ONE_A_WORKLOAD and pair is not None:
@@ -262,26 +261,34 @@ def one_row_a_workload() -> str:
 
 
 def every_case(device: str) -> Callable[[], str]:
-    """Each workload's cases, and in each those first that are faster than ours."""
+    """Of each device every workload's cases, and in each those first that are faster than ours."""
 
     def write() -> str:
-        rows = shown(RESULTS / f"{device}.csv")
-        most = most_of(rows)
+        devices = by_device(shown(RESULTS / f"{device}.csv"))
         parts = []
-        for name, kind in WORKLOADS.items():
-            mine = [row for row in rows if row["workload"] == name]
-            if not mine:
-                continue
-            graph = any(row["graph_us"] for row in mine)
-            head = ["", *(["GPU, us", "times faster"] if graph else []), "ms", "times faster"]
-            head += [*(["Python, ms"] if graph else []), "extra MB", "of the limit", "error"]
-            lines = []
-            for case in dict.fromkeys(map(case_of, mine)):
-                lines += case_lines([row for row in mine if case_of(row) == case], len(head), graph, most)
-            parts.append("\n".join([f"### {name}: {kind.title}", "", *table(head, lines)]))
-        return "\n\n".join([*parts, "\n".join(footnotes(rows)).strip(), *tests(device)])
+        for name, rows in devices.items():
+            parts += workload_tables(rows, f", {name}" if len(devices) > 1 else "")
+            parts.append("\n".join(footnotes(rows)).strip())
+        return "\n\n".join([*parts, *tests(device)])
 
     return write
+
+
+def workload_tables(rows: list[Row], where: str) -> list[str]:
+    most = most_of(rows)
+    parts = []
+    for name, kind in WORKLOADS.items():
+        mine = [row for row in rows if row["workload"] == name]
+        if not mine:
+            continue
+        graph = any(row["graph_us"] for row in mine)
+        head = ["", *(["GPU, us", "times faster"] if graph else []), "ms", "times faster"]
+        head += [*(["Python, ms"] if graph else []), "extra MB", "of the limit", "error"]
+        lines = []
+        for case in dict.fromkeys(map(case_of, mine)):
+            lines += case_lines([row for row in mine if case_of(row) == case], len(head), graph, most)
+        parts.append("\n".join([f"### {name}: {kind.title}{where}", "", *table(head, lines)]))
+    return parts
 
 
 def tests(device: str) -> list[str]:
@@ -350,15 +357,18 @@ def in_a_step() -> str:
 
 
 def engines() -> str:
-    rows = shown(RESULTS / "engines.csv")
-    lines = []
-    for row in rows:
-        directions = "both" if row["symmetric"] == "True" else "one"
-        lines.append(
-            [row["n"], row["d"], directions, row["engine"] + mark(row), row["us"], row["warm_us"], row["error"]]
-        )
-    head = ["N", "D", "directions", "engine", "GPU, us", "with a warm L2", "error"]
-    return "\n".join([*table(head, lines), *footnotes(rows)])
+    """A table for each device."""
+    parts = []
+    for rows in by_device(shown(RESULTS / "engines.csv")).values():
+        lines = []
+        for row in rows:
+            directions = "both" if row["symmetric"] == "True" else "one"
+            lines.append(
+                [row["n"], row["d"], directions, row["engine"] + mark(row), row["us"], row["warm_us"], row["error"]]
+            )
+        head = ["N", "D", "directions", "engine", "GPU, us", "with a warm L2", "error"]
+        parts.append("\n".join([*table(head, lines), *footnotes(rows)]))
+    return "\n\n".join(parts)
 
 
 def scaling() -> str:

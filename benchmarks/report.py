@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from .history import ROOT, Age, add, age, is_ours, shown, without_marks
+from .history import ROOT, Age, add, age, is_ours, of_one_device, shown, without_marks
 from .measure import RESULTS, Row, read_csv
 from .pages import PAGES, case_of, limit_share, most_of, seconds
 from .runner import place as in_matrix
@@ -87,13 +87,13 @@ Draw = Callable[[list[Row]], Any]
 
 
 def figures() -> dict[str, tuple[Draw, list[Row]]]:
-    """Of the CSVs that there are: how to draw each, and its rows."""
+    """Of the CSVs that there are: how to draw each, and its rows, which but for growth are of one device."""
     found: dict[str, tuple[Draw, list[Row]]] = {}
     for device in ("cpu", "gpu"):
         for name, draw in (("", draw_bars), ("scaling-", draw_scaling)):
             path = RESULTS / f"{name}{device}.csv"
             if path.exists():
-                rows = shown(path)
+                rows = of_one_device(shown(path))
                 drawn = rows if name else [row for row in rows if row["layout"] == "rows"]
                 found[f"benchmarks-{name}{device}.png"] = draw, drawn
     drawn = [row for device in ("cpu", "gpu") for row in growing(device)]

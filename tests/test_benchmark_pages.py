@@ -189,12 +189,40 @@ def test_a_row_that_says_nothing_of_a_way_leaves_what_was_measured(status: str, 
     assert read_csv(out) == [old]
 
 
-def test_a_case_is_of_one_device(tmp_path: Path) -> None:
-    """Of its newest row: ways on two GPUs are no comparison."""
-    old, new = gpu_row(date="2026-01-01"), gpu_row(date="2026-01-02", device="another")
-    write_csv(tmp_path / "gpu.csv", [old, old | {"peer": "torch.compile"}, new])
-    assert history.shown(tmp_path / "gpu.csv") == [new]
-    assert history.shown(tmp_path / "none.csv") == []
+def test_of_other_devices_what_they_measured_last_or_alone_is_shown(tmp_path: Path) -> None:
+    """Beside all rows of the one with the most."""
+    main = [gpu_row(date="2026-01-02", peer=peer) for peer in ("eqco_loss", "torch.compile")]
+    older, newer = (gpu_row(date=f"2026-01-0{day}", device="another") for day in (1, 3))
+    alone = older | {"n": "5"}
+    others = [row | {"n": "6", "peer": row["peer"]} for row in main]
+    write_csv(tmp_path / "gpu.csv", [*main, *others, older, alone])
+    assert history.shown(tmp_path / "gpu.csv") == [*main, *others, alone]
+    write_csv(tmp_path / "gpu.csv", [*main, *others, older, alone, newer])
+    assert history.shown(tmp_path / "gpu.csv") == [*main, *others, alone, newer]
+    assert history.of_one_device([newer, *main]) == main
+    assert history.of_one_device([]) == history.shown(tmp_path / "none.csv") == []
+
+
+def test_a_row_of_another_gpu_stands_under_its_own_name(results: Path) -> None:
+    """One newer case changes nothing of what pages say of the GPU with the most rows."""
+    before = pages.one_row_a_workload(), report.figures()["benchmarks-gpu.png"][1]
+    pair = [row for row in read_csv(results / "gpu.csv") if (row["workload"], row["dtype"]) == ("M1", "bfloat16")]
+    pair = [row | {"device": "NVIDIA RTX 4090", "date": "2999-01-01", "graph_us": "777"} for row in pair]
+    write_csv(results / "gpu.csv", read_csv(results / "gpu.csv") + pair)
+    engine = read_csv(results / "engines.csv")[0] | {"device": "NVIDIA RTX 4090", "us": "777", "date": "2999-01-01"}
+    write_csv(results / "engines.csv", [*read_csv(results / "engines.csv"), engine])
+    assert before == (pages.one_row_a_workload(), report.figures()["benchmarks-gpu.png"][1])
+    h200, another, *_ = pages.which_way().split("| take |")[:3]
+    assert h200.startswith("| NVIDIA H200 |")
+    assert "777" not in h200 + another
+    assert another.endswith("extra MB: compiled / ours ")
+    assert "| NVIDIA RTX 4090 | GPU, us: compiled" in another
+    for section in (pages.every_case("gpu")(), pages.engines()):
+        first, second = section.split("NVIDIA H200, torch", 1)
+        assert "777" not in first
+        assert "777" in second
+        assert second.rindex("NVIDIA RTX 4090, torch") > second.index("777")
+    assert "### M1: MoCo: N queries against a queue of K detached keys, NVIDIA RTX 4090" in pages.every_case("gpu")()
 
 
 def test_a_run_is_added(results: Path, tmp_path: Path) -> None:
