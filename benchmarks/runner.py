@@ -54,6 +54,7 @@ MAX_ERROR = {"float32": 2e-5, "high": 5e-3, "bfloat16": 5e-2, "float16": 2e-2, "
 CASE = ("workload", "n", "k", "d", "layout", "dtype", "peer", "version", "status")
 WORK = ("operations", "bytes")  # of the matrix products, and of inputs and gradients, that nobody can do without
 MANY, QUICK = 50, 1.0  # steps that are over at once are measured in up to so many rounds, as fit into so many seconds
+LEAST = 3  # rounds that a median is worth, where fewer were not asked for
 FIGURES = (
     "forward_ms",
     "ms",  # forward and backward, wall-clock, median
@@ -263,17 +264,24 @@ def run(
     machine: Limits,
     end: float | None = None,
 ) -> list[Row]:
-    """The rows of a case; of a way that had not begun at the ``end``, none."""
+    """The rows of a case; of a way that had not begun at the ``end``, none.
+
+    What cannot be measured before the ``end`` is a row that says so: a way that would take the time of all others, or
+    the case. Plain code is never left out alone, since the others' ratios are over it.
+    """
     set_precision(case.dtype)
     torch._dynamo.reset()  # every case its own programs, none made general by another's shapes
     problem = Problem(case, device)
     truth = [x.detach() for x in problem.truth()]
     ways: dict[str, Way] = {}
     refused: dict[str, str] = {}
+    baseline = WORKLOADS[case.workload].baseline
     for one in tqdm(wanted, desc=f"{case.workload}: checking", leave=False, disable=not sys.stderr.isatty()):
-        if end is not None and time.monotonic() > end:
+        if no_time(ways, rounds, device, end):
             break
-        answer = ready(one, problem, truth, step_limit)
+        answer = ready(one, problem, truth, step_limit, end)
+        if one.name != baseline and not isinstance(answer, str):
+            answer = no_time({one.name: answer}, rounds, device, end) or answer
         if isinstance(answer, str):
             refused[one.name] = answer
             if lost(device):
@@ -284,8 +292,11 @@ def run(
     free(device)
     measured: dict[str, Measured] = {}
     while ways and not measured:
+        if reason := no_time(ways, rounds, device, end):
+            refused |= dict.fromkeys(ways, reason)
+            break
         try:
-            measured = measure(ways, device, rounds)
+            measured = measure(ways, device, rounds_of(ways, rounds, device, end))
         except BrokenWayError as broken:
             refused[broken.name] = reason_of(broken.__cause__ or broken)
             del ways[broken.name]
@@ -294,7 +305,7 @@ def run(
             free(device)
     for way in measured.values():
         machine = machine.reached(case.operations, case.bytes, way.seconds)
-    base = measured.get(WORKLOADS[case.workload].baseline)
+    base = measured.get(baseline)
     return [
         row_of(case, one, "timed", figures(measured[one.name], base, case, machine), one.version)
         if one.name in measured
@@ -302,6 +313,24 @@ def run(
         for one in wanted
         if one.name in measured or one.name in refused
     ]
+
+
+def rounds_of(ways: dict[str, Way], rounds: int, device: str, end: float | None) -> int:
+    """As many as were asked for, more of quick steps, and none that would end after the ``end``."""
+    total = sum(way.seconds for way in ways.values()) or 1e-9  # before the first is checked
+    rounds = max(rounds, min(MANY, int(QUICK / total)))
+    if end is None:
+        return rounds
+    a_round, apart = (4, 6) if device == "cuda" else (2, 1)  # steps: forward, both, a graph twice; memory and capture
+    return min(rounds, int((end - time.monotonic() - apart * total) / (a_round * total)))
+
+
+def no_time(ways: dict[str, Way], rounds: int, device: str, end: float | None) -> str:
+    """Why the ways cannot be measured before the ``end``; nothing if they can."""
+    if end is None or rounds_of(ways, rounds, device, end) >= min(LEAST, rounds):
+        return ""
+    step = sum(way.seconds for way in ways.values())
+    return f"no time: a step took {step:.2g} s, and {max(0.0, end - time.monotonic()):.2g} s were left for all rounds"
 
 
 def row_of(case: Case, one: Peer, status: str, known: Row | None = None, version: str = "") -> Row:
@@ -313,7 +342,6 @@ def row_of(case: Case, one: Peer, status: str, known: Row | None = None, version
 def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measured]:
     """All in turn."""
     steps = {name: way.step for name, way in ways.items()}
-    rounds = max(rounds, min(MANY, int(QUICK / sum(way.seconds for way in ways.values()))))
     forwards = interleave({name: way.forward for name, way in ways.items()}, rounds, "forward", device)
     both = interleave_both(steps, rounds, "forward and backward", device)
     memory: dict[str, int] = {}
@@ -383,7 +411,7 @@ def figures(way: Measured, base: Measured | None, case: Case, machine: Limits) -
     return row
 
 
-def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -> Way | str:
+def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float, end: float | None = None) -> Way | str:
     """Prepared, warmed up and right, or the reason why it is not timed."""
     case, device = problem.case, problem.device.type
     free(device)  # what the one before it left
@@ -398,6 +426,8 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float) -
             forward = partial(forward_of, problem, loss)
             step = partial(step_of, problem, loss)
             got = step()
+            if end is not None and time.monotonic() > end:
+                return "no time: its first step ended too late"
             error = relative_error([x.detach() for x in got], truth)
             if one.replays:
                 step()  # torch.compile warms up, records, and only then replays

@@ -1,5 +1,6 @@
 """A run of the benchmarks: what comes first, what a failure leaves, and the ways of a GPU as far as a CPU can tell."""
 
+import dataclasses
 import functools
 import sys
 import time
@@ -83,11 +84,68 @@ def test_a_deadline_keeps_what_is_finished(
     assert "no time for 7 more cases: what is finished is written" in capsys.readouterr().out
 
 
+class Clock:
+    """A clock of its own for a run: a slow way takes no time of the test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for name in ("monotonic", "perf_counter"):
+            monkeypatch.setattr(time, name, lambda: self.now)
+
+    def slow(self, name: str, seconds: float, first: float = 0.0) -> Peer:
+        """A way that takes so long, and its first call so much longer."""
+        known = the(name)
+
+        def prepare(problem: Problem) -> Loss:
+            loss = known.prepare(problem)
+            self.now += first
+
+            def late() -> Tensor:
+                self.now += seconds
+                return loss()
+
+            return late
+
+        return dataclasses.replace(known, prepare=prepare)
+
+
 def test_a_way_that_had_not_begun_at_the_end_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter(range(100))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
-    rows = run(the("eager cross entropy"), the("eager masked"), the("eqco_loss"), end=1.5)
-    assert [row["peer"] for row in rows] == ["eager cross entropy", "eager masked"]
+    """Nor is there time for the others then, which is what their rows say."""
+    clock = Clock(monkeypatch)
+    ways = [clock.slow(name, 0.1, first=1.0) for name in ("eager cross entropy", "eager masked", "eqco_loss")]
+    rows = run(*ways, end=2.0)
+    assert [(row["peer"], row["status"].split(":")[0]) for row in rows] == [
+        ("eager cross entropy", "no time"),
+        ("eager masked", "no time"),
+    ]
+    assert rows[1]["status"] == "no time: its first step ended too late"
+    assert clock.now < 2.5
+
+
+@pytest.mark.parametrize(("left", "rounds"), [(3.0, None), (6.0, 3), (12.0, 8), (1e6, 15)])
+def test_rounds_are_what_the_time_left_allows(left: float, rounds: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ways of 0.3 s and 15 rounds would take 18 s and more; three rounds are the least."""
+    clock = Clock(monkeypatch)
+    ways = [clock.slow(name, 0.3) for name in ("eager cross entropy", "eqco_loss")]
+    rows = runner.run(S1, ways, "cpu", 15, 60.0, ENDLESS, left)
+    assert clock.now <= left
+    if rounds is None:
+        expected = "no time: a step took 0.3 s, and 1.8 s were left for all rounds"
+        assert [row["status"] for row in rows] == [expected] * 2
+    else:
+        assert [(row["status"], row["rounds"]) for row in rows] == [("timed", str(rounds))] * 2
+
+
+def test_a_way_that_takes_the_time_of_all_others_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But plain code never alone."""
+    clock = Clock(monkeypatch)
+    names = ("eager cross entropy", "eager masked", "eqco_loss")
+    rows = run(*(clock.slow(name, 9.0 if name == "eager masked" else 0.1) for name in names), end=30.0)
+    assert [row["status"].split(":")[0] for row in rows] == ["timed", "no time", "timed"]
+    assert clock.now < 30
+    clock.now = 0.0
+    rows = run(*(clock.slow(name, 9.0 if name == "eager cross entropy" else 0.1) for name in names), end=30.0)
+    assert [row["status"].split(":")[0] for row in rows] == ["no time"]
 
 
 def test_the_matrix_has_what_it_should() -> None:
