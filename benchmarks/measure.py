@@ -194,14 +194,23 @@ def interleave_gpu(calls: Mapping[str, Step], rounds: int, cycles: int = REPLAY)
     return {name: (Timing.of(cold), Timing.of(warm)) for name, (cold, warm) in seconds.items()}
 
 
-def no_graph_because(failure: Exception) -> str:
-    """Why a step could not be captured, in a few words."""
-    first = (str(failure).strip().splitlines() or ["no text"])[0]
-    if isinstance(failure, torch.OutOfMemoryError):
+def no_graph_because(failure: BaseException) -> str:
+    """Why a step could not be captured, in a few words.
+
+    The end of a capture fails, too, once the step in it has failed: what came before tells more.
+    """
+    chain: list[BaseException] = [failure]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    lines = [(str(one).strip().splitlines() or [type(one).__name__])[0] for one in chain]
+    if any(isinstance(one, torch.OutOfMemoryError) for one in chain):
         return "no memory for its graph"
-    if "synchroniz" in first or "not permitted when stream is capturing" in first:
+    if any("synchroniz" in line or "not permitted when stream is capturing" in line for line in lines):
         return "waits for the host"
-    return f"no CUDA graph: {first[:80]}"
+    return f"{NO_GRAPH}: {'; before it: '.join(line[:80] for line in lines)}"
+
+
+NO_GRAPH = "no CUDA graph"
 
 
 def kernels_launched(step: Step) -> int:

@@ -57,7 +57,11 @@ class Peer:
 
     @property
     def version(self) -> str:
-        return importlib.metadata.version(PACKAGES[self.package][0]) if self.package else ""
+        """Blank of what is no package, or one that can be imported without having been installed."""
+        try:
+            return importlib.metadata.version(PACKAGES[self.package][0]) if self.package else ""
+        except importlib.metadata.PackageNotFoundError:
+            return ""
 
     def bytes(self, problem: Problem) -> float:
         """What it is expected to hold at once."""

@@ -358,7 +358,7 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
             if not way.replays:
                 try:
                     recorded[name] = captured(way.step).replay
-                except RuntimeError as failure:  # the host waits for it, or its pool does not fit beside the others'
+                except Exception as failure:  # the host waits for it, its pool does not fit, a package refuses a stream
                     torch.cuda.synchronize()
                     no_graph[name] = no_graph_because(failure)
         graphs = interleave_gpu(recorded, rounds)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import sys
 import time
 from collections.abc import Callable
@@ -404,6 +405,36 @@ def test_ours_is_compiled_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None
     assert modes == [(None, False), ("reduce-overhead", False)]
 
 
+def test_a_package_without_a_distribution_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be imported from a folder; its rows are as good."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert the("info-nce-pytorch").version == ""
+    assert the("eqco_loss").version == ""
+
+
+def test_what_broke_a_capture_is_told() -> None:
+    """The error of the capture's end comes last and says little."""
+    try:
+        try:
+            raise AssertionError("these tensors are of another stream\nand more")
+        except AssertionError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+    except RuntimeError as failure:
+        told = measure.no_graph_because(failure)
+        failure.__context__ = torch.OutOfMemoryError("no memory")
+        memory = measure.no_graph_because(failure)
+    assert told == (
+        "no CUDA graph: CUDA error: operation failed due to a previous error during capture; "
+        "before it: these tensors are of another stream"
+    )
+    assert memory == "no memory for its graph"
+    assert measure.no_graph_because(ValueError()) == "no CUDA graph: ValueError"
+
+
 def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: one is captured, one waits for the host, one is too large, and one is graphs already."""
     failures: dict[str, Exception] = {
@@ -411,6 +442,7 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         "waits otherwise": RuntimeError("CUDA error: operation not permitted when stream is capturing"),
         "large": torch.OutOfMemoryError("no memory"),
         "other": RuntimeError("something\nelse"),
+        "refuses": AssertionError("a check of a package's own"),
     }
     problem = Problem(S1, "cpu")
     loss = peers.eager_batch(problem)
@@ -442,6 +474,7 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         "waits otherwise": "waits for the host",
         "large": "no memory for its graph",
         "other": "no CUDA graph: something",
+        "refuses": "no CUDA graph: a check of a package's own",
         "replays": "",
     }
     assert {name for name, way in found.items() if way.graph} == {"graph", "replays"}
