@@ -194,6 +194,9 @@ def interleave_gpu(calls: Mapping[str, Step], rounds: int, cycles: int = REPLAY)
     return {name: (Timing.of(cold), Timing.of(warm)) for name, (cold, warm) in seconds.items()}
 
 
+NO_GRAPH = "no CUDA graph"  # where neither memory nor the host is the reason
+
+
 def no_graph_because(failure: BaseException) -> str:
     """Why a step could not be captured, in a few words.
 
@@ -208,9 +211,6 @@ def no_graph_because(failure: BaseException) -> str:
     if any("synchroniz" in line or "not permitted when stream is capturing" in line for line in lines):
         return "waits for the host"
     return f"{NO_GRAPH}: {'; before it: '.join(line[:80] for line in lines)}"
-
-
-NO_GRAPH = "no CUDA graph"
 
 
 def kernels_launched(step: Step) -> int:
@@ -349,7 +349,7 @@ def best(step: Step, device: str, least: int = 5, seconds: float = 0.05, longest
 
 def relative_error(got: list[Tensor], truth: list[Tensor]) -> float:
     """The largest, in the norm, of loss and gradients. A NaN is infinitely wrong."""
-    errors = [float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True)]
+    errors = [float((g.to(t.device).double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True)]
     return max(error if error == error else float("inf") for error in errors)
 
 

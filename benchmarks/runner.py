@@ -288,7 +288,7 @@ def run(
                 raise LostDeviceError(f"{case.workload} {case.size}, {one.name}: {answer}")
         else:
             ways[one.name] = answer
-    del truth
+    truth = [x.cpu() for x in truth]
     free(device)
     measured: dict[str, Measured] = {}
     while ways and not measured:
@@ -296,7 +296,12 @@ def run(
             refused |= dict.fromkeys(ways, reason)
             break
         try:
-            measured = measure(ways, device, rounds_of(ways, rounds, device, end))
+            measured = measure(
+                ways,
+                device,
+                rounds_of(ways, rounds, device, end),
+                lambda got: wrong(relative_error(got, truth), case.dtype),
+            )
         except BrokenWayError as broken:
             refused[broken.name] = reason_of(broken.__cause__ or broken)
             del ways[broken.name]
@@ -339,8 +344,10 @@ def row_of(case: Case, one: Peer, status: str, known: Row | None = None, version
     return row | dict(zip(WORK, (f"{case.operations:.3g}", f"{case.bytes:.3g}"), strict=True))
 
 
-def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measured]:
-    """All in turn."""
+def measure(
+    ways: dict[str, Way], device: str, rounds: int, refusal: Callable[[list[Tensor]], str]
+) -> dict[str, Measured]:
+    """All in turn; a graph whose outputs meet a ``refusal`` is not timed."""
     steps = {name: way.step for name, way in ways.items()}
     forwards = interleave({name: way.forward for name, way in ways.items()}, rounds, "forward", device)
     both = interleave_both(steps, rounds, "forward and backward", device)
@@ -357,7 +364,7 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
         for name, way in sorted(ways.items(), key=lambda item: item[0] != "eqco_loss"):  # ours first
             if not way.replays:
                 try:
-                    recorded[name] = captured(way.step).replay
+                    recorded[name] = right_graph(way.step, refusal).replay
                 except Exception as failure:  # the host waits for it, its pool does not fit, a package refuses a stream
                     torch.cuda.synchronize()
                     no_graph[name] = no_graph_because(failure)
@@ -380,6 +387,26 @@ def measure(ways: dict[str, Way], device: str, rounds: int) -> dict[str, Measure
         )
         for name, way in ways.items()
     }
+
+
+def right_graph(step: Callable[[], list[Tensor]], refusal: Callable[[list[Tensor]], str]) -> torch.cuda.CUDAGraph:
+    """The step as a graph, after a replay whose outputs were not refused."""
+    outputs: list[Tensor] = []
+
+    def kept() -> None:
+        outputs[:] = [x.detach() for x in step()]  # with its history a warm-up would reach into the capture
+
+    graph = captured(kept)
+    graph.replay()
+    if reason := refusal(outputs):
+        raise RuntimeError(reason)
+    return graph
+
+
+def wrong(error: float, dtype: str) -> str:
+    """Why a way or its graph is not timed; nothing if it is right."""
+    most = MAX_ERROR[dtype]
+    return f"wrong: relative error {error:.1e}, over {most:.0e}" if error > most else ""
 
 
 def figures(way: Measured, base: Measured | None, case: Case, machine: Limits) -> Row:
@@ -428,16 +455,16 @@ def ready(one: Peer, problem: Problem, truth: list[Tensor], step_limit: float, e
             got = step()
             if end is not None and time.monotonic() > end:
                 return "no time: its first step ended too late"
+            for _ in range(2 if one.replays else 0):  # torch.compile warms up, records, and only then replays
+                got = step()
             error = relative_error([x.detach() for x in got], truth)
-            if one.replays:
-                step()  # torch.compile warms up, records, and only then replays
             seconds = wall_clock(step, device)
     except UnavailableError as reason:
         return str(reason)
     except Exception as failure:
         return reason_of(failure)
-    if error > MAX_ERROR[case.dtype]:
-        return f"wrong: relative error {error:.1e}, over {MAX_ERROR[case.dtype]:.0e}"
+    if refusal := wrong(error, case.dtype):
+        return refusal
     if seconds > step_limit:
         return f"too slow: a step took {seconds:.1f} s, over {step_limit:g}"
     return Way(forward, step, error, seconds, one.replays)

@@ -416,6 +416,53 @@ def test_a_package_without_a_distribution_has_no_version(monkeypatch: pytest.Mon
     assert the("eqco_loss").version == ""
 
 
+def test_a_replay_is_what_is_checked() -> None:
+    """A way that is right until its third call, which is the first that replays what was recorded."""
+    calls: list[bool] = []
+
+    def prepare(problem: Problem) -> Loss:
+        loss = peers.eager_batch(problem)
+
+        def stale() -> Tensor:
+            calls.append(True)
+            return loss() if len(calls) < 3 else 1.5 * loss()
+
+        return stale
+
+    problem = Problem(S1, "cpu")
+    for replays in (True, False):
+        calls.clear()
+        answer = runner.ready(Peer("stale", ("S1",), prepare, replays=replays), problem, problem.truth(), 60.0)
+        assert isinstance(answer, str) == replays
+        assert not replays or "wrong: relative error 5.0e-01" in str(answer)
+
+
+def test_what_a_graph_writes_is_held_against_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one replay, by the same tolerance as the way itself."""
+    off = [0.0]
+
+    class Graph:
+        def __init__(self, step: Callable[[], None]) -> None:
+            step()
+
+        def replay(self) -> None:
+            written[0] += off[0]
+
+    problem = Problem(S1, "cpu")
+    truth, loss = problem.truth(), peers.eager_batch(problem)
+    written = [x.detach() for x in runner.step_of(problem, loss)]
+    monkeypatch.setattr(runner, "captured", Graph)
+
+    def refusal(outputs: list[Tensor]) -> str:
+        assert not outputs[0].requires_grad
+        return runner.wrong(measure.relative_error(outputs, truth), "float32")
+
+    assert isinstance(runner.right_graph(lambda: written, refusal), Graph)
+    off[0] = 1e-3
+    with pytest.raises(RuntimeError, match=r"wrong: relative error .*, over 2e-05"):
+        runner.right_graph(lambda: written, refusal)
+
+
 def test_what_broke_a_capture_is_told() -> None:
     """The error of the capture's end comes last and says little."""
     try:
@@ -446,19 +493,24 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     problem = Problem(S1, "cpu")
     loss = peers.eager_batch(problem)
-    names = ("graph", *failures, "replays")
-    steps = {name: (lambda name=name: [loss(), name]) for name in names}
+    names = ("graph", *failures, "wrong", "replays")
+    called: list[str] = []
+    steps = {name: (lambda name=name: called.append(name) or [loss().clone()]) for name in names}  # type: ignore[func-returns-value]
     ways = {name: runner.Way(loss, steps[name], 0.0, 1.0, name == "replays") for name in names}
 
     class Graph:
         def replay(self) -> None:
             pass
 
-    def captured(call: Callable[[], list[Any]]) -> Graph:
-        name = call()[1]
-        if name in failures:
-            raise failures[name]
+    def captured(call: Callable[[], None]) -> Graph:
+        call()
+        if called[-1] in failures:
+            raise failures[called[-1]]
         return Graph()
+
+    def refusal(outputs: list[Tensor]) -> str:
+        assert not outputs[0].requires_grad
+        return "wrong: so much" if called[-1] == "wrong" else ""
 
     def gpu(calls: dict[str, Any], rounds: int, cycles: int = measure.REPLAY) -> dict[str, tuple[Timing, Timing]]:
         return {name: (Timing(2e-5, 2e-5, 2e-5),) * 2 for name in calls}
@@ -467,7 +519,7 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner, name, fake)
     monkeypatch.setattr(runner, "peak_extra_bytes", lambda call, device: 1000)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = runner.measure(ways, "cuda", 1)
+    found = runner.measure(ways, "cuda", 1, refusal)
     assert {name: way.no_graph for name, way in found.items()} == {
         "graph": "",
         "waits": "waits for the host",
@@ -475,6 +527,7 @@ def test_why_there_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         "large": "no memory for its graph",
         "other": "no CUDA graph: something",
         "refuses": "no CUDA graph: a check of a package's own",
+        "wrong": "no CUDA graph: wrong: so much",
         "replays": "",
     }
     assert {name for name, way in found.items() if way.graph} == {"graph", "replays"}
