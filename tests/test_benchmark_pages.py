@@ -317,6 +317,42 @@ def test_ways_of_two_turns_are_compared_over_the_plain_code_of_each() -> None:
     ]
 
 
+def test_why_a_gpus_time_is_blank() -> None:
+    """A failure of the whole turn is not told as one of a way, and no blank is left without a reason."""
+    blank = {"graph_us": "", "times_faster_graph": ""}
+    failed = gpu_row(peer="eqco_loss, torch.compile", no_graph="no CUDA graph: CUDA error") | blank
+    replays = gpu_row(peer="eqco_loss, make_graphed_callables", times_faster_graph="")
+    again = "that run captured plain code neither: to be measured again"
+    assert pages.no_graph(failed, [gpu_row(), failed]) == "no CUDA graph: CUDA error"
+    assert pages.no_graph(failed, [gpu_row(), failed, replays]) == again
+    assert pages.no_graph(failed, [failed, replays | {"commit": "another"}]) == "no CUDA graph: CUDA error"
+    waits = failed | {"no_graph": "waits for the host"}
+    assert pages.no_graph(waits, [waits, replays]) == "waits for the host"
+    assert pages.no_graph(failed | {"no_graph": ""}, [failed]) == "that run kept no reason"
+    assert pages.case_lines([failed | {"no_graph": ""}], 9, True, {})[1][1] == "that run kept no reason"
+
+
+def test_where_a_gpu_loses_is_told() -> None:
+    """The README and the table of ways have every case in which the GPU takes longer than for compiled plain code."""
+    rows = [row for row in history.shown(RESULTS / "gpu.csv") if row["times_faster_graph"] and row["layout"] == "rows"]
+    cases = {pages.case_of(row) for row in rows}
+    found = {(case, row["peer"]): row for case in cases for row in rows if pages.case_of(row) == case}
+    for case in cases:
+        pair = found.get((case, "eqco_loss")), found.get((case, "torch.compile"))
+        if pair[0] and pair[1] and (pages.times_faster(pair[0], pair[1], "times_faster_graph") or 1) < 1:
+            (one,) = (x for x in pages.SITUATIONS if (x.workload, x.n, x.d) == (case.workload, case.n, case.d))
+            assert one.title in pages.ONE_A_WORKLOAD
+            assert f"| {one.title}, {case.dtype} |" in pages.which_way()
+
+
+def test_the_readme_names_the_dtype_of_each_figure(results: Path) -> None:
+    """The first of several that was measured, which another run may change."""
+    rows = [row | {"dtype": "amp"} if row["workload"] == "T1" else row for row in read_csv(results / "gpu.csv")]
+    assert "| dual temperature, the same queue | bfloat16: 38.2 us" in pages.one_row_a_workload()
+    write_csv(results / "gpu.csv", rows)
+    assert "| dual temperature, the same queue | amp: 38.2 us" in pages.one_row_a_workload()
+
+
 def test_figures_are_for_a_person() -> None:
     assert [pages.number(x, ".4g") for x in ("", "0.8743", "84.21", "33142.7", "1021")] == [
         "",
