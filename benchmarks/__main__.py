@@ -7,7 +7,8 @@
 
 Up to a deadline, every case has ours, the baseline and torch.compile first; then come our other ways, then the other
 peers. What is finished is in the CSV, also when the rest is killed, and newer rows replace older ones of the same case,
-way and device. In a copy without git, the variable COMMIT names the commit.
+way and device; but for want of time, memory or a package no row replaces one that was timed. In a copy without git, or
+in a folder of another repository, the variable COMMIT names the commit.
 
 Workloads: M1 (MoCo's queue), R (M1 at ragged sizes), M2 (the positive is one of the keys), T1 (dual temperature), S1
 (in-batch), C1 (CLIP), S2 (NT-Xent), P1 (SiMo). Every way to the loss is checked against float64, value and gradients,

@@ -175,11 +175,13 @@ REPLAY, CALL = 500_000, 10_000_000  # cycles that the GPU sleeps until a replay,
 
 
 def interleave_gpu(calls: Mapping[str, Step], rounds: int, cycles: int = REPLAY) -> dict[str, tuple[Timing, Timing]]:
-    """GPU seconds of each call, in turn: with L2 flushed before, and without."""
+    """GPU seconds of each call, in turn and each round in another order: with L2 flushed before, and without."""
     flush = torch.empty(128 * 2**20, dtype=torch.int8, device="cuda")
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, call in calls.items():
+        shuffle(order)
+        for name in order:
             for warm in (False, True):
                 if not warm:
                     flush.zero_()
@@ -187,7 +189,7 @@ def interleave_gpu(calls: Mapping[str, Step], rounds: int, cycles: int = REPLAY)
                 torch.cuda._sleep(cycles)
                 begin.record()
                 with blamed(name):
-                    call()
+                    calls[name]()
                 end.record()
                 torch.cuda.synchronize()
                 seconds[name][warm].append(begin.elapsed_time(end) / 1e3)
@@ -381,10 +383,14 @@ def provenance(device: str) -> Row:
         "device": name,
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "commit": (_git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown"))  # a copy has no git
-        + ("+changes" if _git("status", "--porcelain", "--", "eqco_loss", "benchmarks/*.py") else ""),
+        "commit": os.environ.get("COMMIT") or _commit(),  # a copy has no git, or that of a folder it lies in
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    changed = _git("status", "--porcelain", "--", "eqco_loss", "benchmarks/*.py")
+    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
 def _git(*arguments: str) -> str:

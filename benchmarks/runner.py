@@ -21,6 +21,7 @@ from .console import show
 from .history import says_nothing
 from .measure import (
     CALL,
+    REPLAY,
     BrokenWayError,
     HostAndWall,
     Limits,
@@ -98,17 +99,20 @@ def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
     origin = provenance(plan.device)
     check_out(plan.out, (*CASE, *FIGURES, *WORK, *origin))
     print(f"{origin['device']}; torch {origin['torch']}, triton {origin['triton']}; commit {origin['commit']}")
-    queue = [(case, part) for part in parts(plan.deadline is not None) for case in chosen]
+    queue = [
+        (case, wanted)
+        for part in parts(plan.deadline is not None)
+        for case in chosen
+        if (wanted := [one for one in PEERS if one.wanted(case) and wants(case, one) and part(case, one)])
+    ]
     most: dict[object, float] = {}
     started, done = time.monotonic(), 0
     try:
-        for case, part in tqdm(queue, desc="cases", unit="case", disable=not sys.stderr.isatty()):
-            wanted = [one for one in PEERS if one.wanted(case) and wants(case, one) and part(case, one)]
-            if not wanted:
-                continue
+        for case, wanted in tqdm(queue, desc="cases", unit="case", disable=not sys.stderr.isatty()):
             now = time.monotonic()
             if end is not None and now + (now - started) / max(done, 1) > end:
-                print(f"\nno time for {len(queue) - done} more cases: what is finished is written", flush=True)
+                left = len({case for case, _ in queue[done:]})
+                print(f"\nno time for all ways of {left} cases: what is finished is written", flush=True)
                 break
             rows = attempt(case, wanted, plan, most, end)
             done += 1
@@ -121,7 +125,7 @@ def run_all(chosen: list[Case], wants: Wants, plan: Plan) -> None:
     except KeyboardInterrupt:
         print(f"\nstopped. What is finished is in {plan.out}", file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"\nwritten to {plan.out}")
+    print(f"\nwritten to {plan.out}" if plan.out.exists() else "\nnothing was measured, and no file is written")
 
 
 def parts(by_worth: bool) -> list[Wants]:
@@ -368,9 +372,14 @@ def measure(
                 except Exception as failure:  # the host waits for it, its pool does not fit, a package refuses a stream
                     torch.cuda.synchronize()
                     no_graph[name] = no_graph_because(failure)
-        graphs = interleave_gpu(recorded, rounds)
-        recorded.clear()
-        graphs |= interleave_gpu({name: way.step for name, way in ways.items() if way.replays}, rounds, CALL)
+        replaying = {name: way.step for name, way in ways.items() if way.replays}
+        for calls, cycles in ((recorded, REPLAY), (replaying, CALL)):
+            try:
+                graphs |= interleave_gpu(calls, rounds, cycles)
+            except RuntimeError as failure:  # what flushes L2 has no room: wall-clock is measured all the same
+                torch.cuda.synchronize()
+                no_graph |= dict.fromkeys(calls, f"the GPU's time {reason_of(failure)}")
+            recorded.clear()
         for name, step in steps.items():  # last: a profiler may stay attached
             with blamed(name):
                 kernels[name] = kernels_launched(step)

@@ -82,7 +82,19 @@ def test_a_deadline_keeps_what_is_finished(
     assert {row["workload"] for row in read_csv(plan.out)} == {"S1", "C1"}
     firsts = {"eqco_loss", "torch.compile", "eager cross entropy", "eager CLIP"}
     assert {row["peer"] for row in read_csv(plan.out)} == firsts
-    assert "no time for 7 more cases: what is finished is written" in capsys.readouterr().out
+    assert "no time for all ways of 3 cases: what is finished is written" in capsys.readouterr().out
+
+
+def test_a_run_without_a_row_says_that_there_is_no_file(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cases of which nothing is wanted are not counted."""
+    monkeypatch.setattr(runner, "attempt", lambda *of: [])
+    runner.run_all([S1, C1], lambda case, one: case is S1 and one.name == "eqco_loss", plan._replace(deadline=-1.0))
+    assert "no time for all ways of 1 cases" in capsys.readouterr().out
+    runner.run_all([S1], lambda case, one: True, plan)
+    assert "nothing was measured, and no file is written" in capsys.readouterr().out
+    assert not plan.out.exists()
 
 
 class Clock:
@@ -461,6 +473,73 @@ def test_what_a_graph_writes_is_held_against_the_truth(monkeypatch: pytest.Monke
     off[0] = 1e-3
     with pytest.raises(RuntimeError, match=r"wrong: relative error .*, over 2e-05"):
         runner.right_graph(lambda: written, refusal)
+
+
+class Event:
+    """Of a GPU whose clock is the number of calls."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = Event.now
+
+    def elapsed_time(self, end: "Event") -> float:
+        return end.at - self.at
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **about: real(1, **about))
+    for name, fake in (("Event", Event), ("_sleep", lambda cycles: None), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@pytest.mark.usefixtures("fake_gpu")
+def test_a_gpus_rounds_are_in_another_order_each() -> None:
+    """Or the same call would always follow the one that leaves the clock lowest."""
+    order: list[str] = []
+    calls = {name: functools.partial(order.append, name) for name in "abcd"}
+    found = measure.interleave_gpu(calls, 20)
+    assert set(found) == set(calls)
+    rounds = [tuple(order[start : start + 8 : 2]) for start in range(0, len(order), 8)]
+    assert len(rounds) == 20
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    assert len(set(rounds)) > 5
+
+
+def test_a_flush_that_fails_leaves_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that has no room for what flushes L2."""
+
+    def full(calls: dict[str, Any], rounds: int, cycles: int) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    problem = Problem(S1, "cpu")
+    loss = peers.eager_batch(problem)
+    step = functools.partial(runner.step_of, problem, loss)
+    for name, fake in (("interleave_gpu", full), ("kernels_launched", lambda call: 3)):
+        monkeypatch.setattr(runner, name, fake)
+    monkeypatch.setattr(runner, "right_graph", lambda step, refusal: torch.cuda.CUDAGraph.__new__(torch.cuda.CUDAGraph))
+    monkeypatch.setattr(runner, "peak_extra_bytes", lambda call, device: 1000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ways = {name: runner.Way(loss, step, 0.0, 1.0, name == "graphs") for name in ("ours", "graphs")}
+    found = runner.measure(ways, "cuda", 1, lambda outputs: "")
+    assert {way.no_graph for way in found.values()} == {"the GPU's time out of memory"}
+    assert all(way.graph is None and way.both.wall.median > 0 for way in found.values())
+
+
+def test_the_variable_commit_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over that of a repository in which a copy happens to lie."""
+    monkeypatch.setattr(measure, "_git", lambda *arguments: "abcdef0")
+    monkeypatch.setenv("COMMIT", "1234567")
+    assert measure.provenance("cpu")["commit"] == "1234567"
+    monkeypatch.delenv("COMMIT")
+    assert measure.provenance("cpu")["commit"] == "abcdef0+changes"
+    monkeypatch.setattr(measure, "_git", lambda *arguments: "")
+    assert measure.provenance("cpu")["commit"] == "unknown"
 
 
 def test_what_broke_a_capture_is_told() -> None:
