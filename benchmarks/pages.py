@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .history import by_device, is_ours, mark, notes, of_one_device, shown
+from .history import KEYS, by_device, is_ours, mark, newest, notes, of_one_device, shown
 from .measure import NO_GRAPH, RESULTS, Limits, Row, read_csv
 from .ranks import FORMS, largest_world, projection, traffic
 from .workloads import WORKLOADS, Case
@@ -391,7 +391,7 @@ def scaling() -> str:
     parts = []
     for device in DEVICES:
         swept = shown(RESULTS / f"scaling-{device}.csv")
-        rows = swept + shown(RESULTS / f"{device}.csv")
+        rows = newest(swept + shown(RESULTS / f"{device}.csv"), KEYS["scaling"])
         for column, workload, fixed in (
             ("k", "M1", ("n", "d")),
             ("n", "S1", ("d",)),
@@ -420,17 +420,28 @@ def sweeps(rows: list[Row], column: str, fixed: tuple[str, ...]) -> list[str]:
         what = ", ".join(f"{name.upper()} = {first[name]}" for name in fixed)
         title = f"{first['workload']} against {column.upper()}: {what}, {first['dtype']}, {first['device']}."
         lines, used = [], []
+        gpu = any(row["graph_us"] for row in group)
         for point in points:
             at = {row["peer"]: row for row in group if int(row[column]) == point}
             pair = [at.get("eqco_loss"), at.get("torch.compile")]
             used += [row for row in pair if row]
-            cells = [number(str(1e3 * seconds(row)), ".4g") if row else "" for row in pair]
+            cells = [number(in_unit(row, gpu), ".4g") if row else "" for row in pair]
             memory = [number(row["peak_extra_mb"], ".4g") if row else "" for row in pair]
-            lines.append([f"{point:,}", cells[0] + (mark(pair[0]) if pair[0] else ""), cells[1], *memory])
-        unit = "GPU ms" if any(row["graph_us"] for row in used) else "ms"
-        head = [column.upper(), f"{unit}: ours", "torch.compile", "extra MB: ours", "torch.compile"]
+            lines.append([f"{point:,}", cells[0] + (mark(pair[0]) if pair[0] and cells[0] else ""), cells[1], *memory])
+        head = [
+            column.upper(),
+            f"{'GPU ms' if gpu else 'ms'}: ours",
+            "torch.compile",
+            "extra MB: ours",
+            "torch.compile",
+        ]
         parts.append("\n".join([title, "", *table(head, lines), *footnotes(used)]))
     return parts
+
+
+def in_unit(row: Row, gpu: bool) -> str:
+    """Milliseconds of the GPU, and blank where those are not known; or of wall-clock."""
+    return str(1e3 * seconds(row)) if row["graph_us"] or not gpu else ""
 
 
 def ranks() -> str:

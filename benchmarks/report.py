@@ -21,7 +21,7 @@ import tyro
 
 from .history import ROOT, Age, add, age, is_ours, of_one_device, shown, without_marks
 from .measure import RESULTS, Row, read_csv
-from .pages import PAGES, case_of, limit_share, most_of, seconds
+from .pages import PAGES, case_of, in_unit, limit_share, most_of
 from .runner import place as in_matrix
 from .workloads import DTYPES, WORKLOADS
 
@@ -190,13 +190,14 @@ def draw_sweeps(sweeps: list[Sweep]) -> Any:
 
     figure, axes = plt.subplots(2, len(sweeps), figsize=(4.6 * len(sweeps), 6.5), sharex="col", squeeze=False)
     for column, (size, mine, title) in enumerate(sweeps):
+        gpu = any(r["graph_us"] for r in mine)
         for name in dict.fromkeys(r["peer"] for r in mine):
             timed = sorted(
                 (r for r in mine if r["peer"] == name and r["status"] == "timed"), key=lambda r: int(r[size])
             )
             x = [int(r[size]) for r in timed]
             style = {"color": LINES.get(name, "0.2"), "linewidth": 2.2 if name == "eqco_loss" else 1}
-            times = [1e3 * seconds(r) for r in timed]
+            times = [float(in_unit(r, gpu) or "nan") for r in timed]
             for axis, y in zip(axes[:, column], (times, [float(r["peak_extra_mb"]) for r in timed]), strict=True):
                 axis.loglog(x, y, marker="o", markersize=3, label=name, **style)
         axes[0, column].set_title(title, fontsize=10)

@@ -432,6 +432,38 @@ def test_growth_is_shown_of_a_cpu_and_a_gpu() -> None:
         assert len(ours.get_xdata()) > 1
 
 
+def test_a_gpus_milliseconds_are_no_wall_clock() -> None:
+    """A point without a graph is blank in a table, and a gap in a figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    points = [
+        gpu_row(workload="S1", n=str(n), d="128", graph_us=us, ms="999") for n, us in ((1, "1e3"), (2, ""), (4, "4e3"))
+    ]
+    (table,) = pages.sweeps(points, "n", ("d",))
+    assert "| N | GPU ms: ours |" in table
+    assert [line.split("|")[2].split()[:1] for line in table.splitlines()[4:7]] == [["1"], [], ["4"]]
+    figure = report.draw_sweeps([("n", points, "a title")])
+    first, middle, last = figure.axes[0].lines[0].get_ydata()
+    assert (first, last) == (1.0, 4.0)
+    assert middle != middle
+    (table,) = pages.sweeps([row | {"graph_us": ""} for row in points], "n", ("d",))
+    assert "| N | ms: ours |" in table
+    assert table.count("999") == 3
+
+
+def test_the_newest_row_of_a_width_counts(results: Path) -> None:
+    """Of the sweep's and the matrix's, which have cases in common."""
+    old = gpu_row(workload="S1", n="1024", k="1023", date="2026-01-01", graph_us="1e3")
+    new = [
+        old | {"d": d, "graph_us": us, "date": "2026-01-02"} for d, us in (("32", "2e3"), ("64", "3e3"), ("128", "4e3"))
+    ]
+    write_csv(results / "gpu.csv", [old | {"d": "128"}])
+    write_csv(results / "scaling-gpu.csv", new)
+    part = next(part for part in pages.scaling().split("\n\n") if "| 128 |" in part)
+    assert [line.split("|")[2].split()[0] for line in part.splitlines()[-3:]] == ["2", "3", "4"]
+
+
 def test_scaling_in_d_is_a_table_and_a_column_of_the_figure() -> None:
     import matplotlib
 
