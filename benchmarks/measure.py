@@ -333,7 +333,7 @@ def products_a_second(device: str, dtype: torch.dtype, shape: tuple[int, int, in
     return 2.0 * rows * columns * summed / best(lambda: a @ b.T, device)
 
 
-def best(step: Step, device: str, least: int = 5, seconds: float = 0.05, longest: float = 1.0) -> float:
+def best(step: Step, device: str, least: int = 5, seconds: float = 0.025, longest: float = 1.0) -> float:
     """Of five or more, as many as fit; again, until that finds nothing better by a hundredth, or takes too long."""
     step()
     taken: list[float] = []

@@ -303,7 +303,7 @@ def run(
             measured = measure(
                 ways,
                 device,
-                rounds_of(ways, rounds, device, end),
+                max(1, rounds_of(ways, rounds, device, end)),
                 lambda got: wrong(relative_error(got, truth), case.dtype),
             )
         except BrokenWayError as broken:
@@ -378,7 +378,7 @@ def measure(
                 graphs |= interleave_gpu(calls, rounds, cycles)
             except RuntimeError as failure:  # what flushes L2 has no room: wall-clock is measured all the same
                 torch.cuda.synchronize()
-                no_graph |= dict.fromkeys(calls, f"the GPU's time {reason_of(failure)}")
+                no_graph |= dict.fromkeys(calls, f"no GPU time: {reason_of(failure)}")
             recorded.clear()
         for name, step in steps.items():  # last: a profiler may stay attached
             with blamed(name):

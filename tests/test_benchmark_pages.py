@@ -1,5 +1,6 @@
 """What is published is what was measured: the newest rows, with their ages, and nothing that a person copied."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -315,6 +316,14 @@ def test_ways_of_two_turns_are_compared_over_the_plain_code_of_each() -> None:
         "eqco_loss",
         "other",
     ]
+
+
+def test_counts_of_tests_are_those_of_a_csv() -> None:
+    """A page's own words have none, since no row would tell of them."""
+    text = (history.ROOT / "docs/benchmarks.md").read_text()
+    for section in pages.PAGES["docs/benchmarks.md"]:
+        text = report.between_markers(text, section, "")
+    assert re.findall(r"\d+ (?:were |was )?(?:passed|failed|skipped)|\d+ tests", text) == []
 
 
 def test_why_a_gpus_time_is_blank() -> None:
