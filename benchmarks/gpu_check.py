@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +30,7 @@ from eqco_loss import EqCoLoss
 from eqco_loss.ops.backends import BACKENDS
 
 from . import scaling, step
+from .gpu_tests import run_tests
 from .measure import (
     RESULTS,
     Row,
@@ -49,16 +47,6 @@ from .measure import (
 from .peers import PEERS
 from .runner import CASE, Plan, Wants, check_device, is_first, run_all, step_of
 from .workloads import DTYPES, WORKLOADS, Case, Problem, cases
-
-TESTS = (
-    "tests/test_kernels.py",
-    "tests/test_cuda.py",
-    "tests/test_repeats.py",
-    "tests/test_world.py",
-    "tests/test_wide.py",
-    "tests/test_pages.py",
-    "tests/test_cuda_training.py",
-)
 
 
 class Goal(NamedTuple):
@@ -90,6 +78,7 @@ GOALS = [  # in order of worth
 ]
 
 
+OTHERS = 2**28  # bytes of the GPU: less than any process holds
 PARTS = ("tests", "cases", "kernels", "step", "ways", "scaling", "engines")
 
 
@@ -115,7 +104,9 @@ def main(args: Args) -> int:
     goals = [goal.case for goal in GOALS if goal.case.workload in args.workloads]
     matrix = goals + [case for case in cases("cuda", DTYPES) if case.workload in args.workloads and case not in goals]
     if "tests" not in args.skip:
-        failed = tests(args, out)
+        before = held()
+        failed = run_tests(args.processes, args.tests, out)
+        wait_for_the_gpu(before)
     plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
     later = 0 if {"scaling", "engines"} <= set(args.skip) else 100  # seconds for what comes after the other ways
     for name, action in {
@@ -165,48 +156,27 @@ def steps(end: float, out: Path) -> None:
                 step.main(step.Args(models=(model,), compiled=compiled, out=out / "step-gpu.csv"))
 
 
+def held() -> int:
+    """Bytes of the GPU's memory, but for this process's tensors."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def wait_for_the_gpu(before: int, seconds: float = 10.0) -> None:
+    """Until processes of the tests, which may end late, hold none of its memory and take none of its time."""
+    end = time.monotonic() + seconds
+    while held() > before + OTHERS and left(end) > 0:
+        time.sleep(0.1)
+    more = held() - before
+    if more > OTHERS:
+        print(
+            f"another process holds {more / 1e9:.1f} GB of the GPU: what follows may be slower than it is", flush=True
+        )
+
+
 def ways(chosen: list[Case], wants: Wants, plan: Plan, seconds: float) -> None:
     if seconds > 15:  # what a case may take
         run_all(chosen, wants, plan._replace(deadline=seconds))
-
-
-def tests(args: Args, out: Path) -> int:
-    root = Path(__file__).parents[1]
-    files = [name for name in TESTS if (root / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", str(args.processes), "--no-header", "-p", "no:cacheprovider"]
-    command += ["-p", "xdist.plugin"]  # and no other, which might warn of this one
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    with (out / "tests.txt").open("w") as log:
-        status = interrupted([*command, *files], args.tests, cwd=root, stdout=log, env=environment)
-    lines = (out / "tests.txt").read_text().splitlines()
-    wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
-    print("\n".join(wanted[-30:]) or f"tests: status {status}", flush=True)
-    write_csv(out / "tests-gpu.csv", [counted(wanted[-1] if wanted else "", status) | provenance("cuda")])
-    return status
-
-
-def interrupted(command: list[str], seconds: float, **how: Any) -> int:
-    """The command's exit status; 124 where it took longer, after pytest has told what had failed until then."""
-    # A shell starts what it puts in the background with interrupts ignored, and what that starts ignores them, too.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed, **how)
-    for patience, then in ((seconds, signal.SIGINT), (15, signal.SIGKILL)):
-        try:
-            process.wait(patience)
-            return process.returncode if then == signal.SIGINT else 124
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, then)
-    process.wait()
-    return 124
-
-
-def counted(line: str, status: int) -> Row:
-    """Of pytest's last line; blank where it was stopped before."""
-    found = {what: re.search(rf"(\d+) {what}", line) for what in ("passed", "failed", "skipped")}
-    ended = found["passed"] or found["failed"]
-    return {"status": str(status)} | {
-        what: match[1] if match else "0" if ended else "" for what, match in found.items()
-    }
 
 
 def kernels(chosen: list[Case], end: float) -> None:

@@ -299,8 +299,12 @@ def tests(device: str) -> list[str]:
     found = []
     for row in shown(RESULTS / f"tests-{device}.csv"):
         told = f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
-        counts = told if row["passed"] else f"stopped before they ended, status {row['status']}"
-        found.append(" ".join([f"Tests of the kernels on it: {counts}{mark(row)};", made_by([row]), *notes([row])]))
+        if not row["passed"]:
+            stopped = row["status"] in ("2", "124")  # by a person, or by the time that they had
+            told = f"{'stopped before they ended' if stopped else 'did not run'}, status {row['status']}"
+        elif row["status"] not in ("0", "1"):
+            told = f"stopped after {told}, status {row['status']}"
+        found.append(" ".join([f"Tests of the kernels on it: {told}{mark(row)};", made_by([row]), *notes([row])]))
     return found
 
 

@@ -260,18 +260,30 @@ def test_what_cannot_be_added(results: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what a page says
 
 
-def test_what_the_tests_showed_on_a_gpu(results: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "counts", "text"),
+    [
+        ("0", ("343", "0", "2"), "343 passed, 0 failed, 2 skipped"),
+        ("1", ("342", "1", "2"), "342 passed, 1 failed, 2 skipped"),
+        ("124", ("6", "0", "0"), "stopped after 6 passed, 0 failed, 0 skipped, status 124"),
+        ("124", ("", "", ""), "stopped before they ended, status 124"),
+        ("2", ("6", "1", "0"), "stopped after 6 passed, 1 failed, 0 skipped, status 2"),
+        ("1", ("", "", ""), "did not run, status 1"),  # no pytest
+        ("4", ("", "", ""), "did not run, status 4"),  # no pytest-xdist
+    ],
+)
+def test_what_the_tests_showed_on_a_gpu(
+    status: str, counts: tuple[str, ...], text: str, results: Path, tmp_path: Path
+) -> None:
+    """Counts read as those of all tests where these ended, and nowhere else."""
     run = tmp_path / "run"
     run.mkdir()
-    origin = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": "0000000", "date": "2026-01-02"}
-    write_csv(run / "tests-gpu.csv", [{"status": "0", "passed": "343", "failed": "0", "skipped": "2"} | origin])
+    origin = {"device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": "0000000", "date": "2027-01-02"}
+    row = dict(zip(("status", "passed", "failed", "skipped"), (status, *counts), strict=True))
+    write_csv(run / "tests-gpu.csv", [row | origin])
     history.add(run, place)
-    text = "Tests of the kernels on it: 343 passed, 0 failed, 2 skipped ‡; a GPU, torch 2.11, commits 0000000"
-    assert text in pages.every_case("gpu")()
-    stopped = {"status": "124", "passed": "", "failed": "", "skipped": ""}
-    write_csv(run / "tests-gpu.csv", [stopped | origin | {"date": "2026-01-03"}])
-    history.add(run, place)
-    assert "stopped before they ended, status 124 ‡; a GPU" in pages.every_case("gpu")()
+    page = pages.every_case("gpu")()
+    assert f"Tests of the kernels on it: {text} ‡; a GPU, torch 2.11, commits 0000000" in page
 
 
 def test_those_that_beat_us_come_first_and_what_is_missing_is_blank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_check, measure, peers, runner, scaling, step, variants, workloads
+from benchmarks import measure, peers, runner, scaling, step, variants, workloads
 from benchmarks.measure import Limits, Timing, read_csv
 from benchmarks.peers import PEERS
 from benchmarks.registry import Loss, Peer, UnavailableError
@@ -624,62 +624,6 @@ def test_engines_refuse_by_name() -> None:
         peer = the(f"eqco_loss, {name}", case)
         with pytest.raises(UnavailableError, match="no CPU path"):
             peer.prepare(Problem(case, "cpu"))
-
-
-def test_what_a_gpu_owes_comes_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part with the time that is left, one that fails stops no other, and the end comes before the deadline."""
-    clock, ran = [0.0], []
-
-    def part(name: str, seconds: float) -> Callable[..., int]:
-        def spend(*arguments: Any) -> int:
-            plans = [x.deadline for x in arguments if isinstance(x, Plan)] or [None]
-            ran.append((name, plans[0]))
-            clock[0] += seconds
-            if name == "kernels":
-                raise RuntimeError("broken")
-            return 3
-
-        return spend
-
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(gpu_check, "check_device", lambda device: None)
-    for name, seconds in (("tests", 100.0), ("run_all", 150.0), ("kernels", 10.0), ("engines", 5.0)):
-        monkeypatch.setattr(gpu_check, name, part(name, seconds))
-    monkeypatch.setattr(step, "main", part("step", 15.0))
-    monkeypatch.setattr(scaling, "main", part("scaling", 20.0))
-    assert gpu_check.main(gpu_check.Args(out=tmp_path)) == 3
-    names = ["tests", "run_all", "kernels", *["step"] * 4, "run_all", "scaling", "engines"]
-    assert [name for name, _ in ran] == names
-    assert [seconds for name, seconds in ran if name == "run_all"] == [200.0, 540.0 - 320.0 - 100.0]
-    ran.clear()
-    gpu_check.main(gpu_check.Args(out=tmp_path, skip=("tests", "kernels", "scaling"), deadline=230.0))
-    assert [name for name, _ in ran] == ["run_all", *["step"] * 3, "engines"]  # nothing is left for other ways
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("343 passed, 2 skipped in 61.02s", ("343", "0", "2")),
-        ("1 failed, 342 passed in 61.02s (0:01:01)", ("342", "1", "0")),
-        ("ERROR tests/test_cuda.py", ("", "", "")),
-    ],
-)
-def test_a_gpus_tests_are_counted(line: str, expected: tuple[str, ...]) -> None:
-    row = gpu_check.counted(line, 1)
-    assert tuple(row[name] for name in ("passed", "failed", "skipped")) == expected
-    assert row["status"] == "1"
-
-
-def test_tests_that_take_too_long_say_what_failed(tmp_path: Path) -> None:
-    (tmp_path / "test_slow.py").write_text(
-        "import time\n\n\ndef test_wrong():\n    assert False\n\n\ndef test_slow():\n    time.sleep(60)\n"
-    )
-    log = tmp_path / "log.txt"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rf", "-p", "no:cacheprovider", "test_slow.py"]
-    with log.open("w") as out:
-        assert gpu_check.interrupted(command, 10, cwd=tmp_path, stdout=out) == 124
-        assert gpu_check.interrupted([sys.executable, "-c", "raise SystemExit(3)"], 30, stdout=out) == 3
-    assert "FAILED test_slow.py::test_wrong" in log.read_text()
 
 
 # -------------------------------------------------------------------------------------------------- a training step
