@@ -4,15 +4,17 @@
     python -m benchmarks.step --models resnet18     # one of them, of which the other's rows stay
     python -m benchmarks.step --compiled            # encoders that torch compiles, as training scripts do on a GPU
 
-The loss is timed alone, forward and backward to the embeddings: Python's time, and the GPU's in a CUDA graph. Then it
-is timed inside the step, between marks around the loss's call and around its part of the backward pass; and the whole
-step beside one whose loss is a product with a constant. On a GPU that is busy, Python's time inside a step costs
-nothing: the share of a step is the GPU's time. On a CPU both are the same.
+The loss is timed alone, forward and backward to the embeddings: Python's time, and the GPU's in a CUDA graph, or around
+the call where it is a graph already or cannot become one. Then it is timed inside the step, under autocast as alone,
+between marks around the loss's call and around its part of the backward pass; and the whole step beside one whose loss
+is a product with a constant. On a GPU that is busy, Python's time inside a step costs nothing: the share of a step is
+the GPU's time. On a CPU both are the same.
 """
 
 from __future__ import annotations
 
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +31,8 @@ from torchvision.models import resnet18, resnet50  # type: ignore[import-untyped
 from eqco_loss import EqCoLoss, momentum_update
 
 from .measure import (
+    CALL,
+    REPLAY,
     RESULTS,
     Row,
     Step,
@@ -37,12 +41,13 @@ from .measure import (
     host_and_wall,
     interleave_both,
     interleave_gpu,
+    no_graph_because,
     provenance,
     read_csv,
     write_csv,
 )
 from .peers import PEERS
-from .runner import check_device, reason_of, step_of
+from .runner import check_device, free, reason_of, step_of
 from .workloads import ALPHA, WORKLOADS, Case, Problem, T, band
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -91,23 +96,45 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: rounds: expected 1 or more, got {rounds}.")
     out = args.out or RESULTS / f"step-{'gpu' if device == 'cuda' else 'cpu'}.csv"
     origin = provenance(device) | {"rounds": str(rounds)}
+    check_out(out, origin)
     print(f"{origin['device']}; {rounds} rounds")
     for model in args.models:
+        free(device)
         n = args.batch_size or MODELS[model].batch[device]
         try:
             rows = measured(model, n, args.image_size or MODELS[model].image_size, device, rounds, args.compiled)
         except torch.OutOfMemoryError:
             print(f"{model}, N = {n}: out of memory. Give a smaller --batch-size.")
-            continue
+            rows = [no_memory(model, n, args.image_size or MODELS[model].image_size, device, args.compiled)]
         before = read_csv(out) if out.exists() else []
         old = [row for row in before if row["model"] != model or row["what"].endswith(COMPILED) != args.compiled]
         write_csv(out, old + [{**row, **origin} for row in rows])
     print(f"written to {out}")
 
 
+def check_out(out: Path, origin: Row) -> None:
+    """Before any time is spent: what the file has is of these columns and whole."""
+    columns = tuple(dict.fromkeys((*COLUMNS, *origin, "rounds")))
+    if any(tuple(row) != columns or None in row.values() for row in (read_csv(out) if out.exists() else [])):
+        raise SystemExit(
+            f"error: out: {out} is cut, or has other columns than {', '.join(columns)}. Remove it, or give another."
+        )
+
+
+def no_memory(model: str, n: int, image_size: int, device: str, compiled: bool) -> Row:
+    """The row of a step that does not fit."""
+    of = {"model": model, "n": str(n), "image_size": str(image_size), "dtype": dtype_of(device)}
+    what = "the whole step, out of memory" + (COMPILED if compiled else "")
+    return dict.fromkeys(COLUMNS, "") | of | {"what": what, "share_of_step": "nan"}
+
+
+def dtype_of(device: str) -> str:
+    return "amp" if device == "cuda" else "float32"
+
+
 def measured(model: str, n: int, image_size: int, device: str, rounds: int, compiled: bool = False) -> list[Row]:
     """The rows of a model, printed as they come."""
-    dtype = "amp" if device == "cuda" else "float32"
+    dtype = dtype_of(device)
     picked, queue = Case("P1", n, min(16, n - 1), dtype=dtype), Case("M1", n, 65536, dtype=dtype)
     print(f"\n{MODELS[model].title}, N = {n}, {image_size} px, {dtype}")
     print(f"{'':66}{'ms':>9}{'host ms':>9}{'GPU ms':>9}{'of the step':>13}")
@@ -145,20 +172,31 @@ def alone(case: Case, device: str, rounds: int) -> dict[str, Inside]:
     names = (*ALONE[: 3 if device == "cuda" else 2], WORKLOADS[case.workload].baseline)
     problem = Problem(case, device)
     steps: dict[str, Step] = {}
-    replays: dict[str, Step] = {}
+    graphs: dict[str, Step] = {}
+    called: dict[str, Step] = {}  # graphs already, and what cannot become one
     for one in PEERS:
         if one.wanted(case) and one.name in names:
             try:
                 step = partial(step_of, problem, one.prepare(problem))
                 step()
-                if device == "cuda" and not one.replays:
-                    replays[one.name] = captured(step).replay
             except RuntimeError as failure:
                 print(f"{one.name}, alone, K = {case.k}: {reason_of(failure)}")
                 continue
             steps[one.name] = step
+            if device == "cuda" and one.replays:
+                called[one.name] = step
+            elif device == "cuda":
+                try:
+                    graphs[one.name] = captured(step).replay
+                except RuntimeError as failure:
+                    torch.cuda.synchronize()
+                    print(f"{one.name}, alone, K = {case.k}: {no_graph_because(failure)}")
+                    called[one.name] = step
     both = interleave_both(steps, 4 * rounds, "alone", device)
-    gpu = {name: cold.median for name, (cold, _) in (interleave_gpu(replays, rounds) if replays else {}).items()}
+    gpu: dict[str, float] = {}
+    for some, cycles in ((graphs, REPLAY), (called, CALL)):
+        if some:
+            gpu |= {name: cold.median for name, (cold, _) in interleave_gpu(some, rounds, cycles).items()}
     return {name: Inside(x.wall, x.host.median, gpu.get(name)) for name, x in both.items()}
 
 
@@ -216,11 +254,11 @@ class SimoStep:
             with torch.no_grad():
                 keys = self.key_encoder(self.views[1])
             queries = self.encoder(self.views[0])
-        queries.register_hook(lambda gradient: self.mark())
-        self.marks.clear()
-        self.mark()
-        loss = criterion(queries, keys)
-        self.mark()
+            queries.register_hook(lambda gradient: self.mark())
+            self.marks.clear()
+            self.mark()
+            loss = criterion(queries, keys)
+            self.mark()
         self.mark()
         loss.backward()
         self.optimizer.step()
@@ -234,13 +272,15 @@ class SimoStep:
         self.marks.append(Mark(time.perf_counter(), event))
 
     def compared(self, criteria: dict[str, Criterion], rounds: int) -> dict[str, Inside]:
-        """The same encoders with each loss in turn."""
+        """The same encoders with each loss in turn, and these in every order, as each meets what the last one left."""
         walls: dict[str, list[float]] = {name: [] for name in criteria}
         hosts: dict[str, list[float]] = {name: [] for name in criteria}
         gpus: dict[str, list[float]] = {name: [] for name in criteria}
+        order, shuffle = list(criteria), random.Random(0).shuffle
         for trial in range(-1, rounds):
-            for name, criterion in criteria.items():
-                wall = host_and_wall(partial(self, criterion), self.device)[1]
+            shuffle(order)
+            for name in order:
+                wall = host_and_wall(partial(self, criteria[name]), self.device)[1]
                 if trial < 0:
                     continue  # the first of each warms up
                 walls[name].append(wall)

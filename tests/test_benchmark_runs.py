@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import measure, peers, runner, scaling, step, variants, workloads
+from benchmarks import measure, pages, peers, runner, scaling, step, variants, workloads
 from benchmarks.measure import Limits, Timing, read_csv
 from benchmarks.peers import PEERS
 from benchmarks.registry import Loss, Peer, UnavailableError
@@ -669,3 +670,93 @@ def test_a_step_of_either_loss_learns_the_same(monkeypatch: pytest.MonkeyPatch) 
         weights.append(torch.cat([x.detach().flatten() for x in one.encoder.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
     assert (weights[0] - torch.cat([x.flatten() for x in one.key_encoder.parameters()])).abs().max() > 1e-6
+
+
+def test_the_loss_of_a_step_is_under_autocast_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each loss comes after each other in some trial."""
+    inside: list[bool] = []
+    ran: list[str] = []
+
+    class Autocast:
+        def __init__(self, *of: Any, **how: Any) -> None: ...
+
+        def __enter__(self) -> None:
+            inside.append(True)
+
+        def __exit__(self, *of: Any) -> None:
+            inside.pop()
+
+    one = step.SimoStep("resnet18", 2, 32, "cpu")
+    monkeypatch.setattr(torch, "autocast", Autocast)
+
+    def criterion(name: str) -> step.Criterion:
+        def loss(query: Tensor, key: Tensor) -> Tensor:
+            assert inside
+            ran.append(name)
+            return (query * key).sum()
+
+        return loss
+
+    one.compared({name: criterion(name) for name in "abc"}, 5)
+    assert not inside
+    trials = ["".join(ran[start : start + 3]) for start in range(0, len(ran), 3)]
+    assert {"".join(sorted(trial)) for trial in trials} == {"abc"}
+    assert len(set(trials)) > 2
+
+
+def test_each_way_alone_has_a_time_of_the_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Of its graph; and where it is one already, or cannot become one, around the call."""
+    kinds: dict[str, int] = {}
+
+    def captured(call: Any) -> Any:
+        call()
+        graphs.append(call)
+        if len(graphs) == 1:
+            raise RuntimeError("Cannot synchronize while capturing")
+        return type("Graph", (), {"replay": staticmethod(call)})
+
+    def gpu(calls: dict[str, Any], rounds: int, cycles: int) -> dict[str, tuple[Timing, Timing]]:
+        kinds.update(dict.fromkeys(calls, cycles))
+        return {name: (Timing(2e-5, 2e-5, 2e-5),) * 2 for name in calls}
+
+    graphs: list[Any] = []
+    ways = [the(name, Case("P1", 9, 4, 16)) for name in ("eager masked", "eqco_loss")]
+    ways.append(replace(the("eqco_loss", Case("P1", 9, 4, 16)), name="eqco_loss, graphed", replays=True))
+    monkeypatch.setattr(step, "PEERS", ways)
+    monkeypatch.setattr(step, "ALONE", ("eqco_loss", "torch.compile", "eqco_loss, graphed"))
+    monkeypatch.setattr(step, "Problem", lambda case, device: Problem(case, "cpu"))
+    monkeypatch.setattr(step, "captured", captured)
+    monkeypatch.setattr(step, "interleave_gpu", gpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = step.alone(Case("P1", 9, 4, 16), "cuda", 1)
+    assert {name: one.gpu for name, one in found.items()} == dict.fromkeys((one.name for one in ways), 2e-5)
+    assert kinds == {"eager masked": measure.CALL, "eqco_loss": measure.REPLAY, "eqco_loss, graphed": measure.CALL}
+    assert "eager masked, alone, K = 4: waits for the host" in capsys.readouterr().out
+
+
+def test_a_step_that_does_not_fit_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of those of before; the next model runs, and pages can read the file."""
+    real = step.measured
+
+    def measured(model: str, *of: Any) -> list[measure.Row]:
+        if model == "resnet50":
+            raise torch.OutOfMemoryError("no memory")
+        return real(model, *of)
+
+    monkeypatch.setattr(step, "ALONE", ())
+    monkeypatch.setattr(step, "measured", measured)
+    out = tmp_path / "step-cpu.csv"
+    step.main(step.Args(models=("resnet50", "resnet18"), batch_size=2, image_size=32, rounds=1, device="cpu", out=out))
+    (row,) = (row for row in read_csv(out) if row["model"] == "resnet50")
+    assert (row["what"], row["ms"], row["n"]) == ("the whole step, out of memory", "", "2")
+    assert any(row["model"] == "resnet18" for row in read_csv(out))
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    assert "the whole step, out of memory" in pages.in_a_step()
+
+
+def test_a_file_of_other_columns_ends_before_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "measured", lambda *of: pytest.fail("it was measured"))
+    out = tmp_path / "step.csv"
+    measure.write_csv(out, [{"model": "resnet18", "what": "something"}])
+    with pytest.raises(SystemExit, match=r"step\.csv is cut, or has other columns than model, n, .*, date, rounds"):
+        step.main(step.Args(device="cpu", out=out))
