@@ -4,82 +4,47 @@
     python -m benchmarks.gpu_check --deadline 300 --skip tests
 
 First the tests that need a GPU, in parallel processes. Then, in one process, cases in order of worth, each with ours,
-the baseline and torch.compile; our kernels' own times; the loss inside a training step; our other ways (compiled, in
-CUDA graphs, by engine) and the other peers; how time grows; and the engines against each other. What is finished is
-written after each case, so that a run that is stopped loses nothing. It ends with the goals met, missed, and not run.
-``python -m benchmarks.report --add FOLDER`` takes what it wrote into the pages.
+the baseline and torch.compile; the loss inside a training step; our other ways (compiled, in CUDA graphs, by engine)
+and the other peers; the engines against each other, and the kernels' tiles against a few others; training steps whose
+encoders are compiled; how time grows; and our kernels' own times, last, as a profiler may stay attached.
+
+Every part has seconds that no part before it may take, and what there was no time for is told with its command. What is
+finished is written after each case, and the goals met, missed and not run after each part, into goals.txt. The exit
+status is that of the tests, or 1 where a part fails or ours is wrong somewhere. ``python -m benchmarks.report --add
+FOLDER`` takes what it wrote into the pages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import tyro
 
-from eqco_loss import EqCoLoss
-from eqco_loss.ops.backends import BACKENDS
-
-from . import scaling, step
-from .gpu_tests import run_tests
-from .measure import (
-    RESULTS,
-    Row,
-    Step,
-    captured,
-    interleave_gpu,
-    profiling,
-    provenance,
-    read_csv,
-    relative_error,
-    wall_clock,
-    write_csv,
-)
-from .peers import PEERS
-from .runner import CASE, Plan, Wants, check_device, is_first, run_all, step_of
-from .workloads import DTYPES, WORKLOADS, Case, Problem, cases
-
-
-class Goal(NamedTuple):
-    """A case and what it should take on an H200, in microseconds of a CUDA graph."""
-
-    case: Case
-    us: float | None = None
-
-
-GOALS = [  # in order of worth
-    Goal(Case("M1", 256, 65536, dtype="bfloat16"), 28),
-    Goal(Case("S1", 4096, 4095, dtype="bfloat16"), 60),
-    Goal(Case("C1", 4096, 4095, 512, "amp"), 140),
-    Goal(Case("S2", 4096, 8190, dtype="bfloat16"), 135),
-    Goal(Case("P1", 256, 16, dtype="amp"), 12),
-    Goal(Case("M1", 256, 65536, dtype="amp"), 40),
-    Goal(Case("C1", 4096, 4095, 1024, "amp"), 250),
-    Goal(Case("S1", 4096, 4095, 256, "bfloat16"), 100),
-    Goal(Case("M2", 256, 65536, dtype="bfloat16"), 60),
-    Goal(Case("C1", 4096, 4095, 768, "amp")),
-    Goal(Case("T1", 256, 65536, dtype="bfloat16"), 38),
-    Goal(Case("M1", 1024, 65536, dtype="bfloat16"), 80),
-    Goal(Case("S1", 4096, 4095, dtype="amp")),
-    Goal(Case("C1", 32768, 32767, 768, "bfloat16"), 13000),
-    Goal(Case("M1", 256, 65536), 180),
-    Goal(Case("M1", 256, 65536, dtype="high"), 80),
-    Goal(Case("S1", 16384, 16383, dtype="bfloat16"), 600),
-    Goal(Case("S2", 32768, 65534, dtype="bfloat16"), 6500),
-]
-
+from . import scaling
+from .goals import GOALS, Run, broken, table
+from .gpu_parts import Leave, engines, kernels, tiles
+from .gpu_tests import STOPPED, run_tests
+from .measure import RESULTS, provenance
+from .runner import CASE, FIGURES, WORK, Plan, Wants, check_device, check_out, is_first, lost, run_all
+from .workloads import DTYPES, WORKLOADS, Case, cases
 
 OTHERS = 2**28  # bytes of the GPU: less than any process holds
-PARTS = ("tests", "cases", "kernels", "step", "ways", "scaling", "engines")
+GRACE = 5.0  # seconds after the deadline, when what still runs is ended
+OVERRUN = 1.1  # times what they are given that cases may take, as one that has begun is finished
+EAGER_STEP, COMPILED_STEP, GROWTH = 20, 40, 20  # seconds that must be left for steps of one model, or for scaling
+PARTS = ("tests", "cases", "step", "ways", "engines", "tiles", "compiled", "scaling", "kernels")
 
 
 @dataclass(frozen=True)
@@ -87,41 +52,75 @@ class Args:
     deadline: float = 540.0  # seconds for everything
     tests: float = 150.0  # of them, at most, for the tests
     first: float = 200.0  # and for the first look at every case
-    skip: tuple[str, ...] = ()  # of tests, cases, kernels, step, ways, scaling, engines
+    skip: tuple[str, ...] = ()  # of tests, cases, step, ways, engines, tiles, compiled (steps), scaling, kernels
     workloads: tuple[str, ...] = tuple(WORKLOADS)
     processes: int = 14  # for the tests
     rounds: int = 15
     out: Path | None = None  # None: $OUT, or benchmarks/results/gpu_check
 
 
+class Part(NamedTuple):
+    """Something to run, given when it should be over by the clock of ``time.monotonic``."""
+
+    name: str
+    least: float  # seconds that are kept for it
+    most: float
+    run: Callable[[float], int | None]  # a status
+
+
+class Account:
+    """What a run showed and what it left out: told at the end, and written after every part."""
+
+    def __init__(self, run: Run, out: Path, again: Callable[[str], str]) -> None:
+        self.run, self.out, self.again = run, out, again
+        self.left_out: list[str] = []
+
+    def leave(self, name: str, what: str = "", command: str = "") -> None:
+        line = f"no time for {name}{f' ({what})' if what else ''}: {command or self.again(name)}"
+        self.left_out.append(line)
+        print(line, flush=True)
+
+    def __str__(self) -> str:
+        rows = self.run.rows()
+        return "\n".join([table(rows, self.run.origin["device"]), *broken(rows), *self.left_out])
+
+    def write(self) -> None:
+        (self.out / "goals.txt").write_text(f"{self}\n")
+
+
 def main(args: Args) -> int:
+    end = time.monotonic() + args.deadline
     check(args)
     check_device("cuda")
-    end = time.monotonic() + args.deadline
     out = args.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS / "gpu_check")
     out.mkdir(parents=True, exist_ok=True)
-    failed = 0
-    goals = [goal.case for goal in GOALS if goal.case.workload in args.workloads]
-    matrix = goals + [case for case in cases("cuda", DTYPES) if case.workload in args.workloads and case not in goals]
-    if "tests" not in args.skip:
-        before = held()
-        failed = run_tests(args.processes, args.tests, out)
-        wait_for_the_gpu(before)
-    plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
-    later = 0 if {"scaling", "engines"} <= set(args.skip) else 100  # seconds for what comes after the other ways
-    for name, action in {
-        "cases": lambda: ways(matrix, is_first, plan, min(args.first, left(end))),
-        "kernels": lambda: kernels(goals, min(end, time.monotonic() + 30)),
-        "step": lambda: steps(end, out),
-        "ways": lambda: ways(goals, lambda case, one: not is_first(case, one), plan, left(end) - later),
-        "scaling": lambda: scaling.main(scaling.Args(deadline=max(15, left(end) - 40), out=out / "scaling-gpu.csv")),
-        "engines": lambda: engines(end, out),
-    }.items():
-        if name not in args.skip and left(end) > 15:
-            print(f"\n{name}, {left(end):.0f} s left", flush=True)
-            guarded(name, action)
-    show(read_csv(plan.out) if plan.out.exists() else [])
-    return failed
+    origin = provenance("cuda")
+    for name in ("gpu.csv", "scaling-gpu.csv"):
+        check_out(out / name, (*CASE, *FIGURES, *WORK, *origin))
+    step = None if {"step", "compiled"} <= set(args.skip) else step_module()
+    if step is not None:
+        step.check_out(out / "step-gpu.csv", origin)
+    anew = not {"cases", "ways"} <= set(args.skip)
+    account = Account(Run.begin(out / "gpu.csv", origin, anew), out, lambda name: again(args, name))
+    status = 0
+    try:
+        with ended_at(end + GRACE, account):
+            for part, seconds in shared(chosen(args, out, step, account), end):
+                if seconds < 1:
+                    account.leave(part.name)
+                    continue
+                print(f"\n{part.name}, {seconds:.0f} s of {left(end):.0f}", flush=True)
+                status = guarded(part, time.monotonic() + seconds) or status
+                account.write()
+                if lost("cuda"):
+                    print("error: the GPU is lost to this process, so nothing more is run", flush=True)
+                    break
+    except KeyboardInterrupt:
+        print("\nstopped", flush=True)
+        status = 130
+    account.write()
+    print(f"\n{account}", flush=True)
+    return status or int(bool(broken(account.run.rows())))
 
 
 def check(args: Args) -> None:
@@ -134,26 +133,122 @@ def check(args: Args) -> None:
             raise SystemExit(f"error: {name}: expected more than 0, got {getattr(args, name)}.")
 
 
-def guarded(name: str, action: Callable[[], object]) -> None:
-    """One broken part stops no other."""
+def step_module() -> Any:
+    """``benchmarks.step``, or None where torchvision, from which its encoders come, cannot be imported."""
     try:
-        action()
-    except (Exception, SystemExit):
-        print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
-        with contextlib.suppress(RuntimeError):  # of a GPU that is lost
-            torch.cuda.empty_cache()
+        from . import step
+    except (ImportError, RuntimeError) as failure:  # a RuntimeError is what one for another torch raises
+        print(f'no training steps without torchvision ({failure}): pip install -e ".[benchmarks]"', flush=True)
+        return None
+    return step
+
+
+def again(args: Args, name: str) -> str:
+    """The command that runs one part alone."""
+    others = " ".join(one for one in PARTS if one != name)
+    return f"python -m benchmarks.gpu_check --skip {others}" + (f" --out {args.out}" if args.out else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------- time
 
 
 def left(end: float) -> float:
     return end - time.monotonic()
 
 
-def steps(end: float, out: Path) -> None:
-    """With encoders as they are, of which a small one waits for Python, and compiled, as training scripts have them."""
-    for compiled in (False, True):
-        for model in step.MODELS:
-            if left(end) > 40:  # what one may take
-                step.main(step.Args(models=(model,), compiled=compiled, out=out / "step-gpu.csv"))
+def shared(parts: list[Part], end: float) -> Iterator[tuple[Part, float]]:
+    """Each part, when its turn comes, with its seconds: what is left but for what later parts are kept.
+
+    Where too little is left for that, this part and those after it get shares in proportion to what is kept for them.
+    """
+    for place, part in enumerate(parts):
+        kept = sum(other.least for other in parts[place + 1 :])
+        fair = left(end) * part.least / (part.least + kept) if part.least else 0.0
+        yield part, min(part.most, max(left(end) - kept, fair))
+
+
+@contextlib.contextmanager
+def ended_at(end: float, account: Account) -> Iterator[None]:
+    """Whatever still runs then, in Python, in C or on the GPU, is ended, after the goals have been told."""
+    timer = threading.Timer(left(end), end_all, (account,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def end_all(account: Account) -> None:
+    try:
+        print("\nerror: the deadline has passed, and this was still running:", flush=True)
+        faulthandler.dump_traceback()
+        account.left_out.append("ended at the deadline")
+        account.write()
+        print(f"\n{account}", flush=True)
+    finally:
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        os._exit(STOPPED)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # of a process that has just ended
+            for child in path.read_text().split():
+                yield from descendants(int(child))
+                yield int(child)
+
+
+def guarded(part: Part, until: float) -> int:
+    """A part's status; one that breaks stops no other. Whoever stops one means all of them."""
+    try:
+        return part.run(until) or 0
+    except (Exception, SystemExit) as failure:
+        if isinstance(failure, SystemExit) and failure.code == 130:
+            raise KeyboardInterrupt from None
+        print(f"{part.name} failed:\n{traceback.format_exc()}", flush=True)
+        with contextlib.suppress(RuntimeError):  # of a GPU that is lost
+            torch.cuda.empty_cache()
+        return 1
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def chosen(args: Args, out: Path, step: Any, account: Account) -> list[Part]:
+    """In order of worth, but for what hinders others."""
+    goals = [goal.case for goal in GOALS if goal.case.workload in args.workloads]
+    matrix = goals + [case for case in cases("cuda", DTYPES) if case.workload in args.workloads and case not in goals]
+    plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
+    before = held()
+
+    def tests(until: float) -> int:
+        try:
+            return run_tests(args.processes, left(until), out)
+        finally:
+            wait_for_the_gpu(before)
+
+    def left_out(name: str) -> Leave:
+        return lambda what: account.leave(name, what)
+
+    def other_ways(case: Case, one: Any) -> bool:
+        return not is_first(case, one)
+
+    every = [
+        Part("tests", 90, args.tests, tests),
+        Part("cases", 100, args.first, lambda until: ways(matrix, is_first, plan, until)),
+        Part("step", 50, 80, lambda until: steps(step, False, until, out, account)),
+        Part("ways", 80, 150, lambda until: ways(goals, other_ways, plan, until)),
+        Part("engines", 30, 60, lambda until: engines(until, out, left_out("engines"))),
+        Part("tiles", 25, 60, lambda until: tiles(until, out, left_out("tiles"))),
+        Part("compiled", 0, 120, lambda until: steps(step, True, until, out, account)),
+        Part("scaling", 0, 120, lambda until: grow(until, out, account)),
+        Part("kernels", 15, 30, lambda until: kernels(goals, until, out, left_out("kernels"))),
+    ]
+    without = set(args.skip) | (set() if step is not None else {"step", "compiled"})
+    return [part for part in every if part.name not in without]
 
 
 def held() -> int:
@@ -169,95 +264,29 @@ def wait_for_the_gpu(before: int, seconds: float = 10.0) -> None:
         time.sleep(0.1)
     more = held() - before
     if more > OTHERS:
-        print(
-            f"another process holds {more / 1e9:.1f} GB of the GPU: what follows may be slower than it is", flush=True
-        )
+        print(f"another process holds {more / 1e9:.1f} GB of the GPU, and may slow down what follows", flush=True)
 
 
-def ways(chosen: list[Case], wants: Wants, plan: Plan, seconds: float) -> None:
-    if seconds > 15:  # what a case may take
-        run_all(chosen, wants, plan._replace(deadline=seconds))
+def ways(chosen: list[Case], wants: Wants, plan: Plan, until: float) -> None:
+    run_all(chosen, wants, plan._replace(deadline=left(until) / OVERRUN))
 
 
-def kernels(chosen: list[Case], end: float) -> None:
-    """Our kernels' own times in one step, by their names."""
-    for case in chosen:
-        if time.monotonic() > end:
-            return
-        problem = Problem(case, "cuda")
-        ours = next(one for one in PEERS if one.name == "eqco_loss" and one.wanted(case))
-        one_step = partial(step_of, problem, ours.prepare(problem))
-        for _ in range(3):
-            one_step()
-        torch.cuda.synchronize()
-        with profiling(torch.profiler.ProfilerActivity.CUDA) as profile:
-            for _ in range(10):
-                one_step()
-            torch.cuda.synchronize()
-        events = [e for e in profile.key_averages() if getattr(e, "self_device_time_total", 0) > 0]
-        times = sorted(((e.self_device_time_total / 10, e.key) for e in events), reverse=True)
-        line = "; ".join(f"{name[:40]} {us:.1f}" for us, name in times[:9])
-        print(f"{case.workload} {case.dtype} {case.size}: {line}", flush=True)
+def grow(until: float, out: Path, account: Account) -> None:
+    if left(until) < GROWTH:
+        account.leave("scaling")
+        return
+    scaling.main(scaling.Args(deadline=left(until) / OVERRUN, out=out / "scaling-gpu.csv"))
 
 
-def engines(end: float, out: Path) -> None:
-    """The fused kernels against the wide engine, where both can serve."""
-    rows: list[Row] = []
-    origin = provenance("cuda")
-    for n, d in ((4096, 128), (4096, 256), (4096, 512), (4096, 1024), (1024, 512), (16384, 512)):
-        for symmetric in (True, False):
-            if time.monotonic() > end - 10:
-                return
-            query, key = (torch.randn(n, d, device="cuda").bfloat16().requires_grad_() for _ in range(2))
-            exact = [x.detach().double().requires_grad_() for x in (query, key)]
-            truth = gradients_of(EqCoLoss(symmetric=symmetric, backend="torch"), *exact) if n <= 4096 else None
-            graphs: dict[str, Step] = {}
-            errors, steps = {}, {}
-            for name in BACKENDS:
-                if name == "torch":
-                    continue
-                call = steps[name] = partial(gradients_of, criterion(symmetric, name), query, key)
-                try:
-                    got = call()
-                    errors[name] = "" if truth is None else f"{relative_error(got, truth):.1e}"
-                    graphs[name] = captured(call).replay
-                except Exception as failure:
-                    print(f"    {name} N={n} D={d}: {type(failure).__name__}: {str(failure)[:150]}", flush=True)
-            for name, (cold, warm) in interleave_gpu(graphs, 20).items():
-                host = wall_clock(steps[name], "cuda")
-                row = {"engine": name, "n": str(n), "d": str(d), "symmetric": str(symmetric), "error": errors[name]}
-                row |= {"us": f"{1e6 * cold.median:.4g}", "warm_us": f"{1e6 * warm.median:.4g}"}
-                rows.append(row | {"host_ms": f"{1e3 * host:.3g}"} | origin)
-                print("    engine " + "  ".join(rows[-1][key] for key in rows[-1] if key not in origin), flush=True)
-            write_csv(out / "engines.csv", rows)
-
-
-def criterion(symmetric: bool, backend: Any) -> torch.nn.Module:
-    return EqCoLoss(symmetric=symmetric, backend=backend)
-
-
-def gradients_of(criterion: torch.nn.Module, query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(criterion(query, key), (query, key)))
-
-
-def show(rows: list[Row]) -> None:
-    """The goals: met, missed, not run."""
-    found = {tuple(row[name] for name in CASE[:6]): row for row in rows if row["peer"] == "eqco_loss"}
-    rivals = {tuple(row[name] for name in CASE[:6]): row for row in rows if row["peer"] == "torch.compile"}
-    print(f"\n{'goal':44}{'wanted':>9}{'is':>9}   torch.compile")
-    for case, us in GOALS:
-        key = (case.workload, str(case.n), str(case.k), str(case.d), case.layout, case.dtype)
-        ours, rival = found.get(key), rivals.get(key)
-        measured = ours["graph_us"] if ours else ""
-        verdict = "not run" if not measured else "" if us is None else "met" if float(measured) <= us else "missed"
-        ratio = (
-            f"{float(rival['graph_us']) / float(measured):.2f} x" if measured and rival and rival["graph_us"] else ""
-        )
-        wanted = "" if us is None else f"{us:g}"
-        print(
-            f"{case.workload} {case.dtype} {case.size:30}"[:44].ljust(44)
-            + f"{wanted:>9}{measured:>9}   {ratio:8} {verdict}"
-        )
+def steps(step: Any, compiled: bool, until: float, out: Path, account: Account) -> None:
+    """With encoders as they are, of which a small one waits for Python, or compiled, as training scripts have them."""
+    path = out / "step-gpu.csv"
+    for model in step.MODELS:
+        if left(until) >= (COMPILED_STEP if compiled else EAGER_STEP):
+            step.main(step.Args(models=(model,), compiled=compiled, out=path))
+        else:
+            command = f"python -m benchmarks.step --models {model} {'--compiled ' if compiled else ''}--out {path}"
+            account.leave("compiled" if compiled else "step", model, command)
 
 
 if __name__ == "__main__":

@@ -89,22 +89,30 @@ def main(args: Args) -> None:
     for name in args.passes:
         waves = args.waves if name in PASSES and "forward" in name else (1.0,)
         one = tune_wide.passes(problem)[name] if name in of_wide else fused[name]
-        found = tried(one, candidates[name], waves, args.dtype)
-        timings = timed({place: step for place, (_, _, step) in enumerate(found) if callable(step)}, args.rounds)
-        fields = type(candidates[name][-1])._fields
-        part = []
-        for place, (tile, wave, step) in enumerate(found):
-            row = {"pass": name, "dtype": args.dtype, "d": str(args.d)} | dict.fromkeys(FIELDS, "")
-            row |= dict(zip(fields, map(str, tile or ("table",) * len(fields)), strict=True))
-            row |= {"waves": f"{wave:g}", "status": step if isinstance(step, str) else "timed", "us": "", "warm_us": ""}
-            if place in timings:
-                cold, warm = timings[place]
-                row |= {"us": f"{1e6 * cold.median:.4g}", "warm_us": f"{1e6 * warm.median:.4g}"}
-            part.append(row | origin)
-        rows += part
+        part = compared(name, one, candidates[name], waves, args.dtype, args.d, args.rounds)
+        rows += [row | origin for row in part]
         write_csv(args.out, rows)
-        show(name, part, fields)
     print(f"written to {args.out}")
+
+
+def compared(
+    name: str, one: Pass, candidates: list[Any], waves: tuple[float, ...], dtype: str, d: int, rounds: int
+) -> list[Row]:
+    """A row of each candidate of a pass, the fastest of which are printed."""
+    found = tried(one, candidates, waves, dtype)
+    timings = timed({place: step for place, (_, _, step) in enumerate(found) if callable(step)}, rounds)
+    fields = type(candidates[-1])._fields
+    rows = []
+    for place, (tile, wave, step) in enumerate(found):
+        row = {"pass": name, "dtype": dtype, "d": str(d)} | dict.fromkeys(FIELDS, "")
+        row |= dict(zip(fields, map(str, tile or ("table",) * len(fields)), strict=True))
+        row |= {"waves": f"{wave:g}", "status": step if isinstance(step, str) else "timed", "us": "", "warm_us": ""}
+        if place in timings:
+            cold, warm = timings[place]
+            row |= {"us": f"{1e6 * cold.median:.4g}", "warm_us": f"{1e6 * warm.median:.4g}"}
+        rows.append(row)
+    show(name, rows, fields)
+    return rows
 
 
 def compile_first(args: Args, names: list[str]) -> None:

@@ -204,7 +204,7 @@ def test_bad_input_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> Non
         (lambda: scaling.main(scaling.Args(largest_k=1, largest_n=1, largest_d=1)), "largest_k, largest_n, largest_d"),
         (
             lambda: gpu_check.main(gpu_check.Args(skip=("all",))),
-            "skip: unknown all; known: tests, cases, kernels, step",
+            "skip: unknown all; known: tests, cases, step, ways",
         ),
         (lambda: gpu_check.main(gpu_check.Args(workloads=("M7",))), "workloads: unknown M7; known: M1, R"),
         (lambda: gpu_check.main(gpu_check.Args()), "torch sees no GPU"),
