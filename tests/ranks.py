@@ -59,3 +59,44 @@ def _rank(
         dist.destroy_process_group()
     except BaseException:
         answers.put((rank, traceback.format_exc(), None))
+
+
+ROWS = 40, 24  # of each of two ranks
+
+
+def gathered(rank: int, world: int, device: str) -> float:
+    """Two ranks that share a device against one process: the largest difference, in the norm, of loss and gradients."""
+    from eqco_loss import EqCoLoss
+
+    mine, everything = slice(sum(ROWS[:rank]), sum(ROWS[: rank + 1])), slice(None)
+    worst = 0.0
+    for d, in_batch, symmetric in (
+        (64, "keys", False),
+        (64, "keys", True),
+        (64, "views", True),
+        (64, None, False),
+        (600, "keys", True),  # which another engine serves on a GPU
+    ):
+        generator = torch.Generator().manual_seed(0)
+        query, key, queue = (torch.randn(n, d, generator=generator).to(device) for n in (sum(ROWS), sum(ROWS), 50))
+
+        def found(
+            part: slice,
+            gather: bool,
+            query: torch.Tensor = query,
+            key: torch.Tensor = key,
+            negatives: torch.Tensor | None = queue if in_batch is None else None,
+            in_batch: Any = in_batch,
+            symmetric: bool = symmetric,
+        ) -> list[torch.Tensor]:
+            leaves = [x[part].clone().requires_grad_() for x in (query, key)]
+            criterion: Any = EqCoLoss(0.2, in_batch=in_batch, symmetric=symmetric, gather=gather)
+            loss = criterion(*leaves, negatives)
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+        loss, *gradients = found(mine, gather=True)
+        dist.all_reduce(loss)
+        truth, *exact = found(everything, gather=False)
+        pairs = [(loss, truth), *((gradient, whole[mine]) for gradient, whole in zip(gradients, exact, strict=True))]
+        worst = max([worst, *(float((a / world - b).norm() / b.norm()) for a, b in pairs)])
+    return worst

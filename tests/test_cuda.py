@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional
 from tests import knobs
+from tests.ranks import gathered, run_ranks
 from tests.tolerance import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -216,6 +217,11 @@ def test_a_second_gpu() -> None:
     first, expected = step(EqCoLoss(), q.detach().to("cuda:0").requires_grad_(), rows(64, seed=1))
     assert torch.equal(loss.cpu(), first.cpu())
     assert torch.equal(gradient.cpu(), expected.cpu())
+
+
+def test_two_ranks_on_one_gpu() -> None:
+    """Over gloo, as two processes of nccl cannot share a GPU."""
+    assert max(run_ranks(gathered, 2, "cuda")) <= 1e-5
 
 
 @pytest.mark.parametrize("loss", [functional.eqco_loss, functional.dual_temp_infonce])

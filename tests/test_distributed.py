@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eqco_loss import DualTempInfoNCE, EqCoLoss, MomentumQueue, functional, momentum_update
-from tests.ranks import run_ranks
+from tests.ranks import gathered, run_ranks
 
 SIZES = [(5, 3), (4, 1, 7), (3, 3, 3, 3)]
 D = 5
@@ -94,6 +94,11 @@ def compare(rank: int, world: int, sizes: tuple[int, ...]) -> float:
 def test_ranks_give_what_one_process_gives(sizes: tuple[int, ...]) -> None:
     """Loss and gradient, every kind of negatives, both losses, one and both directions, uneven batches."""
     assert max(run_ranks(compare, len(sizes), sizes)) <= 1e-12
+
+
+def test_ranks_that_share_a_device() -> None:
+    """What tests/test_cuda.py asks of two ranks on one GPU, asked of a CPU."""
+    assert max(run_ranks(gathered, 2, "cpu")) <= 1e-5
 
 
 def everything_else(rank: int, world: int) -> list[str]:
