@@ -42,6 +42,7 @@ from .workloads import DTYPES, WORKLOADS, Case, cases
 
 OTHERS = 2**28  # bytes of the GPU: less than any process holds
 GRACE = 5.0  # seconds after the deadline, when what still runs is ended
+STDERR = 2
 OVERRUN = 1.1  # times what they are given that cases may take, as one that has begun is finished
 EAGER_STEP, COMPILED_STEP, GROWTH = 20, 40, 20  # seconds that must be left for steps of one model, or for scaling
 PARTS = ("tests", "cases", "step", "ways", "engines", "tiles", "compiled", "scaling", "kernels")
@@ -102,6 +103,7 @@ def main(args: Args) -> int:
         step.check_out(out / "step-gpu.csv", origin)
     anew = not {"cases", "ways"} <= set(args.skip)
     account = Account(Run.begin(out / "gpu.csv", origin, anew), out, lambda name: again(args, name))
+    account.write()
     status = 0
     try:
         with ended_at(end + GRACE, account):
@@ -169,20 +171,25 @@ def shared(parts: list[Part], end: float) -> Iterator[tuple[Part, float]]:
 
 @contextlib.contextmanager
 def ended_at(end: float, account: Account) -> Iterator[None]:
-    """Whatever still runs then, in Python, in C or on the GPU, is ended, after the goals have been told."""
+    """Whatever still runs then, in Python, in C or on the GPU, is ended, after the goals have been told.
+
+    Something in C that keeps the interpreter to itself is ended a little later, and nothing more can be told.
+    """
     timer = threading.Timer(left(end), end_all, (account,))
     timer.daemon = True
     timer.start()
+    faulthandler.dump_traceback_later(left(end) + GRACE, exit=True, file=STDERR)
     try:
         yield
     finally:
         timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def end_all(account: Account) -> None:
     try:
         print("\nerror: the deadline has passed, and this was still running:", flush=True)
-        faulthandler.dump_traceback()
+        faulthandler.dump_traceback(file=STDERR)
         account.left_out.append("ended at the deadline")
         account.write()
         print(f"\n{account}", flush=True)

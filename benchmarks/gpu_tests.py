@@ -40,7 +40,7 @@ def run_tests(processes: int, seconds: float, out: Path) -> int:
     wanted = [line for line in lines if re.match(r"FAILED|ERROR|\d+ (passed|failed)|=+ .*(passed|failed)", line)]
     print("\n".join(wanted[-30:] or lines[-5:]), flush=True)
     if status not in (0, 1):
-        print(f"tests: status {status}, they did not end", flush=True)
+        print(f"tests: status {status}, not all were run", flush=True)
     write_csv(out / "tests-gpu.csv", [counted(wanted[-1] if wanted else "", status) | provenance("cuda")])
     return status
 

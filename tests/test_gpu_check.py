@@ -187,22 +187,14 @@ def test_without_torchvision_all_else_runs(tmp_path: Path, monkeypatch: pytest.M
     ]
 
 
-def test_what_hangs_is_ended(tmp_path: Path) -> None:
-    """In a process of its own, with a child, neither of which heeds anything: the goals are told, and both are gone."""
+def ended(hang: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own, whose cases hang in this way."""
     code = f"""
-import subprocess, sys, threading
+import ctypes, subprocess, sys, threading
 from pathlib import Path
 from benchmarks import gpu_check
 
-child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-
-def hang(*of):
-    print("child", subprocess.Popen([sys.executable, "-c", child]).pid, flush=True)
-    while True:
-        try:
-            threading.Event().wait()
-        except BaseException:
-            pass
+{hang}
 
 gpu_check.check_device = lambda device: None
 gpu_check.held = lambda: 0
@@ -212,7 +204,23 @@ gpu_check.run_all = hang
 gpu_check.GRACE = 0.5
 gpu_check.main(gpu_check.Args(deadline=2.0, skip=("tests", "step", "compiled"), out=Path({str(tmp_path)!r})))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_what_hangs_is_ended(tmp_path: Path) -> None:
+    """With a child, neither of which heeds anything: the goals are told, and both are gone."""
+    hang = """
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+
+def hang(*of):
+    print("child", subprocess.Popen([sys.executable, "-c", child]).pid, flush=True)
+    while True:
+        try:
+            threading.Event().wait()
+        except BaseException:
+            pass
+"""
+    done = ended(hang, tmp_path)
     assert done.returncode == 124, done.stderr
     assert "the deadline has passed" in done.stdout
     assert "in hang" in done.stderr
@@ -220,6 +228,13 @@ gpu_check.main(gpu_check.Args(deadline=2.0, skip=("tests", "step", "compiled"), 
     assert "18 not run" in (tmp_path / "goals.txt").read_text()
     (pid,) = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("child "))
     wait_for(lambda: not running(pid), 10)
+
+
+def test_what_keeps_the_interpreter_to_itself_is_ended(tmp_path: Path) -> None:
+    done = ended("def hang(*of): ctypes.PyDLL(None).sleep(60)", tmp_path)
+    assert done.returncode == 1
+    assert "in hang" in done.stderr
+    assert "18 not run" in (tmp_path / "goals.txt").read_text()
 
 
 # --------------------------------------------------------------------------------------------------------------- goals
