@@ -112,7 +112,8 @@ def main(args: Args) -> int:
                     account.leave(part.name)
                     continue
                 print(f"\n{part.name}, {seconds:.0f} s of {left(end):.0f}", flush=True)
-                status = guarded(part, time.monotonic() + seconds) or status
+                found = guarded(part, time.monotonic() + seconds)
+                status = status or found
                 account.write()
                 if lost("cuda"):
                     print("error: the GPU is lost to this process, so nothing more is run", flush=True)

@@ -136,7 +136,7 @@ def test_a_part_that_breaks_stops_no_other(tmp_path: Path, monkeypatch: pytest.M
     assert "RuntimeError: broken" in capsys.readouterr().out
     assert clock.ran[-1] == "kernels"
     monkeypatch.setattr(gpu_check, "run_tests", lambda *of: 3)
-    assert gpu_check.main(gpu_check.Args(out=tmp_path, skip=("engines",))) == 3
+    assert gpu_check.main(gpu_check.Args(out=tmp_path)) == 3
     monkeypatch.setattr(gpu_check, "lost", lambda device: True)
     clock.ran.clear()
     gpu_check.main(gpu_check.Args(out=tmp_path, skip=("tests",)))
