@@ -44,7 +44,7 @@ GOALS = [  # in order of worth
 
 
 class Run(NamedTuple):
-    """One run among those whose rows are in a file: another device, another commit and an earlier run count not."""
+    """A file may have rows of another device, of another commit or of an earlier run, which say nothing of this one."""
 
     path: Path
     origin: Row
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
     @classmethod
     def begin(cls, path: Path, origin: Row, anew: bool) -> Run:
-        """Two rows with times never agree; failures may, so where cases are run ``anew`` ours of before go first."""
+        """A row of before is known by its times, which never agree; failures may, so ours go if cases run ``anew``."""
         run = cls(path, origin, [])
         earlier = read_csv(path) if path.exists() else []
         kept = [row for row in earlier if row["status"] == "timed" or not (anew and is_ours(row) and run.made(row))]
@@ -71,7 +71,7 @@ class Run(NamedTuple):
 
 
 def table(rows: list[Row], device: str) -> str:
-    """Of one run: each goal met, missed, not run, or why ours has no time."""
+    """Each goal is met, missed or not run, or ours has no time and a reason, by the rows of one run."""
     found = {(*case_of(row), row["peer"]): row for row in rows}
     judged = JUDGED in device
     lines = [f"{'GPU, us':44}{'wanted':>9}{'is':>9}   torch.compile"]
@@ -103,7 +103,7 @@ def verdict(ours: Row | None, us: float | None) -> str:
 
 
 def broken(rows: list[Row]) -> list[str]:
-    """Ours wherever it is wrong or fails."""
+    """The rows in which a way of ours is wrong or fails."""
     return [
         f"{' '.join(case_of(row))}, {row['peer']}: {row['status']}"
         for row in rows

@@ -9,9 +9,9 @@ and the other peers; the engines against each other, and the kernels' tiles agai
 encoders are compiled; how time grows; and our kernels' own times, last, as a profiler may stay attached.
 
 Every part has seconds that no part before it may take, and what there was no time for is told with its command. What is
-finished is written after each case, and the goals met, missed and not run after each part, into goals.txt. The exit
-status is that of the tests, or 1 where a part fails or ours is wrong somewhere. ``python -m benchmarks.report --add
-FOLDER`` takes what it wrote into the pages.
+finished is written after each case, and the goals met, missed and not run after each part, into goals.txt. What still
+runs a few seconds after the deadline is ended. The exit status is that of the tests, or 1 where a part fails or ours is
+wrong somewhere. ``python -m benchmarks.report --add FOLDER`` takes what it wrote into the pages.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from .measure import RESULTS, provenance
 from .runner import CASE, FIGURES, WORK, Plan, Wants, check_device, check_out, is_first, lost, run_all
 from .workloads import DTYPES, WORKLOADS, Case, cases
 
-OTHERS = 2**28  # bytes of the GPU: less than any process holds
-GRACE = 5.0  # seconds after the deadline, when what still runs is ended
-STDERR = 2
-OVERRUN = 1.1  # times what they are given that cases may take, as one that has begun is finished
-EAGER_STEP, COMPILED_STEP, GROWTH = 20, 40, 20  # seconds that must be left for steps of one model, or for scaling
+OTHERS = 2**28  # bytes of the GPU, which are fewer than any process that uses it holds
+GRACE = 5.0  # seconds that a run may be late, because a part finishes what it has begun
+STDERR = 2  # as a number, because sys.stderr may be a stand-in that has none
+OVERRUN = 1.1  # cases are given less than their part has by this factor, because one that has begun is finished
+EAGER_STEP, COMPILED_STEP, GROWTH = 20, 40, 20  # seconds that steps of one model, or scaling, need to show anything
 PARTS = ("tests", "cases", "step", "ways", "engines", "tiles", "compiled", "scaling", "kernels")
 
 
@@ -61,16 +61,16 @@ class Args:
 
 
 class Part(NamedTuple):
-    """Something to run, given when it should be over by the clock of ``time.monotonic``."""
+    """Something to run, which is told when it should be over by the clock of ``time.monotonic``."""
 
     name: str
     least: float  # seconds that are kept for it
-    most: float
-    run: Callable[[float], int | None]  # a status
+    most: float  # seconds that it may take where more are left
+    run: Callable[[float], int | None]  # returns a status
 
 
 class Account:
-    """What a run showed and what it left out: told at the end, and written after every part."""
+    """What a run showed and what it left out, which is told at the end and written after every part."""
 
     def __init__(self, run: Run, out: Path, again: Callable[[str], str]) -> None:
         self.run, self.out, self.again = run, out, again
@@ -160,7 +160,7 @@ def left(end: float) -> float:
 
 
 def shared(parts: list[Part], end: float) -> Iterator[tuple[Part, float]]:
-    """Each part, when its turn comes, with its seconds: what is left but for what later parts are kept.
+    """Each part gets, when its turn comes, the seconds that are left but for those that are kept for later parts.
 
     Where too little is left for that, this part and those after it get shares in proportion to what is kept for them.
     """
@@ -172,9 +172,10 @@ def shared(parts: list[Part], end: float) -> Iterator[tuple[Part, float]]:
 
 @contextlib.contextmanager
 def ended_at(end: float, account: Account) -> Iterator[None]:
-    """Whatever still runs then, in Python, in C or on the GPU, is ended, after the goals have been told.
+    """The goals are told and the process is ended if anything still runs then, in Python, in C or on the GPU.
 
-    Something in C that keeps the interpreter to itself is ended a little later, and nothing more can be told.
+    Something in C that keeps the interpreter to itself is ended a little later, without a word on the goals, because
+    no other thread can run beside it.
     """
     timer = threading.Timer(left(end), end_all, (account,))
     timer.daemon = True
@@ -188,6 +189,7 @@ def ended_at(end: float, account: Account) -> Iterator[None]:
 
 
 def end_all(account: Account) -> None:
+    """This process and those that it started end now, because something hangs that nothing else would end."""
     try:
         print("\nerror: the deadline has passed, and this was still running:", flush=True)
         faulthandler.dump_traceback(file=STDERR)
@@ -202,6 +204,7 @@ def end_all(account: Account) -> None:
 
 
 def descendants(pid: int) -> Iterator[int]:
+    """Linux tells the processes that this one started, and those that these started."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # of a process that has just ended
             for child in path.read_text().split():
@@ -210,7 +213,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def guarded(part: Part, until: float) -> int:
-    """A part's status; one that breaks stops no other. Whoever stops one means all of them."""
+    """A part that breaks has a status and stops no other; whoever interrupts one part means all of them."""
     try:
         return part.run(until) or 0
     except (Exception, SystemExit) as failure:
@@ -226,7 +229,7 @@ def guarded(part: Part, until: float) -> int:
 
 
 def chosen(args: Args, out: Path, step: Any, account: Account) -> list[Part]:
-    """In order of worth, but for what hinders others."""
+    """The parts come in order of worth, but for the profiler's, which comes last because it may slow down others."""
     goals = [goal.case for goal in GOALS if goal.case.workload in args.workloads]
     matrix = goals + [case for case in cases("cuda", DTYPES) if case.workload in args.workloads and case not in goals]
     plan = Plan(device="cuda", rounds=args.rounds, step_limit=5.0, out=out / "gpu.csv")
@@ -260,13 +263,13 @@ def chosen(args: Args, out: Path, step: Any, account: Account) -> list[Part]:
 
 
 def held() -> int:
-    """Bytes of the GPU's memory, but for this process's tensors."""
+    """This is how many bytes of the GPU's memory are taken, but for this process's tensors."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 
 
 def wait_for_the_gpu(before: int, seconds: float = 10.0) -> None:
-    """Until processes of the tests, which may end late, hold none of its memory and take none of its time."""
+    """Processes of the tests may end late, and what follows would share the GPU's time with them."""
     end = time.monotonic() + seconds
     while held() > before + OTHERS and left(end) > 0:
         time.sleep(0.1)
@@ -287,7 +290,7 @@ def grow(until: float, out: Path, account: Account) -> None:
 
 
 def steps(step: Any, compiled: bool, until: float, out: Path, account: Account) -> None:
-    """With encoders as they are, of which a small one waits for Python, or compiled, as training scripts have them."""
+    """Encoders are as they are, of which a small one waits for Python, or compiled, as training scripts have them."""
     path = out / "step-gpu.csv"
     for model in step.MODELS:
         if left(until) >= (COMPILED_STEP if compiled else EAGER_STEP):

@@ -1,4 +1,4 @@
-"""Parts of ``benchmarks.gpu_check`` that are no cases: our kernels' own times, engines and tiles against each other."""
+"""The parts of ``benchmarks.gpu_check`` that are no cases: kernels' own times, and engines and tiles in comparison."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .peers import PEERS
 from .runner import free, lost, reason_of, step_of
 from .workloads import Case, Problem
 
-Leave = Callable[[str], object]  # told what there was no time for
+Leave = Callable[[str], object]  # is told what there was no time for
 STEPS = 10  # that the profiler sees
 HOST_ROUNDS = 9
 SIZES = ((4096, 128), (4096, 256), (4096, 512), (4096, 1024), (1024, 512), (16384, 512))  # N and D, by worth
 
 
 def kernels(chosen: list[Case], until: float, out: Path, leave: Leave) -> None:
-    """Our kernels' own times in one step, by their names."""
+    """The time of each of our kernels in one step of each case goes to kernels.csv."""
     rows: list[Row] = []
     origin = provenance("cuda")
     for place, case in enumerate(chosen):
@@ -65,7 +65,7 @@ def kernels(chosen: list[Case], until: float, out: Path, leave: Leave) -> None:
 
 
 def kernels_of(case: Case) -> list[tuple[str, str, str]]:
-    """Each kernel of a step of ours: its name, its microseconds and its launches; the longest first."""
+    """Each kernel of a step of ours has its name, its microseconds and its launches; the longest comes first."""
     set_precision(case.dtype)
     problem = Problem(case, "cuda")
     ours = next(one for one in PEERS if one.name == "eqco_loss" and one.wanted(case))
@@ -83,7 +83,7 @@ def kernels_of(case: Case) -> list[tuple[str, str, str]]:
 
 
 def engines(until: float, out: Path, leave: Leave) -> None:
-    """The fused kernels against the wide engine, where both can serve."""
+    """The fused kernels are compared with the wide engine, size by size, in engines.csv."""
     rows: list[Row] = []
     origin = provenance("cuda")
     work = [(n, d, symmetric) for n, d in SIZES for symmetric in (True, False)]
@@ -107,7 +107,7 @@ def engines(until: float, out: Path, leave: Leave) -> None:
 
 
 def compared(n: int, d: int, symmetric: bool) -> list[Row]:
-    """A row of each engine that serves this size; one that fails says so where its error would be."""
+    """Each engine that serves this size has a row; one that fails says so where its error would be."""
     query, key = (torch.randn(n, d, device="cuda").bfloat16().requires_grad_() for _ in range(2))
     exact = [x.detach().double().requires_grad_() for x in (query, key)]
     truth = gradients_of(EqCoLoss(symmetric=symmetric, backend="torch"), *exact) if n <= 4096 else None
@@ -176,7 +176,7 @@ FUSED = "bfloat16", 128  # dtype and D
 
 
 def tiles(until: float, out: Path, leave: Leave) -> None:
-    """The tables' tiles against a few others, of M1, of S1 and of the wide engine."""
+    """The tables' tiles are compared with a few others, of M1, of S1 and of the wide engine, in tiles.csv."""
     from . import tune  # which needs Triton
 
     rows: list[Row] = []

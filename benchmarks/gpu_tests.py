@@ -1,4 +1,4 @@
-"""The tests that need a GPU, in parallel processes of which none stays, and what they showed as a row."""
+"""The tests that need a GPU run in parallel processes, of which none stays, and what they showed is a row."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TESTS = (
     "tests/test_pages.py",
     "tests/test_cuda_training.py",
 )
-STOPPED = 124  # the status of what took too long
+STOPPED = 124  # the status of what took too long, as of the command timeout
 LAST_WORDS = 15.0  # seconds that pytest has, once it is interrupted, to tell what had failed
 
 
 def run_tests(processes: int, seconds: float, out: Path) -> int:
-    """pytest's exit status; what it told is in tests.txt, and its counts are a row of tests-gpu.csv."""
+    """pytest's exit status is returned; what it told goes to tests.txt, and its counts are the row of tests-gpu.csv."""
     root = Path(__file__).parents[1]
     files = [name for name in TESTS if (root / name).exists()]
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(processes), "--no-header", "-p", "no:cacheprovider"]
@@ -46,7 +46,7 @@ def run_tests(processes: int, seconds: float, out: Path) -> int:
 
 
 def interrupted(command: list[str], seconds: float, **how: Any) -> int:
-    """The command's exit status; 124 where it took longer, after pytest has told what had failed until then."""
+    """The command's exit status is returned, or 124 if it took longer, after pytest has told what had failed."""
     # A shell starts what it puts in the background with interrupts ignored, and what that starts ignores them, too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heed, **how)
@@ -64,7 +64,7 @@ def interrupted(command: list[str], seconds: float, **how: Any) -> int:
 
 
 def counted(line: str, status: int) -> Row:
-    """Of pytest's last line; blank where there is none. A run that ended has status 0 or 1."""
+    """The counts are those of pytest's last line, and blank if it has none; all tests were run if status is 0 or 1."""
     found = {what: re.search(rf"(\d+) {what}", line) for what in ("passed", "failed", "skipped")}
     told = found["passed"] or found["failed"]
     return {"status": str(status)} | {what: match[1] if match else "0" if told else "" for what, match in found.items()}

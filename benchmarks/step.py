@@ -113,7 +113,7 @@ def main(args: Args) -> None:
 
 
 def check_out(out: Path, origin: Row) -> None:
-    """Before any time is spent: what the file has is of these columns and whole."""
+    """A file that is cut or has other columns is an error before any time is spent on what could not be written."""
     columns = tuple(dict.fromkeys((*COLUMNS, *origin, "rounds")))
     if any(tuple(row) != columns or None in row.values() for row in (read_csv(out) if out.exists() else [])):
         raise SystemExit(
@@ -122,7 +122,7 @@ def check_out(out: Path, origin: Row) -> None:
 
 
 def no_memory(model: str, n: int, image_size: int, device: str, compiled: bool) -> Row:
-    """The row of a step that does not fit."""
+    """A step that does not fit into memory is a row that says so, whose share is no number."""
     of = {"model": model, "n": str(n), "image_size": str(image_size), "dtype": dtype_of(device)}
     what = "the whole step, out of memory" + (COMPILED if compiled else "")
     return dict.fromkeys(COLUMNS, "") | of | {"what": what, "share_of_step": "nan"}

@@ -98,7 +98,7 @@ def main(args: Args) -> None:
 def compared(
     name: str, one: Pass, candidates: list[Any], waves: tuple[float, ...], dtype: str, d: int, rounds: int
 ) -> list[Row]:
-    """A row of each candidate of a pass, the fastest of which are printed."""
+    """Each candidate of a pass is a row, and the fastest are printed."""
     found = tried(one, candidates, waves, dtype)
     timings = timed({place: step for place, (_, _, step) in enumerate(found) if callable(step)}, rounds)
     fields = type(candidates[-1])._fields
