@@ -33,7 +33,7 @@ from pretrain.norms import shuffled
 from pretrain.run import write_rows
 from sweeps import pool
 from sweeps.grids import DEFAULTS, GRIDS, NAMES, Grid, Setting
-from sweeps.jobs import Args, Job, jobs_of, words_of
+from sweeps.jobs import RESULTS, Args, Job, jobs_of, results_of, words_of
 
 
 def refuse(*arguments: Any, **more: Any) -> None:
@@ -168,6 +168,21 @@ def test_a_grid_goes_on_where_it_stopped(
     sweep.main(replace(args, draw_only=True, run_dir=tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()
     assert (tmp_path / "out" / "norm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_try_leaves_the_published_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CSV, table and figure once took their place."""
+    published = {path.name: path.read_bytes() for path in RESULTS.iterdir()}
+    monkeypatch.setattr(pool, "started", Started)
+    sweep.main(Args(grid="momentum", seeds=1, epochs=1, limit=128, device="cpu", run_dir=tmp_path))
+    assert sorted(path.name for path in (tmp_path / "tries").iterdir()) == [
+        "momentum.csv", "momentum.md", "momentum.png",
+    ]  # fmt: skip
+    assert {path.name: path.read_bytes() for path in RESULTS.iterdir()} == published
+    assert results_of(Args()) == results_of(Args(dataset="cifar10", jobs=2, time_limit=3)) == RESULTS
+    tries: tuple[dict[str, Any], ...] = ({"seeds": 1}, {"epochs": 1}, {"limit": 9}, {"arch": "small"})
+    assert all(results_of(Args(**how)) == Path("runs/sweep/tries") for how in (*tries, {"probe_epochs": 1}))
+    assert results_of(Args(epochs=1, out=tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize(("norm", "mixed"), [("split", True), ("batch", False)])

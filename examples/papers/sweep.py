@@ -12,6 +12,7 @@
 alpha (Tables 3 and 4, Figure 3 (b)), batch (Table 1), momentum (Table 6) and norm (Table 7) run on digits, or with
 --dataset on CIFAR. Each run is a training script in a directory of its own, and a row of the CSV once it is done. Run
 the same command again to go on: what the CSV has is skipped, and a run that was stopped goes on from its checkpoint.
+A try, with --seeds, --epochs, --limit or --arch, has results of its own in tries, in the --run-dir.
 """
 
 import json
@@ -27,7 +28,7 @@ from pretrain.arguments import check
 from pretrain.data import open_data
 from pretrain.run import check_device, clear_errors, command, fail, write_rows
 from sweeps.grids import GRIDS
-from sweeps.jobs import Args, Job, Row, jobs_of
+from sweeps.jobs import Args, Job, Row, jobs_of, results_of
 from sweeps.pool import Pool
 from sweeps.results import read, row_of, show
 
@@ -36,7 +37,9 @@ def main(args: Args) -> None:
     check_args(args)
     grid = GRIDS[args.grid]
     table = jobs_of(args, grid)
-    path = args.out / f"{args.grid}{'' if args.dataset in (None, grid.dataset) else '-' + str(args.dataset)}.csv"
+    path = (
+        results_of(args) / f"{args.grid}{'' if args.dataset in (None, grid.dataset) else '-' + str(args.dataset)}.csv"
+    )
     rows = read(path)
     if not args.draw_only:
         every = sorted((job for jobs in table.values() for job in jobs), key=lambda job: job.args.seed)
@@ -56,11 +59,12 @@ def check_args(args: Args) -> None:
         if value is not None and not value > 0:
             fail(f"{name}: expected more than 0, got {value}.")
     check_device(args.device)
-    for directory in (args.out, *(() if args.draw_only else (args.run_dir,))):
+    out = results_of(args)
+    for directory in (out, *(() if args.draw_only else (args.run_dir,))):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            name = "out" if directory == args.out else "run_dir"
+            name = "out" if directory == out else "run_dir"
             fail(f"{name}: {directory} cannot be made ({error.strerror}). Give another --{name.replace('_', '-')}.")
 
 

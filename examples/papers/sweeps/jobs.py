@@ -1,7 +1,7 @@
 """The runs that a grid asks for: their arguments, their directories, and the commands that start them."""
 
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,8 @@ from pretrain.arguments import Common
 from .grids import DEFAULTS, NAMES, Dataset, Grid, Setting
 
 EXAMPLES = Path(__file__).parents[2]
+RESULTS = EXAMPLES / "results" / "sweep"  # what the pages cite
+TRY = ("seeds", "epochs", "probe_epochs", "limit", "arch")  # arguments that make a grid another than the pages'
 Row = dict[str, Any]
 
 
@@ -34,7 +36,15 @@ class Args:
     arch: Literal["small", "resnet18"] | None = None  # None: the training script's
     device: Literal["auto", "cpu", "cuda"] = "auto"
     run_dir: Path = Path("runs/sweep")  # of the runs themselves, with their checkpoints
-    out: Path = field(default=EXAMPLES / "results" / "sweep")  # of the CSV, the table and the figure
+    # Of the CSV, the table and the figure. None: examples/results/sweep; tries in --run-dir where --seeds, --epochs,
+    # --probe-epochs, --limit or --arch is given
+    out: Path | None = None
+
+
+def results_of(args: Args) -> Path:
+    """The folder of the CSV, the table and the figure. A try must not take the place of what the pages cite."""
+    tried = any(getattr(args, name) is not None for name in TRY)
+    return args.out or (args.run_dir / "tries" if tried else RESULTS)
 
 
 class Job(NamedTuple):
