@@ -243,6 +243,25 @@ def test_a_figure_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "<svg" in (tmp_path / "figures" / "runs.svg").read_text()
 
 
+def test_what_is_no_run_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """runs/* finds a grid's folder, a run in its first kNN, and results of other scripts: it once ended there."""
+    for name in ("gradient-norm-digits", "sweep"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "gradient-norm-digits" / "config.json").write_text("{}")
+    (tmp_path / "gradient-norm-digits" / "metrics.csv").write_text("k,norm\n4,1.2\n")
+    a_run(tmp_path / "started", 1, [])
+    (tmp_path / "started" / "metrics.csv").write_text("epoch,loss\n")
+    a_run(tmp_path / "whole", 0, [30.0])
+    plot_runs.main(plot_runs.Args(tuple(sorted(tmp_path.iterdir()))))
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note     ")]
+    assert [Path(note.split()[1]).parent.name for note in notes] == ["gradient-norm-digits", "started", "sweep"]
+    assert notes[1:] == [
+        f"note     {tmp_path}/started/metrics.csv has no epoch yet: passed over.",
+        f"note     {tmp_path}/sweep/config.json is not there: passed over.",
+    ]
+    assert (tmp_path / "runs.png").is_file()
+
+
 def test_a_band_is_over_the_epochs_that_all_have() -> None:
     curves: list[plot_runs.Curve] = [{0: 1.0, 1: 2.0, 2: 6.0}, {0: 3.0, 2: 2.0, 3: 9.0}]
     assert plot_runs.band(curves) == [(0, 2.0, 1.0, 3.0), (2, 4.0, 2.0, 6.0)]
@@ -270,7 +289,7 @@ def test_runs_that_cannot_be_plotted(tmp_path: Path) -> None:
 
     good = a_run(tmp_path / "good", 0, [30.0])
     refused("expected one run directory or more, got none")
-    refused(r"nothing/config\.json is not there", tmp_path / "nothing")
+    refused(r"nothing is not there\. Give directories", tmp_path / "nothing", good)
     refused("are the same run", good, a_run(tmp_path / "copy", 0, [31.0]))
     refused("out: .txt is no picture", good, out="out.txt")
     (good / "metrics.csv").write_text("epoch,loss\n")

@@ -1,6 +1,6 @@
 """Several runs in one figure: loss, contrast accuracy, feature std, kNN and online probe, with a band over seeds.
 
-    python examples/after/plot_runs.py runs/*  # the figure is runs/runs.png; other files there are passed over
+    python examples/after/plot_runs.py runs/*  # the figure is runs/runs.png; what is no run there is passed over
 
 Runs whose config.json differs in nothing but the seed are one curve, their mean, in a band from the least to the most.
 The legend says in what the curves differ.
@@ -25,6 +25,10 @@ IGNORED |= {"online_probe", "knn", "knn_device"}
 Curve = dict[int, float]  # epoch to value
 
 
+class NotDrawnError(ValueError):
+    """Of a directory that is no run, or of which there is nothing to draw yet; the message says why."""
+
+
 @dataclass(frozen=True)
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # run directories
@@ -44,7 +48,16 @@ def main(args: Args) -> None:
     runs = [path for path in args.runs if not path.is_file()]  # runs/* finds the figure of the last time, too
     if not runs:
         fail("runs: expected one run directory or more, got none.")
-    records = [read(directory) for directory in runs]
+    records, passed = list[Record](), list[str]()
+    for directory in runs:
+        try:
+            records.append(read(directory))
+        except NotDrawnError as error:
+            passed.append(str(error))
+    if not records:
+        fail(f"runs: {'; '.join(passed)}. Give directories that a training script has written.")
+    for reason in passed:
+        print(f"note     {reason}: passed over.")
     groups = grouped(records)
     names = legend([group[0].arguments for group in groups])
     out = args.out or runs[0].resolve().parent / "runs.png"
@@ -57,10 +70,13 @@ def main(args: Args) -> None:
 
 
 def read(directory: Path) -> Record:
+    """Raises NotDrawnError where there is nothing to draw."""
+    if not directory.is_dir():
+        fail(f"runs: {directory} is not there. Give directories that a training script has written.")
     config, metrics = directory / "config.json", directory / "metrics.csv"
     for file in (config, metrics):
         if not file.is_file():
-            fail(f"runs: {file} is not there. Give directories that a training script has written.")
+            raise NotDrawnError(f"{file} is not there")
     try:
         arguments = json.loads(config.read_text())["arguments"]
         with metrics.open(newline="") as text:
@@ -70,9 +86,10 @@ def read(directory: Path) -> Record:
             for column, _, _ in PANELS
         }
     except (ValueError, KeyError, TypeError) as error:
-        fail(f"runs: {config} or {metrics.name} cannot be read ({type(error).__name__}: {error}).")
+        reason = f"{type(error).__name__}: {error}"
+        raise NotDrawnError(f"{config} or {metrics.name} cannot be read ({reason})") from None
     if not any(curves.values()):
-        fail(f"runs: {metrics} has no epoch yet.")
+        raise NotDrawnError(f"{metrics} has no epoch yet")
     kept = {name: value for name, value in {**ADDED, **arguments}.items() if name not in IGNORED}
     return Record(directory, kept, arguments.get("seed"), curves)
 
