@@ -55,7 +55,7 @@ def main(args: Args) -> None:
     from pretrain.norms import shuffled
     from pretrain.optimizers import make_optimizer
     from pretrain.run import clear_errors
-    from pretrain.training import Training
+    from pretrain.training import Batch, Training
 
     from eqco_loss import EqCoLoss, MomentumQueue, momentum_update
 
@@ -81,16 +81,21 @@ def main(args: Args) -> None:
         queue=queue,
     )
 
+    def encode_keys(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, D), and the numbers of their images where the queue keeps these."""
+        with torch.no_grad(), training.autocast():
+            keys: torch.Tensor = shuffled(key_encoder, batch.key_view, batch.shuffle).float()
+        return keys, batch.ids if args.queue_ids else None
+
+    if not queue.primed:  # the first batch must meet negatives, and not its own positives
+        for batch in training.another_batch():
+            queue.enqueue(*encode_keys(batch))
     for batch in training.batches():
         if batch.first:
             momentum = training.key_momentum(args.key_momentum, args.key_momentum_schedule)
             momentum_update(encoder, key_encoder, momentum)
-        with torch.no_grad(), training.autocast():
-            keys = shuffled(key_encoder, batch.key_view, batch.shuffle).float()  # (N, D)
+        keys, ids = encode_keys(batch)
         queries = model(batch.query_view)
-        ids = batch.ids if args.queue_ids else None
-        if not queue.primed:
-            queue.enqueue(keys, ids)  # once: a first batch must meet something
         with training.loss_timer():
             metrics = criterion.with_metrics(queries, keys, queue, query_ids=ids)
         training.step(metrics, queries)

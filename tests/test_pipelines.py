@@ -358,6 +358,16 @@ def test_accumulated_pieces_are_one_batch(tmp_path: Path) -> None:
     assert rows(tmp_path / "1")[-1]["lr"] == rows(tmp_path / "4")[-1]["lr"]
 
 
+@pytest.mark.parametrize("own", [{}, {"accumulate": 2, "splits": 2}, {"limit": 16, "queue_ids": True}])
+def test_the_queue_is_primed_with_a_batch_that_is_not_trained_on(tmp_path: Path, own: dict[str, Any]) -> None:
+    """The first batch once met its own positives, and its keys were there twice."""
+    args = moco_args(tmp_path, epochs=1, knn=False, **{"limit": 48, **own})
+    train_moco.main(args)
+    queue = eqco_loss.MomentumQueue(args.queue_size, args.dim, store_ids=args.queue_ids)
+    queue.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["queue"])
+    assert len(queue) == len(queue.keys.unique(dim=0)) == 16 + (args.limit or 0)
+
+
 # ------------------------------------------------------------------------------------------------ what is not finite
 
 
@@ -414,7 +424,7 @@ def test_moco_survives_a_batch_that_is_not_finite(
     train_moco.main(args)
     table, output = rows(tmp_path / "run"), capsys.readouterr().out
     per_epoch = len(range(16 // args.accumulate)[images]) if views.stop != 1 else 0
-    primed = per_epoch if first == 0 else 0  # a new queue takes the first batch's keys before the loss, and after it
+    primed = per_epoch if first == 0 else 0  # the batch that primes the queue has the same damage
     keys = [0, per_epoch + primed, 2 * per_epoch + primed]
     assert [row["skipped_steps"] for row in table[1:]] == ["1", "2"]
     assert [int(row["replaced_keys"]) for row in table[1:]] == keys[1:]

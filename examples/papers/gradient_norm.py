@@ -26,7 +26,7 @@ import tyro
 from lightning_fabric import Fabric
 from pretrain.arguments import check
 from pretrain.console import enough_memory, fail
-from pretrain.data import INIT, SHUFFLE, Data, Share, generator_of, open_data, seed_of
+from pretrain.data import INIT, NEVER, SHUFFLE, Data, Share, generator_of, open_data, seed_of
 from pretrain.encoders import make_encoder
 from pretrain.norms import check_norm, shuffled
 from pretrain.optimizers import make_optimizer
@@ -189,18 +189,24 @@ def train(cell: Cell, criterion: EqCoLoss, args: Args, recipe: Recipe, data: Dat
     model, optimizer = fabric.setup(encoder, plain_optimizer)
     steps, rows = data.train_size // recipe.batch_size, list[Row]()
     peak = recipe.base_lr * recipe.batch_size / 256
+
+    def encode_keys(view: Tensor, epoch: int, piece: int) -> Tensor:
+        """(N, D)."""
+        generator = generator_of(SHUFFLE, recipe.seed, epoch, piece)
+        with torch.no_grad(), fabric.autocast():
+            return shuffled(key_encoder, fabric.to_device(view), generator).float()
+
+    if queue is not None:  # the first batch must meet negatives, and not its own positives
+        for (_, key_view), _ in data.batches(NEVER, Share(recipe.batch_size), steps - 1):
+            queue.enqueue(encode_keys(key_view, NEVER, 0))
     for epoch in range(recipe.epochs):
         for piece, ((query_view, key_view), _) in enumerate(data.batches(epoch, Share(recipe.batch_size))):
             step = epoch * steps + piece
             when = (step, steps, recipe.epochs, recipe.warmup_epochs, recipe.warmup_from)
             set_learning_rate(plain_optimizer, peak * learning_rate(recipe.schedule, *when))
             momentum_update(encoder, key_encoder, recipe.key_momentum)
-            generator = generator_of(SHUFFLE, recipe.seed, epoch, piece)
-            with torch.no_grad(), fabric.autocast():
-                keys = shuffled(key_encoder, fabric.to_device(key_view), generator).float()  # (N, D)
+            keys = encode_keys(key_view, epoch, piece)
             queries = model(fabric.to_device(query_view))
-            if queue is not None and not queue.primed:
-                queue.enqueue(keys)
             metrics = criterion.with_metrics(queries, keys, queue)
             if step % args.every == 0:
                 norm = gradient_norm(criterion, queries, keys, queue)

@@ -25,6 +25,7 @@ from .pictures import Arrays, Damage, DamagedImageError, Files, Pictures, show
 from .pictures import DataError as DataError
 
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
+NEVER = 2**31  # an epoch that no run reaches: its views and its order are nobody's
 
 
 class Share(NamedTuple):

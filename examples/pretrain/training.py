@@ -20,7 +20,7 @@ from eqco_loss.functional import LossMetrics, cosine_momentum
 from .arguments import Args, KeyMomentumSchedule, check, ranks
 from .card import model_card
 from .clock import TIMED, Clock
-from .data import DRAW, INIT, SHUFFLE, STEP, Share, generator_of, seed_of
+from .data import DRAW, INIT, NEVER, SHUFFLE, STEP, Share, generator_of, seed_of
 from .encoders import Encoder, Head, encoder_of
 from .evaluate import knn_accuracy, linear_probe
 from .norms import check_norm
@@ -188,6 +188,15 @@ class Training(Generic[Args]):
                 self._end_epoch(epoch + 1, self.done - epoch * self.steps - start)
             self.report.end()
             self._finish()
+
+    def another_batch(self) -> Iterator[Batch]:
+        """The pieces of a batch that is not trained on, of fresh views: a queue's first keys."""
+        args = self.args
+        with self.run.interruptible():
+            views_of_pieces = ahead(self.data.batches(NEVER, self.share, self.steps - 1), self.fabric)
+            for piece, (views, ids) in enumerate(views_of_pieces):
+                shuffle, draw = (generator_of(purpose, args.seed, NEVER, piece) for purpose in (SHUFFLE, DRAW))
+                yield Batch(views[0], views[1], ids, piece == 0, shuffle, draw)
 
     def rate(self, base_lr: float) -> float:
         """Learning rate of the next step: linear in the queries of a batch."""
