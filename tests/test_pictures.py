@@ -16,10 +16,12 @@ import pytest
 import torch
 import torchvision.datasets  # type: ignore[import-untyped]
 from PIL import Image
+from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from . import scripts
 
 from pretrain import data, decoding, pictures  # isort: skip
+from pretrain.augment import RECIPES, per_image, to_normalised_tensor  # isort: skip
 from pretrain.run import Run, quoted  # isort: skip
 
 GRADIENT = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
@@ -341,6 +343,25 @@ def test_an_image_stands_upright(tmp_path: Path) -> None:
     assert upright.shape == (16, 8, 3)
     assert upright[:8].min() == 255
     assert upright[8:].max() == 0
+
+
+@pytest.mark.parametrize("size", [(30000, 1), (1, 30001)])
+def test_a_very_long_image_fills_no_memory(size: tuple[int, int]) -> None:
+    """Its short side as long as the crop, it would have 6 GB."""
+    assert data.centre_crop(224)(Image.new("RGB", size)).shape == (3, 224, 224)
+    view = per_image(RECIPES["mocov2"], 224)(Image.new("RGB", size))
+    assert view.shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(20, 301), (300, 20), (160, 20), (40, 50)])
+def test_the_middle_of_a_long_image_is_that_of_the_whole(size: tuple[int, int]) -> None:
+    """Bit for bit where it is no more than eight times as long as it is wide."""
+    slope = np.linspace(0, 255, max(size)).astype(np.uint8)
+    pixels = np.broadcast_to(slope if size[0] > size[1] else slope[:, None], size[::-1])
+    image = Image.fromarray(pixels).convert("RGB")
+    whole = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32), *to_normalised_tensor()])(image)
+    found = data.centre_crop(32)(image)
+    torch.testing.assert_close(found, whole, rtol=0, atol=0 if max(size) <= 8 * min(size) else 2 / 255 / 0.2)
 
 
 def test_the_first_image_decides_the_size_down_to_32(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from .pictures import Arrays, Damage, DamagedImageError, Files, Pictures, show
 from .pictures import DataError as DataError
 
 ORDER, VIEW, EVALUATION, INIT, STEP, SHUFFLE, DRAW = range(1, 8)  # what a seed is for
+LONGEST = 8  # an image's long side by its short one, beyond which only the middle is looked at
 NEVER = 2**31  # an epoch that no run reaches: its views and its order are nobody's
 
 
@@ -366,8 +367,21 @@ def centre_crop(image_size: int) -> Callable[[Any], Tensor]:
 
     margin = 1 if image_size < 64 else 256 / 224
     resize = v2.Resize(round(image_size * margin), antialias=True)
-    transform: Callable[[Any], Tensor] = v2.Compose([resize, v2.CenterCrop(image_size), *to_normalised_tensor()])
+    crop = v2.CenterCrop(image_size)
+    transform: Callable[[Any], Tensor] = v2.Compose([shortened, resize, crop, *to_normalised_tensor()])
     return transform
+
+
+def shortened(image: Any) -> Any:
+    """As it is; of one that is very long only the middle, because resized as a whole it would fill the memory."""
+    from torchvision.transforms.v2 import functional as tv  # type: ignore[import-untyped]
+
+    size = tv.get_size(image)  # height, width
+    most, long = LONGEST * min(size), max(size)
+    if long <= most:
+        return image
+    kept = most + (long - most) % 2  # around the same centre
+    return tv.center_crop(image, [min(side, kept) for side in size])
 
 
 # ---------------------------------------------------------------------------------------------- where images come from
