@@ -35,7 +35,7 @@ from .scripts import EXAMPLES, Script, assert_same_run, leaves, make_images, row
 import train_moco  # isort: skip
 import train_mocov3  # isort: skip
 import train_simo  # isort: skip
-from pretrain import arguments, data, pictures, training  # isort: skip
+from pretrain import arguments, data, pictures, startup, training  # isort: skip
 from pretrain.encoders import Head, make_encoder  # isort: skip
 from pretrain.optimizers import make_optimizer  # isort: skip
 from pretrain.probe import OnlineProbe  # isort: skip
@@ -709,6 +709,23 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         SystemExit, match=r"error: device: there is no CUDA device here\. Leave --device out, or .* cpu\.$"
     ):
         train_simo.main(parsed("simo", "--device=cuda"))
+
+
+def test_a_job_of_slurm_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric refuses --ntasks, and its advice would start runs that know nothing of each other."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
+    message = (
+        r"^error: SLURM: this job cannot be used \(You set `--ntasks=2` [^.]* is not supported\)\. For several "
+        r"processes give srun --ntasks-per-node=1 torchrun .*; for one, .* or unset SLURM_NTASKS\.$"
+    )
+    for start in (
+        lambda: train_simo.main(train_simo.Args(run_dir=tmp_path)),
+        lambda: startup.make_fabric("cpu", devices=1),  # as extract_features.py and linear_eval.py do
+    ):
+        with pytest.raises(SystemExit, match=message):
+            start()
 
 
 def test_the_commands_of_the_readme_are_understood() -> None:

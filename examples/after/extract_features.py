@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training 
 
 import numpy as np
 import tyro
-from lightning_fabric import Fabric
 from pretrain.checkpoint import CheckpointError, checkpoint_file, restore_encoder
 from pretrain.console import enough_memory, fail, print_any_name
 from pretrain.data import CentreCrops, DataError, centre_crop
 from pretrain.folders import image_folder, split_folders, subfolders
 from pretrain.pictures import Files, Sample, has_header, legible
 from pretrain.run import check_device, written_whole
+from pretrain.startup import make_fabric
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -55,7 +55,7 @@ def main(args: Args) -> None:
     spec = saved["encoder_spec"]
     if spec["channels"] != 3:
         fail(f"checkpoint: its network takes {spec['channels']} channel(s), and a folder's images have 3.")
-    fabric = Fabric(accelerator=args.device, devices=1, precision=args.precision)
+    fabric = make_fabric(args.device, devices=1, precision=args.precision)
     encoder.requires_grad_(False).to(fabric.device)
     crops = CentreCrops(Files(samples), centre_crop(spec["image_size"]))
     loader = DataLoader(crops, batch_size=args.batch_size, num_workers=args.workers)

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from lightning_fabric import Fabric
+from pretrain.arguments import ranks
 from pretrain.augment import OnDevice, Recipe, per_image
 from pretrain.checkpoint import CheckpointError, checkpoint_file, restore_encoder
 from pretrain.console import enough_memory, fail, print_any_name
@@ -53,6 +54,7 @@ from pretrain.evaluate import features_of
 from pretrain.pictures import show
 from pretrain.run import check_device, command, written_whole
 from pretrain.schedule import set_learning_rate
+from pretrain.startup import make_fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -103,7 +105,9 @@ class Args:
 def main(args: Args) -> None:
     print_any_name()
     check(args)
-    fabric = make_fabric(args)
+    check_device(args.device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    fabric = make_fabric(args.device, devices=local, num_nodes=ranks() // local, precision=args.precision)
     try:
         encoder, saved = restore_encoder(args.checkpoint)
         if args.limit is None:
@@ -157,18 +161,6 @@ def main(args: Args) -> None:
         bar.close()
     results.write_json()
     fabric.print(f"{results.summary()} Results are in {results.path('csv')} and {results.path('json').name}")
-
-
-def make_fabric(args: Args) -> Fabric:
-    check_device(args.device)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // local
-    try:
-        fabric = Fabric(accelerator=args.device, devices=local, num_nodes=nodes, precision=args.precision)
-    except RuntimeError as error:
-        fail(f"device: {args.device} cannot be used ({error}). Leave --device out to take what there is.")
-    fabric.launch()
-    return fabric
 
 
 def make_classifier(width: int, classes: int, seed: int) -> nn.Linear:

@@ -29,17 +29,24 @@ def launch(args: Common) -> Fabric:
     renamed = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
     buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     strategy = DDPStrategy(**buffers) if ranks() > 1 else "auto"
+    return make_fabric(
+        args.device, strategy=strategy, devices=here, num_nodes=ranks() // here, precision=args.precision
+    )
+
+
+def make_fabric(device: str, **how: Any) -> Fabric:
+    """Launched, or one line about what is wrong with the device or with the job."""
     try:
-        fabric = Fabric(
-            accelerator=args.device,
-            strategy=strategy,
-            devices=here,
-            num_nodes=ranks() // here,
-            precision=args.precision,
-        )
+        fabric = Fabric(accelerator=device, **how)
         fabric.launch()
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        fail(f"device: {args.device} cannot be used ({error}). Leave --device out to take what there is.")
+        if "SLURM" in str(error):
+            fail(
+                f"SLURM: this job cannot be used ({str(error).split(' HINT:')[0].rstrip('.')}). For several processes "
+                "give srun --ntasks-per-node=1 torchrun --nproc-per-node N before the script; for one, give srun "
+                "--ntasks-per-node=1, or unset SLURM_NTASKS."
+            )
+        fail(f"device: {device} cannot be used ({error}). Leave --device out to take what there is.")
     return fabric
 
 
