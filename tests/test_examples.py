@@ -1,6 +1,7 @@
 """The example scripts, run short: what they write, that they resume bit for bit, what they say to bad input."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -222,6 +223,31 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert state is not None
     assert again.epoch == 1
     assert torch.equal(state["weight"], torch.ones(3))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch.save makes a RuntimeError of it, which was once told as a full disk."""
+    run = Run(tmp_path, ("epoch",), {"seed": 0}, {})
+    run.rows = [{"epoch": 0}, {"epoch": 1}]
+    run.save(1, {"weight": torch.ones(3)})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    class Interrupted(io.BytesIO):
+        def write(self, content: Any) -> int:
+            if self.tell() > 500:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: save(content, Interrupted()))
+    with pytest.raises(SystemExit) as stop, run.interruptible():
+        run.save(2, {"weight": torch.zeros(3)})
+    assert stop.value.code == 130
+    assert "stopped. The checkpoint of epoch 1 is whole. Continue with" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -128,8 +128,10 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # which torch.save makes a RuntimeError
         raise
 
 
