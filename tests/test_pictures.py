@@ -20,7 +20,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from . import scripts
 
-from pretrain import data, decoding, pictures  # isort: skip
+from pretrain import data, decoding, folders, pictures  # isort: skip
 from pretrain.augment import RECIPES, per_image, to_normalised_tensor  # isort: skip
 from pretrain.run import Run, quoted  # isort: skip
 
@@ -232,6 +232,25 @@ def test_a_hidden_folder_is_no_class(tmp_path: Path) -> None:
         scripts.make_images(tmp_path / split / "cat", 12, 0)
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     assert open_images(tmp_path).classes == 1
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    """Each image was there as often as the system follows such a link; links elsewhere are followed."""
+    root = tmp_path / "images"
+    for seed, name in enumerate(("a", "b")):
+        scripts.make_images(root / name, 10, seed)
+    scripts.make_images(tmp_path / "elsewhere" / "deep", 10, 2)
+    (root / "a" / "loop").symlink_to(root)
+    (root / "b" / "up").symlink_to(tmp_path)
+    (root / "self").symlink_to(root)
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(root / "a")
+    (root / "a" / "far").symlink_to(tmp_path / "elsewhere")
+    samples, classes = folders.image_folder(root)
+    assert classes == ["a", "b", "c"]
+    # a: its own and those elsewhere; c: those, a's and nothing of a link back to it
+    assert [sum(label == number for _, label in samples) for number in range(3)] == [20, 10, 20]
+    assert len(set(samples)) == len(samples)
 
 
 def test_splits_one_folder_deeper_are_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A folder of images: its splits, its classes, and which of its files are images."""
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -99,43 +100,45 @@ def split_folders(root: Path) -> tuple[Path | None, Path | None]:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Without hidden ones, which programs leave behind; none where the folder is not there."""
+    """Without hidden ones, which programs leave behind, and links back; none where the folder is not there."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    above = [folder.resolve()]
+    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in found if not leads_back(path, above))
+
+
+def leads_back(path: Path, above: list[Path]) -> bool:
+    """Whether it is a link to one of the folders ``above`` it, or to one that these are in: its images are theirs."""
+    return path.is_symlink() and any(one.is_relative_to(path.resolve()) for one in above)
 
 
 def image_folder(folder: Path) -> tuple[list[Sample], list[str]]:
-    from torchvision.datasets import ImageFolder  # type: ignore[import-untyped]
-
-    class VisibleFolders(ImageFolder):  # type: ignore[misc]
-        def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-            names = [path.name for path in subfolders(Path(directory))]
-            if not names:
-                raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
-            return names, {name: i for i, name in enumerate(names)}
-
-    try:
-        found = VisibleFolders(folder)
-    except FileNotFoundError as error:  # no class, or a class without an image
+    classes = subfolders(folder)
+    images = [image_paths(path) for path in classes]
+    empty = [path for path, found in zip(classes, images, strict=True) if not found]
+    if empty or not classes:
         layout = "train/<class>/* and test/<class>/*, or <class>/*"
-        reason = str(error).split(" Supported")[0].rstrip(".")
-        empty = [path for path in subfolders(folder) if not has_image(path)]
+        reason = f"there is no class folder in {legible(folder)}"
         if empty:
             reason = f"the class folder {legible(empty[0])} has none. Put images into it, or remove it from every split"
-        raise DataError(f"data_dir: expected images as {layout}; {legible(reason)}.") from None
-    nth: dict[int, int] = defaultdict(int)
-    order = []
-    for path, label in found.samples:
-        order.append((nth[label], label, Path(path)))
-        nth[label] += 1
-    return [(path, label) for _, label, path in sorted(order)], found.classes
+        raise DataError(f"data_dir: expected images as {layout}; {reason}.")
+    order = sorted((nth, label, path) for label, found in enumerate(images) for nth, path in enumerate(found))
+    return [(path, label) for _, label, path in order], [path.name for path in classes]
 
 
-def has_image(folder: Path) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
+def image_paths(folder: Path) -> list[Path]:
+    """The images in a folder and in those below it, through links, too, but for those that lead back."""
+    from torchvision.datasets.folder import is_image_file  # type: ignore[import-untyped]
 
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.rglob("*"))
+    above = {str(folder): [folder.parent.resolve(), folder.resolve()]}
+    found = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        on_the_way = above.pop(root)
+        folders[:] = [name for name in folders if not leads_back(Path(root, name), on_the_way)]
+        above |= {os.path.join(root, name): [*on_the_way, Path(root, name).resolve()] for name in folders}
+        found += [(root, name) for name in files if is_image_file(name)]
+    return [Path(root, name) for root, name in sorted(found)]
 
 
 def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
