@@ -109,8 +109,13 @@ FOR_WANT = ("no time", "needs about", "out of memory", "too slow", "the case as 
 
 
 def says_nothing(row: Row) -> bool:
-    """Whether it was not timed for want of time, memory or a package, which says nothing of the way itself."""
+    """Whether it was not timed for want of time, memory or a package, which says nothing of the way itself.
+
+    Of ours, want of memory does, because a user of ours meets it, too.
+    """
     status = row.get("status", "")
+    if is_ours(row) and status.startswith("out of memory"):
+        return False
     return status.startswith(FOR_WANT) or "is not installed" in status
 
 

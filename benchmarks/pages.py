@@ -369,7 +369,7 @@ def in_a_step() -> str:
             used.append(row)
             model = f"{row['model']}, N = {row['n']}, {row['image_size']} px, {row['dtype']}"
             figures = [number(row[key], ".4g") for key in ("ms", "host_ms", "gpu_ms")]
-            share = f"{100 * float(row['share_of_step']):.3g} %"
+            share = f"{100 * float(row['share_of_step']):.3g} %" if row["ms"] else ""
             lines.append([row["device"], model, row["what"] + mark(row), *figures, share])
     head = ["", "step", "what", "ms", "the loss: Python, ms", "the loss: GPU, ms", "of the step"]
     return "\n".join([*table(head, lines), *footnotes(used)])

@@ -168,7 +168,7 @@ def test_the_newest_row_of_a_case_counts(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("no time: three rounds take about 9 s, and 4 s are left", False),
         ("needs about 824 GB, over four fifths of the 23 that are free", False),
-        ("out of memory", False),
+        ("out of memory", True),
         ("the case as a whole: fails: RuntimeError: no", False),
         ("too slow: a step took 31.0 s, over 30", False),
         ('lightly is not installed (No module): pip install -e ".[benchmarks]"', False),
@@ -188,6 +188,12 @@ def test_a_row_that_says_nothing_of_a_way_leaves_what_was_measured(status: str, 
     assert read_csv(out) == [new if goes else old]
     add_rows(out, [old])
     assert read_csv(out) == [old]
+
+
+def test_a_peer_without_memory_leaves_what_was_measured() -> None:
+    """Ours goes, as above: a user meets that, too."""
+    old = gpu_row(date="2026-01-01", peer="lightly")
+    assert history.newest([old, old | {"date": "2026-01-02", "status": "out of memory"}], history.KEYS["gpu"]) == [old]
 
 
 def test_of_other_devices_what_they_measured_last_or_alone_is_shown(tmp_path: Path) -> None:

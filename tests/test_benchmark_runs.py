@@ -752,6 +752,7 @@ def test_a_step_that_does_not_fit_is_a_row(tmp_path: Path, monkeypatch: pytest.M
     assert any(row["model"] == "resnet18" for row in read_csv(out))
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     assert "the whole step, out of memory" in pages.in_a_step()
+    assert "nan" not in pages.in_a_step()
 
 
 def test_a_file_of_other_columns_ends_before_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
