@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -247,6 +247,22 @@ def test_two_ranks_are_one(run: Path, tmp_path: Path) -> None:
 def test_bad_input(run: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SystemExit, match=f"error: {message}"):
         linear_eval.main(Args(run, **{**SHORT, **options}))
+
+
+def test_a_directory_that_cannot_be_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told before the first epoch; and what was not there before is not called whole."""
+
+    def refused(*given: Any, **how: Any) -> NoReturn:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(linear_eval, "TemporaryFile", refused)
+        patched.setattr(linear_eval.Training, "batches", refused)
+        with pytest.raises(SystemExit, match=r"out: .*run cannot be written .*--out\.$"):
+            linear_eval.main(Args(run, **SHORT))
+    monkeypatch.setattr(linear_eval, "written_whole", refused)
+    with pytest.raises(SystemExit, match=r"denied\)\. There was none before\.$"):
+        linear_eval.main(Args(run, **{**SHORT, "epochs": 1}))
 
 
 def test_fewer_images_than_a_batch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pretrain and the training scripts are one folder up
@@ -127,6 +128,7 @@ def main(args: Args) -> None:
     if results.epoch == epochs:
         fabric.print(f"{results.path('csv')} is finished. {results.summary()}")
         return
+    results.check_writable()
     model, fabric_optimizer = fabric.setup(classifier, optimizer)
     encoder.requires_grad_(False).to(fabric.device)
     fabric.print(header(args, data, fabric, epochs, peak, results), flush=True)
@@ -350,6 +352,14 @@ class Results:
         except OSError as error:
             fail(f"out: {self.directory} cannot be made ({error.strerror}). Give another --out.")
 
+    def check_writable(self) -> None:
+        """Before the first epoch, and not after it."""
+        try:
+            if self.fabric.is_global_zero:
+                TemporaryFile(dir=self.directory).close()
+        except OSError as error:
+            fail(f"out: {self.directory} cannot be written ({error.strerror}). Give another --out.")
+
     @property
     def epoch(self) -> int:
         return len(self.rows)
@@ -401,7 +411,8 @@ class Results:
             with written_whole(path) as file:
                 file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            fail(f"{path}: cannot be written ({(str(error).splitlines() or [''])[0]}). The previous one is whole.")
+            kept = "The previous one is whole." if path.exists() else "There was none before."
+            fail(f"{path}: cannot be written ({(str(error).splitlines() or [''])[0]}). {kept}")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
