@@ -1,6 +1,7 @@
 """The example scripts, run short: what they write, that they resume bit for bit, what they say to bad input."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -224,6 +225,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     assert again.epoch == 1
     assert torch.equal(state["weight"], torch.ones(3))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_is_wrong_with_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(SystemExit, match=r"run_dir: expected \S+checkpoint\.pt to be a file, got a directory\. Move"):
+        Run(tmp_path, (), {}, {})
+
+    def without_locks(*given: object) -> NoReturn:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without_locks)
+    with pytest.raises(SystemExit, match=r"run_dir: \S+ cannot be locked \(No locks available\)\. Give a --run-dir"):
+        Run(tmp_path / "other", (), {}, {})
+
+
+def test_one_image_of_each_class_is_told(tmp_path: Path) -> None:
+    for seed, name in enumerate(("cat", "dog")):
+        make_images(tmp_path / name, 1, seed)
+    with pytest.raises(data.DataError, match=r"expected two images or more of a class in \S+, got one of each, which"):
+        data.open_data("imagefolder", tmp_path, seed=0, device=torch.device("cpu"))
 
 
 def test_ctrl_c_while_a_checkpoint_is_written_is_a_stop(

@@ -39,6 +39,11 @@ def image_files(root: Path, limit: int | None, once: Once, decoders: int | None 
         if broken
         else ""
     )
+    if not asked["train"]:
+        raise DataError(
+            f"data_dir: expected two images or more of a class in {legible(root)}, got one of each, which is held out "
+            "for the test. Put more into it, or give train and test folders."
+        )
     for split in samples:
         if not samples[split]:
             raise DataError(f"data_dir: {legible(root)} has no readable {split} image ({note or 'too few in all'}).")

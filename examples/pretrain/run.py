@@ -1,6 +1,7 @@
 """The run directory: config.json, metrics.csv, curves.png and checkpoint.pt, each written whole; and how to resume."""
 
 import csv
+import errno
 import json
 import os
 import platform
@@ -199,8 +200,13 @@ class Run:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by workers that outlive it
         except ImportError:  # not on Windows
             pass
-        except OSError:
-            fail(f"run_dir: another process is training in {directory}. Wait for it, or give another --run-dir.")
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                fail(f"run_dir: another process is training in {directory}. Wait for it, or give another --run-dir.")
+            fail(f"run_dir: {directory} cannot be locked ({error.strerror}). Give a --run-dir on a disk with locks.")
+        for path in (self.checkpoint, self.previous):
+            if path.is_dir():
+                fail(f"run_dir: expected {path} to be a file, got a directory. Move it, or give another --run-dir.")
 
     @property
     def checkpoint(self) -> Path:
