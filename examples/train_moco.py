@@ -1,7 +1,7 @@
 """MoCo v1 and v2 (He et al. 2020; Chen et al. 2020): momentum contrast; the negatives are a queue of earlier keys.
 
     python examples/train_moco.py                              # scikit-learn's digits, on a laptop's CPU
-    python examples/train_moco.py --dataset cifar10            # its authors' CIFAR variant, one GPU
+    python examples/train_moco.py --dataset cifar10            # its authors' CIFAR variant with v2's head and views
     torchrun --nproc-per-node 8 examples/train_moco.py --data-dir DIR --version v1
 
 Run the same command again to resume. Everything a run writes is in its run directory. The defaults below are those for

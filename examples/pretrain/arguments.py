@@ -84,7 +84,7 @@ class Common:
 
 Args = TypeVar("Args", bound=Common)
 
-CIFAR: dict[str, Any] = {  # of MoCo's authors; the other methods' differ in their own files
+CIFAR: dict[str, Any] = {  # of MoCo's authors, without their head and views; other methods' differ in their own files
     "arch": "resnet18",
     "dim": 128,
     "epochs": 200,
@@ -104,7 +104,7 @@ SIMCO = {  # SimCo's and SimMoCo's, on CIFAR-100
     "online_probe": True,
     "schedule": "cosine",
     "warmup_epochs": 10,
-    "warmup_from": 0.1,
+    "warmup_from": 0.1,  # the paper's 0.003 at its batch of 256
     "batch_size": 256,
 }
 IMAGENET = {**CIFAR, "arch": "resnet50", "batch_size": 256, "weight_decay": 1e-4}
