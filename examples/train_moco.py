@@ -71,7 +71,8 @@ def main(args: Args) -> None:
         )
     encoder = training.encoder(HEADS[args.version])
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    loss = f"K = {args.queue_size}, alpha = {args.alpha or args.queue_size:g}, t = {args.temperature:g}"
+    alpha = f"{args.alpha:g}" if args.alpha else "K, also while the queue fills"
+    loss = f"K = {args.queue_size}, alpha = {alpha}, t = {args.temperature:g}"
     model = training.start(
         encoder,
         make_optimizer(args, encoder, fused=training.fused),

@@ -359,10 +359,13 @@ def test_accumulated_pieces_are_one_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [{}, {"accumulate": 2, "splits": 2}, {"limit": 16, "queue_ids": True}])
-def test_the_queue_is_primed_with_a_batch_that_is_not_trained_on(tmp_path: Path, own: dict[str, Any]) -> None:
+def test_the_queue_is_primed_with_a_batch_that_is_not_trained_on(
+    tmp_path: Path, own: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The first batch once met its own positives, and its keys were there twice."""
     args = moco_args(tmp_path, epochs=1, knn=False, **{"limit": 48, **own})
     train_moco.main(args)
+    assert "K = 80, alpha = K, also while the queue fills, t = 0.1" in capsys.readouterr().out
     queue = eqco_loss.MomentumQueue(args.queue_size, args.dim, store_ids=args.queue_ids)
     queue.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["queue"])
     assert len(queue) == len(queue.keys.unique(dim=0)) == 16 + (args.limit or 0)
