@@ -62,7 +62,7 @@ SAME = {  # of a change's kernel and text, why nobody could see it
     "fold_kernel: logit > above with >=": "no logit is the threshold, which a positive's logit is less a small part",
     "is_bounded: tl.load(temperature_tensor).to(tl.float32) >= LEAST with >": "there both forms are right",
     "is_bounded: inter_t >= LEAST with >": "there both forms are right",
-    "store_parts: parts + PART_TOTAL * plane with -": "PART_TOTAL is 0",
+    "store_statistics: parts + PART_TOTAL * plane_size with -": "PART_TOTAL is 0",
     "lower_than: row + BLOCK_ROWS > row_stop with >=": "a tile that ends with the rows is masked, and needs no mask",
     "lower_than: key + KEYS > key_stop with >=": "a tile that ends with the keys is masked, and needs no mask",
     "lower_than: ahead > -BLOCK_ROWS with >=": "the tile beside the diagonal's is masked, and needs no mask",
@@ -75,7 +75,7 @@ SAME = {  # of a change's kernel and text, why nobody could see it
     "statistics_of: keys_of_their_own & (key + beside < key_stop) becomes key + beside < key_stop": (
         "rows and keys of a tile on the diagonal are the same, and their numbers are stored in one place"
     ),
-    "statistics_of_tile: key < key_stop with <=": "no tile begins behind the last key",
+    "statistics_kernel: key < key_stop with <=": "no tile begins behind the last key",
     "may_be_alike: found & 1 becomes found": "ids are compared in more tiles than need be, which is as right",
     "may_be_alike: found & 1 becomes 1": "ids are compared in all tiles, which is as right",
     "visit: tl.minimum(row + BLOCK_ROWS, n) - 1 with +": "one mark more is looked at, which is as right",
