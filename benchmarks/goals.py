@@ -103,12 +103,13 @@ def verdict(ours: Row | None, us: float | None) -> str:
 
 
 def broken(rows: list[Row]) -> list[str]:
-    """The rows in which a way of ours is wrong or fails."""
-    return [
-        f"{' '.join(case_of(row))}, {row['peer']}: {row['status']}"
-        for row in rows
-        if is_ours(row) and row["status"].startswith(BROKEN)
-    ]
+    """The rows in which a way of ours is wrong or fails, be it only as a graph."""
+    found = []
+    for row in filter(is_ours, rows):
+        reason = row["no_graph"] if "wrong: " in row["no_graph"] else row["status"]
+        if reason is row["no_graph"] or reason.startswith(BROKEN):
+            found.append(f"{' '.join(case_of(row))}, {row['peer']}: {reason}")
+    return found
 
 
 def case_of(row: Row) -> tuple[str, ...]:

@@ -334,7 +334,8 @@ def no_graph(row: Row, case: list[Row]) -> str:
     has a time and nothing to compare it with.
     """
     turn = [other for other in case if (other["commit"], other["date"]) == (row["commit"], row["date"])]
-    if row["no_graph"].startswith(NO_GRAPH) and any(x["graph_us"] and not x["times_faster_graph"] for x in turn):
+    harness = row["no_graph"].startswith(NO_GRAPH) and "wrong: " not in row["no_graph"]
+    if harness and any(x["graph_us"] and not x["times_faster_graph"] for x in turn):
         return "that run captured plain code neither: to be measured again"
     return row["no_graph"] or "that run kept no reason"
 
@@ -369,7 +370,7 @@ def in_a_step() -> str:
             used.append(row)
             model = f"{row['model']}, N = {row['n']}, {row['image_size']} px, {row['dtype']}"
             figures = [number(row[key], ".4g") for key in ("ms", "host_ms", "gpu_ms")]
-            share = f"{100 * float(row['share_of_step']):.3g} %" if row["ms"] else ""
+            share = f"{100 * float(row['share_of_step']):.3g} %" if row["ms"] else "out of memory"
             lines.append([row["device"], model, row["what"] + mark(row), *figures, share])
     head = ["", "step", "what", "ms", "the loss: Python, ms", "the loss: GPU, ms", "of the step"]
     return "\n".join([*table(head, lines), *footnotes(used)])

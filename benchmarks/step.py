@@ -122,9 +122,9 @@ def check_out(out: Path, origin: Row) -> None:
 
 
 def no_memory(model: str, n: int, image_size: int, device: str, compiled: bool) -> Row:
-    """A step that does not fit into memory is a row that says so, whose share is no number."""
+    """The row of a step that does not fit into memory: it has no time, and its share is no number."""
     of = {"model": model, "n": str(n), "image_size": str(image_size), "dtype": dtype_of(device)}
-    what = "the whole step, out of memory" + (COMPILED if compiled else "")
+    what = f"the whole step, eqco_loss, K = {min(16, n - 1)}" + (COMPILED if compiled else "")
     return dict.fromkeys(COLUMNS, "") | of | {"what": what, "share_of_step": "nan"}
 
 

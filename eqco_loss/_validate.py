@@ -78,7 +78,7 @@ def inter_temperature(value: Any) -> None:
 
 def positive_number(name: str, value: Any, advice: str, least: float = 0.0) -> None:
     _number(name, value, "a positive number", advice)
-    if not least < float(value) < LARGEST:  # a number of NumPy's may be narrower than its bounds
+    if not least < (value if isinstance(value, int) else float(value)) < LARGEST:  # NumPy's halves hold no bound
         bounds = f"between {least:g} and {LARGEST:g}"
         raise ValueError(f"{name}: expected a finite number > 0, {bounds}, got {value!r}. {advice}")
 

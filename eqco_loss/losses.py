@@ -42,7 +42,7 @@ class Criterion(HoldsGroup):
     @property
     def settings(self) -> Settings:
         """What the attributes say now: they may be changed between calls, and are checked in each."""
-        chosen = Settings(*[getattr(self, name) for name in Settings._fields])
+        chosen = self._attributes()
         if (chosen.inter_temperature is not None) != self._has_two_temperatures:
             raise ValueError(
                 f"inter_temperature: expected {'a number' if self._has_two_temperatures else 'None'} in "
@@ -50,6 +50,9 @@ class Criterion(HoldsGroup):
                 "DualTempInfoNCE has two: construct the other one."
             )
         return chosen
+
+    def _attributes(self) -> Settings:
+        return Settings(*[getattr(self, name) for name in Settings._fields])
 
     if TYPE_CHECKING:  # nn.Module's says nothing about arguments and returns Any
 
@@ -117,7 +120,7 @@ class Criterion(HoldsGroup):
         )
 
     def extra_repr(self) -> str:
-        shown = self.settings._asdict()
+        shown = self._attributes()._asdict()
         if isinstance(shown["temperature"], Tensor):
             shown["temperature"] = "learned" if shown["temperature"].requires_grad else "a tensor"
         if shown["inter_temperature"] is None:

@@ -221,10 +221,11 @@ class MomentumQueue(HoldsGroup):
                 "Construct it with store_ids=False."
             )
         place = pointer.item() if isinstance(pointer, Tensor) and pointer.numel() == 1 else pointer
-        if not isinstance(place, int) or not 0 <= place < size:
+        whole: type[Any] = numbers.Integral  # NumPy's too
+        if isinstance(place, bool) or not isinstance(place, whole) or not 0 <= place < size:
             raise ValueError(f"pointer: expected 0 <= pointer < {size}, got {pointer}. MoCo calls it queue_ptr.")
         self.contents.copy_(self._without_nonfinite(self._unit(queue.T)))
-        self.cursor.fill_(place)
+        self.cursor.fill_(int(place))
         self.count.fill_(size)
         self._known_to_hold_keys = True
 

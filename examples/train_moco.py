@@ -89,8 +89,9 @@ def main(args: Args) -> None:
         return keys, batch.ids if args.queue_ids else None
 
     if not queue.primed:  # the first batch must meet negatives, and not its own positives
-        for batch in training.another_batch():
-            queue.enqueue(*encode_keys(batch))
+        with training.run.interruptible():
+            for batch in training.another_batch():
+                queue.enqueue(*encode_keys(batch))
     for batch in training.batches():
         if batch.first:
             momentum = training.key_momentum(args.key_momentum, args.key_momentum_schedule)

@@ -748,10 +748,10 @@ def test_a_step_that_does_not_fit_is_a_row(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "step-cpu.csv"
     step.main(step.Args(models=("resnet50", "resnet18"), batch_size=2, image_size=32, rounds=1, device="cpu", out=out))
     (row,) = (row for row in read_csv(out) if row["model"] == "resnet50")
-    assert (row["what"], row["ms"], row["n"]) == ("the whole step, out of memory", "", "2")
+    assert (row["what"], row["ms"], row["n"]) == ("the whole step, eqco_loss, K = 1", "", "2")
     assert any(row["model"] == "resnet18" for row in read_csv(out))
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
-    assert "the whole step, out of memory" in pages.in_a_step()
+    assert "| out of memory |" in pages.in_a_step()
     assert "nan" not in pages.in_a_step()
 
 

@@ -85,6 +85,7 @@ TABLE = [
     # --------------------------------------------------------------------------------------------------------- settings
     Row("temperature 0", loss(Q, Q, temperature=0), ValueError, "temperature", "> 0", "0", "0.2"),
     Row("temperature < 0", loss(Q, Q, temperature=-0.5), ValueError, "temperature", "> 0", "-0.5", "0.2"),
+    Row("alpha beyond floats", loss(Q, Q, KEYS, alpha=10**400), ValueError, "alpha", "1e+38", "1000", "65536"),
     Row("temperature of no float", loss(Q, Q, temperature=1e-40), ValueError, "temperature", "1e-37", "1e-40", "0.2"),
     Row("temperature nan", loss(Q, Q, temperature=float("nan")), ValueError, "temperature", "> 0", "nan", "0.2"),
     Row("temperature inf", loss(Q, Q, temperature=float("inf")), ValueError, "temperature", "finite", "inf", "0.2"),

@@ -497,3 +497,9 @@ def test_tiles_that_are_compared_are_those_of_real_passes() -> None:
     for name, candidates in gpu_parts.FEW.items():
         every = tune_wide.candidates(name) if name in tune_wide.PASSES else tune.tiles("bfloat16")
         assert set(candidates) <= set(every)
+
+
+def test_a_wrong_graph_of_ours_is_broken() -> None:
+    """Whose eager step is right, and has a time."""
+    wrong = row(no_graph="no CUDA graph: wrong: relative error 1.0e-02, over 2e-05", graph_us="")
+    assert [one.endswith("over 2e-05") for one in goals.broken([row(), wrong])] == [True]

@@ -92,6 +92,7 @@ def test_hints_can_be_read(described: Any) -> None:
 def test_a_loss_does_not_become_the_other_one(loss: type[EqCoLoss] | type[DualTempInfoNCE]) -> None:
     criterion = loss()
     criterion.inter_temperature = 1.0 if loss is EqCoLoss else None
+    assert loss.__name__ in repr(nn.ModuleList([criterion]))  # a model with a mistake can be printed
     expected = f"inter_temperature: expected {'None' if loss is EqCoLoss else 'a number'} in {loss.__name__}, got"
     with pytest.raises(ValueError, match=expected):
         criterion(*ROWS)

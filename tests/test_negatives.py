@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -349,6 +350,8 @@ def test_moco_checkpoint_loads() -> None:
         queue.load_moco(stored, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="pointer: expected 0 <= pointer < 8, got 8"):
         queue.load_moco(stored, 8)
+    queue.load_moco(stored, np.int64(6))  # type: ignore[arg-type]
+    assert int(queue.cursor) == 6
     with pytest.raises(ValueError, match="got store_ids=True"):
         MomentumQueue(8, D, store_ids=True).load_moco(stored)
 

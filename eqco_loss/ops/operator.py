@@ -89,7 +89,7 @@ class Operator(Generic[Call, Out]):
                 tuple(ctx.saved_tensors)  # raises torch's error of a second backward
             if not torch.compiler.is_compiling() and grad.is_neg():
                 grad = grad.resolve_neg()
-            found = _there(grad, backward, ctx, ctx.call, grad)
+            found = _there(grad, backward, ctx, ctx.call, grad) if ctx.plain else backward(ctx, ctx.call, grad)
             _release(ctx)
             return [found.get(name) for name in self.differentiable]
 

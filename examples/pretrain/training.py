@@ -192,11 +192,10 @@ class Training(Generic[Args]):
     def another_batch(self) -> Iterator[Batch]:
         """The pieces of a batch that is not trained on, of fresh views: a queue's first keys."""
         args = self.args
-        with self.run.interruptible():
-            views_of_pieces = ahead(self.data.batches(NEVER, self.share, self.steps - 1), self.fabric)
-            for piece, (views, ids) in enumerate(views_of_pieces):
-                shuffle, draw = (generator_of(purpose, args.seed, NEVER, piece) for purpose in (SHUFFLE, DRAW))
-                yield Batch(views[0], views[1], ids, piece == 0, shuffle, draw)
+        views_of_pieces = ahead(self.data.batches(NEVER, self.share, self.steps - 1), self.fabric)
+        for piece, (views, ids) in enumerate(views_of_pieces):
+            shuffle, draw = (generator_of(purpose, args.seed, NEVER, piece) for purpose in (SHUFFLE, DRAW))
+            yield Batch(views[0], views[1], ids, piece == 0, shuffle, draw)
 
     def rate(self, base_lr: float) -> float:
         """Learning rate of the next step: linear in the queries of a batch."""

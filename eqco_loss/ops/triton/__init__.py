@@ -45,11 +45,16 @@ def refusal(query: Tensor, *keys: Tensor | None) -> str | None:
     if d > LARGEST_D:
         return f"D = {d}: the kernels take up to {LARGEST_D}"
     if d > 256 and query.is_cuda and not torch.is_autocast_enabled("cuda"):
-        major, minor = capability(query.device.index)
         whole = any(x is not None and x.dtype == torch.float32 for x in (query, *keys))
-        if whole and 10 * major + minor in LITTLE_SHARED_MEMORY:
+        if whole and _has_little_shared_memory(query.device.index):
             return f"D = {d} in float32: with 99 KB of shared memory the kernels take up to 256"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_little_shared_memory(index: int | None) -> bool:
+    major, minor = capability(index)
+    return 10 * major + minor in LITTLE_SHARED_MEMORY
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -57,7 +57,7 @@ def load_rows(
     x, rows, stride_row, stride_d, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
     FAR: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x, (R, BLOCK_D), zeros beyond D and, if MASKED, from ``limit`` on. WIDE: offsets need 64 bits."""
+    """Rows of x, (R, BLOCK_D), zeros beyond D and, if MASKED, from ``limit`` on. FAR: offsets need 64 bits."""
     d = tl.arange(0, BLOCK_D)
     if FAR:
         at = x + rows.to(tl.int64)[:, None] * stride_row + d.to(tl.int64)[None, :] * stride_d
@@ -241,7 +241,7 @@ def kept(
 
 @triton.jit
 def wrapped(place, modulus, SHORT_BAND: tl.constexpr):
-    """place % modulus, where place - modulus is less than a tile. SMALL: so is modulus."""
+    """place % modulus, where place - modulus is less than a tile. SHORT_BAND: so is modulus."""
     if SHORT_BAND:
         return place % modulus
     else:

@@ -3,7 +3,8 @@
 What to launch depends on shapes, dtypes and settings alone and is worked out once for each of their combinations,
 because in eager code the GPU would wait for Python to do so at every step. Forward launches ``prepare_kernel``,
 ``statistics_kernel`` and ``finish_views_kernel``; backward ``prepare_kernel``, where what forward multiplied is not
-kept, ``weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold all.
+kept, ``view_weights_kernel``, two products and ``through_views_kernel``; more of them only where a chunk does not hold
+all.
 
 Of ``Row`` forward also fills INVERSE, for backward's rows, and BOUNDED_PULL, which is here PULL for powers of two that
 are less the largest possible logit.
